@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 (``llava``): one encoder picture per image, its patches in raster order."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
+from visprune.cost import (
+    ModelShape,
+    clip_vision_shape,
+    decoder_shape,
+    llava_projector_shape,
+)
+from visprune.errors import UnsupportedModel
+
+
+class LlavaAdapter(VLMAdapter):
+    """Adapter of ``LlavaForConditionalGeneration``.
+
+    With ``vision_feature_select_strategy="full"`` the class token is among the visual tokens; it is
+    protected and outside the budget.
+    """
+
+    model_types = ("llava",)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.core.vision_tower
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the encoder has a class token (CLIP has, SigLIP has not)."""
+        return any(name.endswith("class_embedding") for name, _ in self.tower.named_parameters())
+
+    def tower_attention(self, which: Literal["last", "feature"]) -> nn.Module:
+        """Attention module of the encoder's last layer, or of the layer whose output is read."""
+        layers = next(
+            (m for n, m in self.tower.named_modules() if n.endswith("encoder.layers")), None
+        )
+        if layers is None or not self.has_cls:
+            raise UnsupportedModel(
+                f"The vision encoder {type(self.tower).__name__} has no class token to read."
+            )
+        if which == "last":
+            return layers[-1].self_attn
+        feature = self.config.vision_feature_layer
+        feature = feature if isinstance(feature, int) else feature[-1]
+        # hidden_states has one entry more than there are layers: entry i is the output of i - 1.
+        return layers[feature if feature < 0 else feature - 1].self_attn
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of an encoder picture."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    @property
+    def keeps_cls(self) -> bool:
+        """Whether the class token is among the visual tokens."""
+        return self.has_cls and self.config.vision_feature_select_strategy == "full"
+
+    def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
+        """One picture per row of ``pixel_values``."""
+        side = self.side
+        patches = side * side
+        out = []
+        for number, pixels in enumerate(call["pixel_values"]):
+            free = torch.ones(patches + self.keeps_cls, dtype=torch.bool)
+            if self.keeps_cls:
+                free[0] = False
+            source = torch.arange(patches) + number * patches
+            out.append(
+                Picture(free=free, pos=grid(1, side, side), source=source, pixels=pixels,
+                        grids=((1, side, side),))
+            )  # fmt: skip
+        return out
+
+    def cost_shape(self) -> ModelShape:
+        """Sizes of encoder, projector and decoder."""
+        return ModelShape(
+            decoder=decoder_shape(self.text_config),
+            vision=clip_vision_shape(self.config.vision_config),
+            projector=llava_projector_shape(self.config),
+        )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-VL and Qwen2.5-VL (``qwen2_vl``, ``qwen2_5_vl``): any size, images and video, M-RoPE."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
+from visprune.cost import (
+    ModelShape,
+    decoder_shape,
+    qwen2_5_vl_vision_shape,
+    qwen2_vl_vision_shape,
+    qwen_merger_shape,
+)
+
+
+class Qwen2VLAdapter(VLMAdapter):
+    """Adapter of ``Qwen2VLForConditionalGeneration`` and ``Qwen2_5_VLForConditionalGeneration``.
+
+    Survivors keep their (t, h, w) positions, and ``rope_deltas`` stay those of the whole prompt.
+    The encoder has no class token.
+    """
+
+    model_types = ("qwen2_vl", "qwen2_5_vl")
+    multi_axis_rope = True
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.core.visual
+
+    def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
+        """One picture per row of ``image_grid_thw`` (or ``video_grid_thw``)."""
+        grids = call[f"{kind}_grid_thw"]
+        pixels = call["pixel_values" if kind == "image" else "pixel_values_videos"]
+        merge = self.config.vision_config.spatial_merge_size
+        out, first = [], 0
+        for t, h, w in torch.as_tensor(grids).tolist():
+            patches = t * h * w
+            own = pixels[first : first + patches]
+            first += patches
+            pos = grid(t, h // merge, w // merge)
+            free = torch.ones(len(pos), dtype=torch.bool)
+            out.append(Picture(free=free, pos=pos, source=None, pixels=own, kind=kind,
+                               grids=((t, h, w),)))  # fmt: skip
+        return out
+
+    def cost_shape(self) -> ModelShape:
+        """Sizes of encoder, merger and decoder."""
+        vision = self.config.vision_config
+        read = (
+            qwen2_vl_vision_shape
+            if self.config.model_type == "qwen2_vl"
+            else qwen2_5_vl_vision_shape
+        )
+        return ModelShape(
+            decoder=decoder_shape(self.text_config),
+            vision=read(vision),
+            projector=qwen_merger_shape(vision),
+        )
