@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods, one file per paper; controls beside them. A method is a file and a row here."""
+
+from __future__ import annotations
+
+TABLE = {
+    "todre": "visprune.methods.todre:ToDRE",
+    "divprune": "visprune.methods.divprune:DivPrune",
+    "fastv": "visprune.methods.fastv:FastV",
+    "pyramiddrop": "visprune.methods.pyramiddrop:PyramidDrop",
+    "visionzip": "visprune.methods.visionzip:VisionZip",
+    "keep_all": "visprune.methods.keep_all:KeepAll",
+    "random": "visprune.methods.random_keep:RandomKeep",
+    "uniform": "visprune.methods.uniform:Uniform",
+    "pool": "visprune.methods.pool:Pool",
+}

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control: keep every token, through the whole path of gathers, masks and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from visprune.budget import Budget, Schedule, Stage
+from visprune.method import Context, ModelSpec, PruningMethod
+from visprune.selection import Selection
+from visprune.site import Site
+from visprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepAll(PruningMethod):
+    """Keeps all tokens: bit-equal to the untouched model, and what any method is compared with."""
+
+    name: ClassVar[str] = "keep_all"
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """One stage at the projector."""
+        return (Stage(Site.projector(), Budget(keep_ratio=1.0)),)
+
+    def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
+        """Everything."""
+        return Selection.identity(len(tokens.features), tokens.num_tokens, tokens.features.device)

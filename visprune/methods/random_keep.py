@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control: keep random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visprune.budget import Schedule, Stage
+from visprune.method import BudgetedMethod, Context, ModelSpec
+from visprune.needs import Needs
+from visprune.selection import Selection
+from visprune.site import Site
+from visprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomKeep(BudgetedMethod):
+    """Keeps tokens drawn without replacement, at the projector.
+
+    The draw depends on ``seed`` and on the picture's pixels, not on the batch: the same picture
+    keeps the same tokens alone and among others.
+
+    Args:
+        seed: of the draw.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """One stage at the projector."""
+        return (Stage(Site.projector(), self.budget, Needs(fingerprint=True)),)
+
+    def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
+        """Draw for each picture."""
+        drawn = []
+        for fingerprint in ctx.fingerprints:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + fingerprint) % 2**63)
+            drawn.append(torch.randperm(tokens.num_tokens, generator=generator)[: ctx.num_keep])
+        return Selection.keep(torch.stack(drawn).to(tokens.features.device), tokens.num_tokens)

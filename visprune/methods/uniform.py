@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control: keep evenly spaced tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visprune.budget import Schedule, Stage
+from visprune.method import BudgetedMethod, Context, ModelSpec
+from visprune.selection import Selection
+from visprune.site import Site
+from visprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(BudgetedMethod):
+    """Keeps tokens evenly spaced in raster order: ``floor((i + 1/2) n / k)`` for each i < k."""
+
+    name: ClassVar[str] = "uniform"
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """One stage at the projector."""
+        return (Stage(Site.projector(), self.budget),)
+
+    def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
+        """The middle of each of k equal spans."""
+        count, keep = tokens.num_tokens, ctx.num_keep
+        steps = torch.arange(keep, device=tokens.features.device)
+        index = ((2 * steps + 1) * count) // (2 * keep)
+        return Selection.keep(index.expand(len(tokens.features), -1), count)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode pictures once and ask about them many times, under any method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.apply import find_adapter
+from visprune.backbones.vlm.tap import EncoderTap
+from visprune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Pictures that went through the encoder and the projector.
+
+    Attributes:
+        features: one ``[N, D]`` tensor per picture; each carries what methods may ask of the
+            encoder (class-token attention, keys, a fingerprint of the pixels).
+    """
+
+    features: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def select(self, numbers: Iterable[int] | None = None) -> dict[str, Any]:
+        """Return ``mm_encoder_outputs`` for a prompt batch with these pictures, repeats allowed.
+
+        Example:
+            >>> model(input_ids=..., mm_encoder_outputs=encoded.select([0, 0, 1]))  # doctest: +SKIP
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        chosen = range(len(self)) if numbers is None else numbers
+        output = BaseModelOutputWithPooling(pooler_output=[self.features[i] for i in chosen])
+        return {"image": output}
+
+
+@torch.no_grad()
+def encode_images(model: Any, **inputs: Any) -> EncodedImages:
+    """Run the encoder and the projector once, and keep every signal that a method may ask for.
+
+    The prompts then take ``mm_encoder_outputs=encoded.select(...)`` instead of pixels
+    (transformers 5.18 or later).
+
+    Args:
+        model: a model of a family with an adapter; it may be pruned or not.
+        **inputs: what ``get_image_features`` of the family takes: ``pixel_values``, and
+            ``image_sizes`` or ``image_grid_thw``.
+
+    Raises:
+        ConfigError: no ``pixel_values``.
+        UnsupportedModel: the model has no adapter.
+    """
+    adapter = find_adapter(model)
+    if inputs.get("pixel_values") is None:
+        raise ConfigError(
+            f"encode_images takes pixel_values; got {', '.join(inputs) or 'nothing'}."
+        )
+    with_cls = adapter.spec.has_cls
+    tap = EncoderTap(
+        adapter, ("last", "feature") if with_cls else (), keys=with_cls, fingerprints=True
+    )
+    before = {k: v for k, v in vars(adapter.core).items() if k.startswith("get_")}
+    tap.install()
+    try:
+        output = adapter.core.get_image_features(**inputs, return_dict=True)
+    finally:
+        tap.remove()
+        vars(adapter.core).update(before)
+    return EncodedImages(list(output.pooler_output))

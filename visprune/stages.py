@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one stage of a method: show it what it needs, then shorten the sequence as it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune import ops
+from visprune.backbones.vlm.cache import stored_length
+from visprune.budget import Budget, Stage
+from visprune.forward import Forward, ImageState
+from visprune.method import Context, PruningMethod
+from visprune.selection import Selection
+from visprune.slots import gather_sequence
+from visprune.tokens import VisualTokens
+
+Step = Callable[[Tensor], Tensor]
+
+
+def run_selection(
+    method: PruningMethod, stage: Stage, budget: Budget, number: int, fwd: Forward, hidden: Tensor
+) -> Step:
+    """Let every image keep its budget; returns what shortens the hidden states.
+
+    Args:
+        method: the method.
+        stage: its stage.
+        budget: the budget of that stage.
+        number: the stage's place in the schedule.
+        fwd: the forward, with the decoder attention that the stage needs.
+        hidden: states of the current slots, ``[B, P, D]``.
+    """
+    # Images of the same grid, count and budget are selected in one call.
+    groups: dict[Any, list[ImageState]] = {}
+    clamped: list[int] = []
+    before = [len(image.tokens) for image in fwd.images]
+    for order, image in enumerate(fwd.images):
+        picture = image.layout.picture
+        total = len(picture.pos)
+        keep = budget.resolve(total, strict=method.strict)
+        if budget.num_keep is not None and budget.num_keep > total:
+            clamped.append(order)
+        keep = min(keep, len(image.tokens))
+        if image.withdrawn:
+            continue
+        key = (len(image.tokens), keep, picture.kind, total, picture.extent)
+        groups.setdefault(key, []).append(image)
+    chosen: list[tuple[ImageState, Selection]] = []
+    for (count, keep, kind, *_), group in groups.items():
+        tokens = _visual_tokens(group, hidden, kind)
+        ctx = _context(stage, number, keep, fwd, group)
+        selection = method.select(tokens, ctx)
+        fwd.trace.selection_macs += len(group) * method_macs(method, count, keep, hidden.shape[-1])
+        sizes = selection.sizes(tokens.size)
+        for place, image in enumerate(group):
+            chosen.append((image, _row(selection, place)))
+            image.size = sizes[place]
+    step = _shorten(fwd, chosen)
+    fwd.trace.stages.append(
+        {
+            "site": str(stage.site),
+            "before": before,
+            "clamped": clamped,
+            "after": [len(image.tokens) for image in fwd.images],
+        }
+    )
+    return step
+
+
+def method_macs(method: PruningMethod, count: int, keep: int, width: int) -> int:
+    """Multiply-adds that a method's own rule spends on one image."""
+    macs = getattr(method, "macs", None)
+    return int(macs(count, keep, width)) if macs is not None else 0
+
+
+def _row(selection: Selection, place: int) -> Selection:
+    """The selection of one image of a group."""
+    span = slice(place, place + 1)
+    if selection.dest is None or selection.weight is None:
+        return Selection(selection.index[span], selection.num_tokens)
+    return Selection(
+        selection.index[span], selection.num_tokens, selection.dest[span], selection.weight[span]
+    )
+
+
+def _visual_tokens(images: list[ImageState], hidden: Tensor, kind: Any) -> VisualTokens:
+    slots = torch.stack([image.slots for image in images]).to(hidden.device)
+    rows = torch.tensor([image.layout.row for image in images], device=hidden.device)
+    return VisualTokens(
+        features=hidden[rows[:, None], slots],
+        size=torch.stack([image.size for image in images]).to(hidden.device),
+        pos=torch.stack(
+            [image.layout.picture.pos.to(image.tokens.device)[image.tokens] for image in images]
+        ).to(hidden.device),
+        kind=kind,
+    )
+
+
+def _context(
+    stage: Stage, number: int, keep: int, fwd: Forward, images: list[ImageState]
+) -> Context:
+    """Collect what a stage asked for, for the images of one group."""
+    needs = stage.needs
+    pictures = [image.layout.picture for image in images]
+    attention = cls_attention = keys = None
+    if needs.attention == "last_query" and fwd.attention is not None:
+        rows = fwd.attention  # [B, H, P]
+        offset = rows.shape[-1] - fwd.table.num_slots
+        attention = torch.stack(
+            [rows[im.layout.row][:, im.slots.to(rows.device) + offset] for im in images]
+        )
+    which = needs.cls_attention
+    if which is not None and all(which in picture.cls_attention for picture in pictures):
+        seen = [picture.cls_attention[which] for picture in pictures]
+        cls_attention = torch.stack(
+            [row[:, im.tokens.to(row.device)] for row, im in zip(seen, images, strict=True)]
+        )
+    if needs.vision_keys:
+        known = [picture.vision_keys for picture in pictures if picture.vision_keys is not None]
+        keys = torch.stack(
+            [key[im.tokens.to(key.device)] for key, im in zip(known, images, strict=True)]
+        )
+    return Context(
+        num_keep=keep,
+        stage=number,
+        attention=attention,
+        cls_attention=cls_attention,
+        vision_keys=keys,
+        fingerprints=tuple(picture.fingerprint for picture in pictures),
+    )
+
+
+def _shorten(fwd: Forward, chosen: list[tuple[ImageState, Selection]]) -> Step:
+    """Shorten the sequence to the chosen slots; the step writes merged features into theirs."""
+    leaving = torch.zeros_like(fwd.table.valid)
+    order: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(fwd.batch)]
+    changed = False
+    merges: list[tuple[ImageState, Tensor, Selection]] = []
+    for image, selection in chosen:
+        index = selection.index[0].to(image.slots.device)
+        row, old = image.layout.row, image.slots
+        leaving[row, old] = True
+        kept = old[index]
+        # Slots stay in the selection's order: one whose token lies before its predecessor's (a
+        # merged token appended at the end) sorts with the predecessor.
+        order[row].append((kept, kept.cummax(0).values))
+        if selection.merges:
+            merges.append((image, old, selection))
+            changed = changed or bool((index.diff() < 0).any())
+        gone = len(old) - len(kept)
+        changed = changed or gone > 0
+        fwd.visual[row] -= gone
+        fwd.alive[row] -= gone
+        image.tokens, image.slots = image.tokens[index], kept
+    rel = fwd.shorten(fwd.surviving_rows(order, leaving) if changed else None)
+    writes = [(image.layout.row, old, sel, image.slots) for image, old, sel in merges]
+
+    def step(hidden: Tensor) -> Tensor:
+        out = gather_sequence(hidden, rel, 1)
+        for row, old, selection, new in writes:
+            merged = selection.reduce(hidden[row, old.to(hidden.device)][None])
+            out[row, new.to(out.device)] = merged[0]
+        return out
+
+    return step
+
+
+def run_withdrawal(method: PruningMethod, stage: Stage, number: int, fwd: Forward) -> Step:
+    """Let all visual tokens of a sample leave, or none; returns what shortens the hidden states."""
+    assert fwd.attention is not None, "a withdrawal reads the attention of the layer before"
+    share = fwd.attention
+    ctx = Context(num_keep=0, stage=number, attention=share)
+    fire = method.withdraw(ctx).tolist()
+    has = [visual > 0 for visual in fwd.visual]
+    fired = [bool(f) and h for f, h in zip(fire, has, strict=True)]
+    before = [len(image.tokens) for image in fwd.images]
+    rows = None
+    if any(fired):
+        leaving = torch.zeros_like(fwd.table.valid)
+        for image in fwd.images:
+            row = image.layout.row
+            if fired[row] and not image.withdrawn:
+                leaving[row, image.slots] = True
+                leaving[row, image.fixed] = True
+                fwd.alive[row] -= len(image.slots) + len(image.fixed)
+                image.withdrawn = True
+        fwd.visual = [0 if f else v for f, v in zip(fired, fwd.visual, strict=True)]
+        rows = fwd.surviving_rows([[] for _ in range(fwd.batch)], leaving)
+    rel = fwd.shorten(rows)
+    evidence = [round(x, 6) if h else None for x, h in zip(share.tolist(), has, strict=True)]
+    fwd.trace.stages.append(
+        {"site": str(stage.site), "before": before, "fired": fired, "share": evidence}
+    )
+    return lambda hidden: gather_sequence(hidden, rel, 1)
+
+
+def decoder_attention(
+    stage: Stage, fwd: Forward, layer: int
+) -> Callable[[Tensor, Tensor, float], None]:
+    """Make the callback that turns queries and keys of ``layer`` into what ``stage`` needs.
+
+    It leaves in ``fwd.attention``: ``[B, H, P]`` rows of the last query, or for ``text_queries``
+    the share of the text's attention that goes to visual tokens, ``[B]``.
+    """
+
+    def record(query: Tensor, key: Tensor, scale: float) -> None:
+        table = fwd.table
+        stored = key.shape[2] - table.num_slots
+        valid = fwd.visible(layer, table)
+        if stage.needs.attention == "last_query":
+            at = table.last_valid()[:, None]
+        else:
+            at = _text_queries(fwd)
+        place = at.clamp(min=0).to(query.device)
+        rows = query.gather(
+            2, place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        )
+        mask = None if valid is None else valid[:, None, None].to(query.device)
+        attention = ops.attention_rows(
+            rows.detach(),
+            key.detach(),
+            scale=scale,
+            mask=mask,
+            query_idx=place + stored,
+            causal=True,
+        )  # [B, H, R, stored + P]
+        fwd.trace.selection_macs += (
+            rows.shape[0] * rows.shape[1] * rows.shape[2] * key.shape[2] * key.shape[3]
+        )
+        if stage.needs.attention == "last_query":
+            fwd.attention = attention[:, :, 0]
+        else:
+            fwd.attention = _visual_share(fwd, attention, at, stored)
+
+    return record
+
+
+def _text_queries(fwd: Forward) -> Tensor:
+    """Slots of the text after the first visual token, per sample, -1 in padding, ``[B, R]``."""
+    visual = torch.zeros_like(fwd.table.valid)
+    for image in fwd.images:
+        visual[image.layout.row, image.slots] = True
+        visual[image.layout.row, image.fixed] = True
+    text = fwd.table.valid & ~visual & (visual.long().cumsum(1) > 0)
+    width = max(1, int(text.sum(1).max()))
+    steps = torch.arange(text.shape[1], device=text.device)
+    return torch.where(text, steps, -1).topk(width, dim=1).values.flip(1)
+
+
+def _visual_share(fwd: Forward, attention: Tensor, at: Tensor, stored: int) -> Tensor:
+    visual = torch.zeros_like(fwd.table.valid)
+    for image in fwd.images:
+        visual[image.layout.row, image.slots] = True
+        visual[image.layout.row, image.fixed] = True
+    visual = visual.to(attention.device)
+    mass = (attention[..., stored:] * visual[:, None, None]).sum(-1).mean(1)  # [B, R]
+    real = (at >= 0).to(mass.device)
+    return (mass * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def own_attention(
+    stage: Stage,
+    fwd: Forward,
+    layer: int,
+    hidden: Tensor,
+    module: Any,
+    rotary: Any,
+    capture: Callable[..., None],
+) -> None:
+    """Read the attention that a layer is about to have, from its own projections."""
+    record = decoder_attention(stage, fwd, layer)
+
+    def with_cache(query: Tensor, key: Tensor, scale: float) -> None:
+        if fwd.cache is not None and stored_length(fwd.cache, layer):
+            key = torch.cat([fwd.cache.layers[layer].keys.to(key), key], dim=2)
+        record(query, key, scale)
+
+    with torch.no_grad():
+        capture(
+            module.self_attn,
+            with_cache,
+            hidden_states=module.input_layernorm(hidden),
+            attention_mask=None,
+            position_embeddings=rotary,
+            past_key_values=None,
+        )
+    config = fwd.adapter.text_config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+    fwd.trace.selection_macs += hidden.shape[0] * hidden.shape[1] * config.hidden_size * width
