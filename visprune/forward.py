@@ -189,7 +189,7 @@ class Forward:
         """The mask that the language model is called with (for the layers before any stage)."""
         table = self.table
         if self.mask4d is not None:
-            return self._cut(0, table)
+            return self.cut(0, table)
         valid = self.visible(0, table)
         if valid is None:
             # Without a cache, gaps in the position ids look like packed sequences unless there is
@@ -204,7 +204,7 @@ class Forward:
         key = ("mask", table, ledger, hidden.device)
         if key not in self._memo:
             if self.mask4d is not None:
-                mask = self._cut(layer, table)
+                mask = self.cut(layer, table)
             else:
                 stored = stored_length(self.cache, layer)
                 mask = slot_mask(
@@ -213,7 +213,8 @@ class Forward:
             self._memo[key] = mask
         return self._memo[key]
 
-    def _cut(self, layer: int, table: SlotTable) -> Tensor:
+    def cut(self, layer: int, table: SlotTable) -> Tensor:
+        """The user's 4-D mask, cut down to the slots of ``table`` at ``layer``."""
         ledger = self.ledger(layer)
         assert self.mask4d is not None, "only called with a 4-D mask"
         key, valid = table.index + self.seen, table.valid
@@ -224,12 +225,16 @@ class Forward:
 
     def table_positions(self, table: SlotTable, layer: int) -> Tensor:
         """Position ids of the slots of ``table``."""
-        ids = gather_sequence(self.full_positions(), table.index, -1)
         if not self.compact:
-            return ids
+            return gather_sequence(self.full_positions(), table.index, -1)
+        # Ids close up in slot order, also where a merged slot stands behind its own token's place.
+        end = -1 if self.pad_side == "left" else self.length
+        index = torch.where(table.real, table.index, end).sort(dim=1).values
+        index = index.clamp(0, self.length - 1)
+        ids = gather_sequence(self.full_positions(), index, -1)
         gone = self.first_valid & ~table.kept()
         before = torch.cumsum(gone.long(), dim=1) - gone.long()
-        ids = ids - before.gather(1, table.index).to(ids.device)
+        ids = ids - before.gather(1, index).to(ids.device)
         ledger = self.ledger(layer)
         return ids if ledger is None else ids - ledger.shift[:, None].to(ids.device)
 

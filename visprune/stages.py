@@ -216,10 +216,13 @@ def decoder_attention(
         else:
             at = _text_queries(fwd)
         place = at.clamp(min=0).to(query.device)
-        rows = query.gather(
-            2, place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        )
+        chosen = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        rows = query.gather(2, chosen)
         mask = None if valid is None else valid[:, None, None].to(query.device)
+        if fwd.mask4d is not None:
+            own = fwd.cut(layer, table).to(query.device)
+            wanted = place[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
+            mask = own.gather(2, wanted)
         attention = ops.attention_rows(
             rows.detach(),
             key.detach(),
