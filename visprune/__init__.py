@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "prune": "visprune.apply",
     "Run": "visprune.apply",
-    "get_method": "visprune.apply",
-    "list_methods": "visprune.apply",
-    "list_models": "visprune.apply",
+    "get_method": "visprune.catalog",
+    "list_methods": "visprune.catalog",
+    "list_models": "visprune.catalog",
     "encode_images": "visprune.sharing",
     "Budget": "visprune.budget",
     "Stage": "visprune.budget",
@@ -37,10 +37,10 @@ __all__ = ["__version__", "ops", *_LAZY]
 if TYPE_CHECKING:
     from visprune import ops as ops
     from visprune.apply import Run as Run
-    from visprune.apply import get_method as get_method
-    from visprune.apply import list_methods as list_methods
-    from visprune.apply import list_models as list_models
     from visprune.apply import prune as prune
+    from visprune.catalog import get_method as get_method
+    from visprune.catalog import list_methods as list_methods
+    from visprune.catalog import list_models as list_models
 
 
 def __getattr__(name: str) -> Any:

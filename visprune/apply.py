@@ -9,20 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visprune.backbones.vlm import TABLE as ADAPTERS
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
 from visprune.backbones.vlm.cache import Owner, check_cache
 from visprune.backbones.vlm.probe import capture, watch
 from visprune.backbones.vlm.tap import EncoderTap, pictures_of
 from visprune.budget import Stage
+from visprune.catalog import adapters, get_method, list_models
 from visprune.cost import Causal, Cost
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.forward import Forward
 from visprune.method import PruningMethod
-from visprune.methods import TABLE as METHODS
 from visprune.outputs import OutputHooks
 from visprune.plan import Plan, make_plan
-from visprune.registry import Registry
 from visprune.stages import (
     Step,
     decoder_attention,
@@ -33,39 +31,6 @@ from visprune.stages import (
 from visprune.trace import Trace
 
 _FORWARD = "visprune_forward"
-
-methods = Registry("method", METHODS, group="visprune.methods")
-adapters = Registry("model family", ADAPTERS, group="visprune.adapters")
-
-
-def list_methods() -> list[str]:
-    """Names that :func:`prune` takes."""
-    return list(methods.names())
-
-
-def list_models() -> list[str]:
-    """Model families (``config.model_type``) that have an adapter."""
-    return list(adapters.names())
-
-
-def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
-    """Build a method from its name and parameters, or return one that is already built.
-
-    Raises:
-        ConfigError: unknown name or parameter (with a suggestion), or a value out of range.
-    """
-    if isinstance(method, PruningMethod):
-        if params:
-            raise ConfigError(
-                f"{method.name} is already built; set {', '.join(params)} on it, or pass its name."
-            )
-        return method
-    if not isinstance(method, str):
-        raise ConfigError(
-            f"A method is a name or a PruningMethod instance, got {type(method).__name__}. "
-            f"Names: {', '.join(list_methods())}."
-        )
-    return methods.get(method).from_params(**params)
 
 
 def unwrap(model: Any) -> Any:

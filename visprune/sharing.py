@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visprune.apply import find_adapter
-from visprune.backbones.vlm.tap import EncoderTap
+from visprune.backbones.vlm.tap import EncoderTap, encoder_output
 from visprune.errors import ConfigError
 
 
@@ -35,11 +35,8 @@ class EncodedImages:
         Example:
             >>> model(input_ids=..., mm_encoder_outputs=encoded.select([0, 0, 1]))  # doctest: +SKIP
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         chosen = range(len(self)) if numbers is None else numbers
-        output = BaseModelOutputWithPooling(pooler_output=[self.features[i] for i in chosen])
-        return {"image": output}
+        return {"image": encoder_output([self.features[i] for i in chosen])}
 
 
 @torch.no_grad()

@@ -70,10 +70,13 @@ class SlotTable:
 
     def scatter(self, x: Tensor, fill: float) -> Tensor:
         """Put ``x`` ``[B, P, ...]`` back at its places in a ``[B, S, ...]`` tensor of ``fill``."""
-        target = torch.where(self.real, self.index, self.length)
-        target = target.to(x.device).reshape(*target.shape, *[1] * (x.dim() - 2)).expand_as(x)
-        out = x.new_full((x.shape[0], self.length + 1, *x.shape[2:]), fill)
-        return out.scatter(1, target, x)[:, : self.length]
+        batch, rest = x.shape[0], x.shape[2:]
+        rows = torch.arange(batch, device=self.index.device)[:, None] * self.length
+        # One spare row at the end takes the padding, so that the result stays contiguous.
+        target = torch.where(self.real, rows + self.index, batch * self.length)
+        out = x.new_full((batch * self.length + 1, *rest), fill)
+        out = out.index_copy(0, target.flatten().to(x.device), x.flatten(0, 1))
+        return out[:-1].view(batch, self.length, *rest)
 
     def kept(self) -> Tensor:
         """Return which tokens of the input are still there, bool ``[B, S]``."""

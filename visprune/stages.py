@@ -207,6 +207,7 @@ def decoder_attention(
     the share of the text's attention that goes to visual tokens, ``[B]``.
     """
 
+    @torch.no_grad()
     def record(query: Tensor, key: Tensor, scale: float) -> None:
         table = fwd.table
         stored = key.shape[2] - table.num_slots
@@ -224,8 +225,8 @@ def decoder_attention(
             wanted = place[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
             mask = own.gather(2, wanted)
         attention = ops.attention_rows(
-            rows.detach(),
-            key.detach(),
+            rows,
+            key,
             scale=scale,
             mask=mask,
             query_idx=place + stored,

@@ -7,7 +7,9 @@ import functools
 import inspect
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visprune import ops
 from visprune.backbones.vlm.base import Picture, VLMAdapter, fingerprint
@@ -90,12 +92,14 @@ class EncoderTap:
         return encode
 
     def _recorder(self, which: Layer) -> Record:
+        # Nothing may be saved for backward: a checkpointed recomputation does not run this again.
+        @torch.no_grad()
         def record(query: Tensor, key: Tensor, scale: float) -> None:
             if which in self.layers:
-                rows = ops.attention_rows(query[:, :, :1].detach(), key.detach(), scale=scale)
+                rows = ops.attention_rows(query[:, :, :1], key, scale=scale)
                 self._heard[which] = rows[:, :, 0, 1:]  # [pictures, H, patches]
             if which == "feature" and self.keys:
-                self._heard["keys"] = key.detach()[:, :, 1:].mean(1)  # [pictures, patches, d]
+                self._heard["keys"] = key[:, :, 1:].mean(1)  # [pictures, patches, d]
 
         return record
 
@@ -112,6 +116,11 @@ class EncoderTap:
             else:
                 flat = heard.transpose(0, 1).flatten(1)
                 picture.cls_attention[which] = flat[:, picture.source.to(heard.device)]
+
+
+def encoder_output(features: list[Tensor]) -> Any:
+    """What ``get_image_features`` returns, made of features that were encoded earlier."""
+    return BaseModelOutputWithPooling(pooler_output=features)
 
 
 def pictures_of(output: Any, kind: str) -> list[Picture]:

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``visprune``: thin functions over the library; each imports what it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from visprune import __version__
+from visprune.errors import ConfigError, VispruneError, did_you_mean
+from visprune.registry import Registry
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Vision-language models and vision transformers that look at fewer tokens.",
+)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    try:
+        app()
+    except VispruneError as error:
+        # Plain print: rich would break the line at the terminal's width and read [..] as markup.
+        print(f"visprune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"visprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Read the options that stand before the command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for table, plot and pictures.")] = Path(
+        "demo-out"
+    ),
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask only this many questions.", show_default="all")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
+    ] = None,
+) -> None:
+    """Compare methods and budgets on the embedded model, offline: a table, a plot, pictures."""
+    from visprune.eval.demo import run_demo
+
+    run_demo(out=out, limit=limit, threads=threads)
+
+
+@app.command()
+def show(
+    picture: Annotated[Path, typer.Argument(help="Any image file.")],
+    question: Annotated[str, typer.Option(help="What to ask about it.")],
+    method: Annotated[str, typer.Option(help="A name from `visprune methods`.")] = "todre",
+    num_keep: Annotated[int, typer.Option(min=1, help="Visual tokens to keep.")] = 64,
+    out: Annotated[Path, typer.Option(help="Where to write the drawing.")] = Path("kept.png"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or name of a model.", show_default="the embedded model"),
+    ] = None,
+) -> None:
+    """Draw which patches of a picture a model still sees."""
+    from visprune.eval.show import show as draw
+
+    draw(picture, question=question, method=method, num_keep=num_keep, out=out, model=model)
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods, one line each."""
+    from visprune.catalog import methods as registry
+
+    _print_registry(registry)
+
+
+@app.command()
+def models() -> None:
+    """List the model families that can be pruned, one line each."""
+    from visprune.catalog import adapters
+
+    _print_registry(adapters)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="prefill, decode, or the name of a kernel.")],
+) -> None:
+    """Measure speed, once the results agree. Options after NAME go to that benchmark."""
+    found = _benchmarks()
+    if name not in found:
+        raise ConfigError(
+            f"Unknown benchmark {name!r}.{did_you_mean(name, found)} Known: {', '.join(found)}."
+        )
+    sys.argv = [f"visprune bench {name}", *context.args]
+    importlib.import_module(found[name]).main()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe, such as configs/train/NAME.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and weights.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE in place of the recipe's; repeat.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train by a recipe."""
+    from visprune.train import train as run_training
+
+    run_training(config, out, overrides=_overrides(override or []), resume=resume)
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    """Return ``["decoder.steps=100"]`` as ``{"decoder.steps": 100}``, values read as YAML."""
+    import yaml
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}; such as decoder.steps=100.")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {pair!r}: the value is not YAML ({error}).") from error
+    return values
+
+
+def _benchmarks() -> dict[str, str]:
+    """Return benchmark name to module: ``eval/bench_NAME.py`` and ``kernels/NAME/bench.py``."""
+    root = Path(__file__).parent
+    ours = {
+        path.stem.removeprefix("bench_"): f"visprune.eval.{path.stem}"
+        for path in sorted(root.glob("eval/bench_*.py"))
+    }
+    kernels = {
+        path.parent.name: f"visprune.kernels.{path.parent.name}.bench"
+        for path in sorted(root.glob("kernels/*/bench.py"))
+    }
+    return ours | kernels
+
+
+def _print_registry(registry: Registry) -> None:
+    """Print each name and the first line of its docstring, one line each."""
+    width = max((len(name) for name in registry), default=0)
+    console = Console(highlight=False)
+    for name in registry:
+        summary = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+        row = Text(f"{name:<{width}}  {summary}")
+        if console.is_terminal:  # a pipe gets the whole line
+            row.truncate(console.width, overflow="ellipsis")
+        console.print(row, soft_wrap=True)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of names: what each stands for is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Any
+
+from visprune.errors import ConfigError, did_you_mean
+
+
+class Registry:
+    """A frozen table from names to lazily imported objects.
+
+    Rows are strings, ``"package.module:Attribute"``, so that listing the names imports nothing.
+    Other packages add rows through an entry-point group; they cannot replace one of ours.
+
+    Args:
+        kind: What the rows are, in the singular, for messages (``"method"``).
+        table: Name to ``"package.module:Attribute"``; copied, so later changes do not reach it.
+        group: Entry-point group that other packages add rows through (``"visprune.methods"``).
+
+    Raises:
+        ConfigError: A row of ``table`` is not of the form ``"package.module:Attribute"``.
+    """
+
+    def __init__(self, kind: str, table: Mapping[str, str], *, group: str | None = None) -> None:
+        self.kind = kind
+        self.group = group
+        for name, target in table.items():
+            _check_target(kind, name, target)
+        self._table: Mapping[str, str] = MappingProxyType(dict(table))
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind!r}, {list(self.names())})"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names: ours in the table's order, then those of other packages, sorted.
+
+        Raises:
+            ConfigError: Two packages claim one name.
+        """
+        return tuple(self._rows())
+
+    def get(self, name: str) -> Any:
+        """Import and return what ``name`` stands for.
+
+        Raises:
+            ConfigError: The name is unknown (the message lists those that are known), or the row
+                points at an attribute that its module does not have.
+        """
+        rows = self._rows()
+        if name not in rows:
+            raise ConfigError(
+                f"Unknown {self.kind} {name!r}.{did_you_mean(name, rows)} "
+                f"Known: {', '.join(rows) or 'none'}."
+            )
+        return _load(self.kind, name, rows[name])
+
+    def _rows(self) -> dict[str, str]:
+        """Return the table and, after it, the rows of installed packages."""
+        rows = dict(self._table)
+        if self.group is None:
+            return rows
+        for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
+            # One distribution can be seen twice: an editable install and its built metadata.
+            if rows.get(point.name) == point.value:
+                continue
+            if point.name in rows:
+                raise ConfigError(
+                    f"Two packages define the {self.kind} {point.name!r}: {rows[point.name]} and "
+                    f"{point.value} ({_owner(point)}, entry-point group {self.group!r}). "
+                    f"Rename the row of {_owner(point)}, or uninstall it."
+                )
+            _check_target(self.kind, point.name, point.value)
+            rows[point.name] = point.value
+        return rows
+
+
+def _owner(point: EntryPoint) -> str:
+    """Return the name of the distribution that an entry point came with."""
+    return point.dist.name if point.dist is not None else "an unknown package"
+
+
+def _check_target(kind: str, name: str, target: str) -> None:
+    """Raise ``ConfigError`` unless ``target`` reads ``"package.module:Attribute"``."""
+    module, _, attribute = target.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise ConfigError(
+            f"The {kind} {name!r} points at {target!r}; write it as 'package.module:Attribute'."
+        )
+
+
+def _load(kind: str, name: str, target: str) -> Any:
+    """Import ``"package.module:Attribute"``; errors of the import itself pass through."""
+    module_name, _, attribute = target.partition(":")
+    module = importlib.import_module(module_name)
+    if not hasattr(module, attribute):
+        raise ConfigError(
+            f"The {kind} {name!r} points at {target!r}, but {module_name} has no {attribute!r}."
+            f"{did_you_mean(attribute, vars(module))}"
+        )
+    return getattr(module, attribute)
