@@ -46,7 +46,8 @@ class Budget:
         if self.num_keep is not None and self.num_keep < 1:
             raise BudgetError(f"num_keep must be at least 1, got {self.num_keep}.")
         ratio = self.keep_ratio
-        if ratio is not None and not (isinstance(ratio, int | float) and 0.0 < ratio <= 1.0):
+        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if ratio is not None and not (number and 0.0 < ratio <= 1.0):
             raise BudgetError(
                 f"keep_ratio is the fraction of tokens that stays, in (0, 1]; got {ratio!r}. "
                 f"To keep a number of tokens, use num_keep."

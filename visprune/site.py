@@ -56,7 +56,7 @@ class Site:
             if not 0.0 < layer < 1.0:
                 raise ConfigError(f"A fractional layer lies between 0 and 1, got {layer}.")
             # 1e-9: 0.29 * 100 is 28.999999999999996 in binary and means layer 29.
-            return max(1, math.floor(layer * num_layers + 1e-9))
+            return min(num_layers - 1, max(1, math.floor(layer * num_layers + 1e-9)))
         layer = int(layer)
         if not 0 <= layer < num_layers:
             raise ConfigError(

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Custom ops ``visprune::attention_rows`` and ``visprune::column_sums``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import torch_impl
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads this when it is imported, so a later change would not reach it either.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def why_not(q: Tensor, k: Tensor, *others: Tensor | None) -> list[str]:
+    """Reasons why the Triton kernel cannot run on these inputs; empty if it can."""
+    reasons = []
+    if not HAS_TRITON:
+        reasons.append("triton is not installed")
+    if q.device.type != "cuda" and not INTERPRET:
+        reasons.append(f"q is on {q.device.type}, Triton needs a CUDA device")
+    if any(t is not None and t.device != q.device for t in (k, *others)):
+        reasons.append("the tensors are on different devices")
+    if q.dtype not in DTYPES or k.dtype != q.dtype:
+        reasons.append(
+            f"q is {q.dtype} and k is {k.dtype}, "
+            "the kernel takes both as float32, bfloat16 or float16"
+        )
+    if q.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
+    return reasons
+
+
+@torch.library.custom_op("visprune::attention_rows", mutates_args=())
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    row_pos: Tensor | None,
+    reduce: str,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    """``q`` [B, H, R, d], ``k`` [B, Hkv, N, d] -> fp32 [B, H, R, N], or [B, R, N] if reduced."""
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.attention_rows(q, k, scale, mask, row_pos, reduce, softcap)
+    return torch_impl.attention_rows(q, k, scale, mask, row_pos, reduce, softcap)
+
+
+@torch.library.custom_op("visprune::column_sums", mutates_args=())
+def column_sums(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    row_weight: Tensor | None,
+    reduce: str,
+    block: int,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    """Attention each key receives -> fp32 [B, N], or [B, H, N] for ``reduce="none"``."""
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl.column_sums(q, k, scale, mask, causal, row_weight, reduce, softcap)
+    args = (q, k, scale, mask, causal, row_weight, reduce, block, softcap)
+    return torch_impl.column_sums(*args)
+
+
+def _out_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@attention_rows.register_fake
+def _(q: Tensor, k: Tensor, scale: float, mask: Any, row_pos: Any, reduce: str, *_: Any) -> Tensor:
+    b, h, r, _d = q.shape
+    shape = (b, h, r, k.shape[2]) if reduce == "none" else (b, r, k.shape[2])
+    return q.new_empty(shape, dtype=_out_dtype(q))
+
+
+@column_sums.register_fake
+def _(
+    q: Tensor, k: Tensor, scale: float, mask: Any, causal: bool, w: Any, reduce: str, *_: Any
+) -> Tensor:
+    shape = (len(q), q.shape[1], k.shape[2]) if reduce == "none" else (len(q), k.shape[2])
+    return q.new_empty(shape, dtype=_out_dtype(q))
+
+
+def _score_grads(
+    p: Tensor, grad_p: Tensor, q: Tensor, k: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """From probabilities and their gradient [B, H, R, N] to the gradients of q and k."""
+    b, h, r, d = q.shape
+    kv, n = k.shape[1], k.shape[2]
+    grad = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
+    if softcap:
+        grad = grad * (1 - torch.tanh((torch_impl.logits(q, k, scale, 0.0)) / softcap).square())
+    grad = (grad * scale).reshape(b, kv, h // kv * r, n)
+    grad_q = (grad @ k).reshape(q.shape)
+    grad_k = grad.transpose(2, 3) @ q.reshape(b, kv, h // kv * r, d)
+    return grad_q, grad_k
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, ctx.scale, mask, row_pos, ctx.reduce, ctx.softcap, _ = inputs
+    ctx.save_for_backward(q, k, mask, row_pos)
+
+
+def _backward_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Recompute the few rows; a head maximum sends its gradient evenly to the heads that tie."""
+    q, k, mask, row_pos = ctx.saved_tensors
+    qw, kw = torch_impl.wide(q), torch_impl.wide(k)
+    if 0 in (*q.shape[:3], k.shape[2]):
+        return (torch.zeros_like(q), torch.zeros_like(k), *[None] * 6)
+    s = torch_impl.logits(qw, kw, ctx.scale, ctx.softcap)
+    p = torch_impl.probabilities(s, mask, row_pos)
+    if ctx.reduce == "max":
+        top = (p == p.amax(1, keepdim=True)).to(p.dtype)
+        grad = grad[:, None] * top / top.sum(1, keepdim=True)
+    elif ctx.reduce != "none":
+        grad = grad[:, None] / (q.shape[1] if ctx.reduce == "mean" else 1)
+    grad_q, grad_k = _score_grads(p, grad, qw, kw, ctx.scale, ctx.softcap)
+    return (grad_q.to(q.dtype), grad_k.to(k.dtype), *[None] * 6)
+
+
+def _setup_columns(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, ctx.scale, mask, ctx.causal, weight, ctx.reduce, ctx.block, ctx.softcap, _ = inputs
+    ctx.save_for_backward(q, k, mask, weight)
+
+
+def _backward_columns(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Blocks of rows again: every row of a block sees the same gradient, times its weight."""
+    q, k, mask, weight = ctx.saved_tensors
+    qw, kw = torch_impl.wide(q), torch_impl.wide(k)
+    rows, n = q.shape[2], k.shape[2]
+    if ctx.reduce != "none":
+        grad = (grad / (q.shape[1] if ctx.reduce == "mean" else 1))[:, None]
+    parts, grad_k = [], torch.zeros_like(kw)
+    for start in range(0, rows if n and len(q) else 0, ctx.block):
+        stop = min(start + ctx.block, rows)
+        args = (qw, kw, ctx.scale, mask, ctx.causal, ctx.softcap, start, stop, n)
+        p = torch_impl.block_probabilities(*args)
+        grad_p = grad[:, :, None, :]
+        if weight is not None:
+            grad_p = grad_p * weight[:, None, start:stop, None].to(p.dtype)
+        part_q, part_k = _score_grads(p, grad_p, qw[:, :, start:stop], kw, ctx.scale, ctx.softcap)
+        parts.append(part_q)
+        grad_k = grad_k + part_k
+    grad_q = torch.cat(parts, 2) if parts else torch.zeros_like(qw)
+    return (grad_q.to(q.dtype), grad_k.to(k.dtype), *[None] * 8)
+
+
+attention_rows.register_autograd(_backward_rows, setup_context=_setup_rows)
+column_sums.register_autograd(_backward_columns, setup_context=_setup_columns)
+
+
+@register_flop_formula(torch.ops.visprune.attention_rows)
+def attention_rows_flops(q_shape: Any, k_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Scores only (2 d per query, head and key), as the counter prices matrix products."""
+    b, h, r, d = q_shape
+    return int(2 * b * h * r * k_shape[2] * d)
+
+
+@register_flop_formula(torch.ops.visprune.column_sums)
+def column_sums_flops(
+    q_shape: Any, k_shape: Any, scale: Any, mask: Any, causal: bool, *args: Any, **kwargs: Any
+) -> int:
+    """Scores of all rows; with ``causal`` only of the keys that a row may see."""
+    b, h, r, d = q_shape
+    n = k_shape[2]
+    full = min(r, n)
+    pairs = full * (full + 1) // 2 + full * (n - full) if causal else r * n
+    return int(2 * b * h * pairs * d)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Side-by-side timing: the contestants take turns, so that a busy machine slows all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with ``count`` CPU threads, then restore."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    warmup: int = 1,
+    clock: str = "wall",
+) -> dict[str, list[float]]:
+    """Milliseconds of every round for every contestant, in turns.
+
+    On a CUDA machine each call is waited for. ``clock="cpu"`` counts the processor time of this
+    thread: with one thread it is the work done, whatever else the machine is busy with.
+    """
+    now = time.perf_counter if clock == "wall" else time.thread_time
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmup + rounds):
+        for name, call in contestants.items():
+            wait()
+            start = now()
+            call()
+            wait()
+            if turn >= warmup:
+                times[name].append((now() - start) * 1e3)
+    return times
+
+
+def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
+    """Median milliseconds and the median of the per-round ratio baseline / contestant."""
+    out = {}
+    for name, values in times.items():
+        ratios = [b / v for b, v in zip(times[baseline], values, strict=True)]
+        out[name] = {"ms": statistics.median(values), "ratio": statistics.median(ratios)}
+    return out
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """A Markdown table of dictionaries with equal keys."""
+    if not rows:
+        return ""
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One test over every kernel folder and every case of its ``cases.py``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from visprune.kernels.common.spec import Case, Inputs, cast, errors
+
+FOLDER = Path(__file__).parents[2] / "kernels"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/cases.py"))
+MODULES = {name: importlib.import_module(f"visprune.kernels.{name}.cases") for name in NAMES}
+# A folder written for this test holds `Case`s; others bring a test file of their own.
+CASES = {
+    f"{name}-{case.name}": case
+    for name in NAMES
+    for case in getattr(MODULES[name], "CASES", ())
+    if isinstance(case, Case)
+}
+EXACT = {key: case for key, case in CASES.items() if case.exact}
+SMOOTH = {key: case for key, case in CASES.items() if not case.exact}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def by_id(cases: dict[str, Case]) -> Any:
+    return pytest.mark.parametrize("case", [pytest.param(c, id=key) for key, c in cases.items()])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN (integers: the largest), and nothing random is allowed."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.isnan(torch.empty(3)).all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def twisted(inputs: Inputs) -> Inputs:
+    """The same values in non-contiguous memory."""
+    out = dict(inputs)
+    for key, value in inputs.items():
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            wide = torch.stack((value, torch.zeros_like(value)), -1)
+            out[key] = wide.mT.contiguous().mT[..., 0]
+    return out
+
+
+def run(case: Case, inputs: Inputs, backend: str = "torch") -> tuple[Tensor, dict[str, Tensor]]:
+    """Result and gradients of a fixed random projection of it."""
+    leaves = {
+        name: inputs[name].detach().clone().requires_grad_()
+        for name in case.grads
+        if inputs[name] is not None
+    }
+    call = {**inputs, **leaves}
+    out = case.reference(**call) if backend == "reference" else case.op(**call, backend=backend)
+    if not leaves:
+        return out, {}
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * noise.to(out.dtype)).sum(), list(leaves.values()))
+    return out.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def check_errors(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The 2x rule: error against fp64 at most twice that of the plain code in the same dtype."""
+    inputs = case.inputs(dtype)
+    truth, truth_grads = run(case, cast(inputs, torch.float64), "reference")
+    plain, plain_grads = run(case, inputs, "reference")
+    got, got_grads = run(case, inputs, backend)
+    eps = torch.finfo(dtype).eps
+    pairs = [("out", truth, plain, got)]
+    pairs += [(n, truth_grads[n], plain_grads[n], got_grads[n]) for n in truth_grads]
+    for name, t, p, g in pairs:
+        assert g.shape == t.shape, name
+        floor = eps * max(1.0, float(t.abs().max()) if t.numel() else 0.0)
+        for ours, allowed in zip(errors(g, t), errors(p, t), strict=True):
+            assert ours <= 2 * allowed + floor, (name, ours, allowed)
+
+
+def test_every_folder_with_cases_is_covered() -> None:
+    assert {"greedy_diverse", "attention_rows", "reduce_tokens"} <= set(NAMES)
+    assert {key.split("-")[0] for key in CASES} >= {"greedy_diverse", "attention_rows"}
+
+
+@by_id(SMOOTH)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_error_is_at_most_twice_that_of_plain_code(case: Case, dtype: torch.dtype) -> None:
+    check_errors(case, dtype, "torch")
+
+
+@by_id(EXACT)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_integer_results_equal_the_fp64_reference(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    truth = case.reference(**cast(inputs, torch.float64))
+    assert torch.equal(case.op(**inputs, backend="torch"), truth)
+
+
+@by_id(CASES)
+@pytest.mark.usefixtures("poisoned")
+def test_poisoned_memory_strides_and_repetition_change_nothing(case: Case) -> None:
+    inputs = case.inputs()
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
+    first, first_grads = run(case, inputs)
+    again, again_grads = run(case, inputs)
+    assert torch.equal(first, again)
+    assert not first.isnan().any()
+    for name, grad in first_grads.items():
+        assert torch.equal(grad, again_grads[name])
+        assert not grad.isnan().any()
+    assert all(torch.equal(inputs[k], v) for k, v in before.items()), "an input was written to"
+    bent, _ = run(case, twisted(inputs))
+    if case.exact:
+        assert torch.equal(bent, first)
+    else:
+        torch.testing.assert_close(bent, first, rtol=1e-5, atol=1e-6)
+
+
+@by_id(SMOOTH)
+def test_gradcheck(case: Case) -> None:
+    inputs = case.inputs(torch.float64)
+    names = [n for n in case.grads if inputs[n] is not None]
+    leaves = [inputs[n].requires_grad_() for n in names]
+
+    def call(*values: Tensor) -> Tensor:
+        return case.op(**{**inputs, **dict(zip(names, values, strict=True))}, backend="torch")
+
+    if sum(leaf.numel() for leaf in leaves):
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+OPCHECKED = (
+    "greedy_diverse-k_center_ragged",
+    "greedy_diverse-dpp",
+    "attention_rows-rows_gqa_mean",
+    "attention_rows-columns_causal",
+    "reduce_tokens-pairs",
+    "reduce_tokens-gather",
+    "reduce_tokens-match_class",
+)
+
+
+@pytest.mark.parametrize("key", OPCHECKED)
+def test_opcheck(key: str) -> None:
+    case = CASES[key]
+    inputs = case.inputs()
+    for name in case.grads:
+        inputs[name].requires_grad_()
+    torch.library.opcheck(case.op, (), {**inputs, "backend": "torch"})
+
+
+NO_WORK = {
+    *("keep_none", "no_tokens", "no_images", "no_entries", "gather", "match_none"),
+    *("rows_no_rows", "rows_no_keys", "columns_no_rows"),
+}
+
+
+@by_id(CASES)
+def test_flops_are_counted_and_fake_shapes_agree(case: Case) -> None:
+    inputs = case.inputs()
+    with FlopCounterMode(display=False) as counter:
+        real = case.op(**inputs, backend="torch")
+    assert (counter.get_total_flops() > 0) == (case.name not in NO_WORK)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake_in = {
+            k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in inputs.items()
+        }
+        fake = case.op(**fake_in, backend="torch")
+    assert fake.shape == real.shape
+    assert fake.dtype == real.dtype
+
+
+def test_the_triton_source_runs_in_the_interpreter() -> None:
+    """Every small case through the real Triton code; the variable is read at import."""
+    script = Path(__file__).with_name("interpreter_run.py")
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    expected = sum(case.triton for case in CASES.values())
+    assert f"{expected} cases, 0 failures" in done.stdout

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor operators of token pruning: checked input, one choice of backend, then a custom op.
+
+Every operator takes ``backend``: ``"auto"`` (Triton for CUDA tensors where it can run, else
+PyTorch), ``"triton"`` (raises :class:`visprune.errors.UnsupportedKernel` with the reasons where
+it cannot) or ``"torch"``. Shapes: B images or sequences, N tokens, D features, H heads, R query
+rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`` and are counted
+by ``torch.utils.flop_counter``.
+"""
+
+from visprune.ops_reduce import (
+    bipartite_match,
+    gather_tokens,
+    merge_tokens,
+    reduce_tokens,
+    unmerge_tokens,
+)
+from visprune.ops_rows import attention_rows, column_sums
+from visprune.ops_select import greedy_diverse
+
+__all__ = [
+    "attention_rows",
+    "bipartite_match",
+    "column_sums",
+    "gather_tokens",
+    "greedy_diverse",
+    "merge_tokens",
+    "reduce_tokens",
+    "unmerge_tokens",
+]

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input checks and the choice of a backend, shared by the operators of ``visprune.ops``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from visprune.errors import ConfigError, UnsupportedKernel, did_you_mean
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def choose(name: str, backend: str, device: torch.device, why_not: Callable[[], list[str]]) -> str:
+    """Turn ``backend`` into ``"torch"`` or ``"triton"``; refuse a forced impossible one."""
+    one_of(f"{name}: backend", backend, BACKENDS)
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
+    reasons = why_not()
+    if backend == "triton" and reasons:
+        raise UnsupportedKernel(
+            f"{name}: backend='triton' cannot run here: {'; '.join(reasons)}. "
+            "Use backend='auto' or 'torch'."
+        )
+    return "torch" if reasons else "triton"
+
+
+def one_of(what: str, got: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a name that is not allowed, with the nearest one."""
+    if got not in allowed:
+        hint = did_you_mean(str(got), allowed)
+        raise ConfigError(f"{what} must be one of {', '.join(allowed)}; got {got!r}.{hint}")
+
+
+def floating(name: str, **tensors: Tensor) -> None:
+    """Refuse integer tensors."""
+    for key, t in tensors.items():
+        if not t.is_floating_point():
+            raise ConfigError(f"{name}: {key} must be a floating-point tensor; got {t.dtype}.")
+
+
+def shape(name: str, key: str, t: Tensor | None, want: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape; None passes."""
+    if t is not None and tuple(t.shape) != want:
+        raise ConfigError(f"{name}: {key} must have shape {list(want)}; got {list(t.shape)}.")
