@@ -14,9 +14,9 @@ from visprune.backbones.vlm.cache import Owner, check_cache
 from visprune.backbones.vlm.probe import capture, watch
 from visprune.backbones.vlm.tap import EncoderTap, pictures_of
 from visprune.budget import Stage
-from visprune.catalog import adapters, get_method, list_models
+from visprune.catalog import find_adapter, get_method
 from visprune.cost import Causal, Cost
-from visprune.errors import ConfigError, UnsupportedModel
+from visprune.errors import ConfigError
 from visprune.forward import Forward
 from visprune.method import PruningMethod
 from visprune.outputs import OutputHooks
@@ -31,48 +31,6 @@ from visprune.stages import (
 from visprune.trace import Trace
 
 _FORWARD = "visprune_forward"
-
-
-def unwrap(model: Any) -> Any:
-    """Return the transformers model inside PEFT, DataParallel or compile wrappers."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def find_adapter(model: Any) -> VLMAdapter:
-    """Return the adapter of ``model``.
-
-    Raises:
-        UnsupportedModel: it is not a vision-language model with an adapter; says which have one.
-    """
-    inner = unwrap(model)
-    have = f"Families with an adapter: {', '.join(list_models())}."
-    if not isinstance(inner, nn.Module):
-        raise UnsupportedModel(f"prune takes a model, got {type(model).__name__}. {have}")
-    config = getattr(inner, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind is None:
-        raise UnsupportedModel(
-            f"{type(inner).__name__} is not a transformers vision-language model. {have}"
-        )
-    if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
-        return adapters.get(kind)(inner)
-    if getattr(config, "vision_config", None) is None:
-        raise UnsupportedModel(
-            f"{type(inner).__name__} ({kind}) is a text-only model: there are no visual tokens to "
-            f"prune. {have}"
-        )
-    raise UnsupportedModel(
-        f"{type(inner).__name__} ({kind}) has no adapter, or is not the "
-        f"...ForConditionalGeneration class. {have}"
-    )
 
 
 def prune(model: Any, method: str | PruningMethod, **params: Any) -> Run:
@@ -253,19 +211,19 @@ class Run:
         if fwd is None:
             return args, kwargs
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if number not in fwd.entered:
-            self._enter_layer(number, layer, fwd, hidden, kwargs)
-        # Older transformers run hooks again when gradient checkpointing recomputes a layer: it is
-        # then given what it was given the first time.
-        entered = fwd.entered[number]
-        for step in entered.steps:
-            hidden = step(hidden)
-        return (hidden, *args), {**kwargs, **entered.changed}
+        if number in fwd.entered:
+            # Older transformers run hooks again when gradient checkpointing recomputes a layer: it
+            # is then given what it was given the first time.
+            for step in fwd.entered[number].steps:
+                hidden = step(hidden)
+        else:
+            hidden = self._enter_layer(number, layer, fwd, hidden, kwargs)
+        return (hidden, *args), {**kwargs, **fwd.entered[number].changed}
 
     def _enter_layer(
         self, number: int, layer: nn.Module, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """Run the stages of a layer, and settle what it is given."""
+    ) -> Tensor:
+        """Run the stages of a layer, and settle what it is given; returns its hidden states."""
         given = kwargs["position_embeddings"]
         steps: list[Step] = []
         for order, stage in self.plan.decoder_stages.get(number, ()) if fwd.images else ():
@@ -280,6 +238,7 @@ class Run:
             changed["attention_mask"] = fwd.layer_mask(number, hidden)
             changed["position_embeddings"] = fwd.rotary(number, hidden, given)
         fwd.enter(number, steps, changed)
+        return hidden
 
     def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> Step:
         if stage.budget is None:

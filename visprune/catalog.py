@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from visprune.backbones.vlm import TABLE as ADAPTERS
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import PruningMethod
 from visprune.methods import TABLE as METHODS
 from visprune.registry import Registry
@@ -43,3 +45,45 @@ def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
             f"Names: {', '.join(list_methods())}."
         )
     return methods.get(method).from_params(**params)
+
+
+def unwrap(model: Any) -> Any:
+    """Return the transformers model inside PEFT, DataParallel or compile wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def find_adapter(model: Any) -> Any:
+    """Return the adapter (a ``VLMAdapter``) of ``model``.
+
+    Raises:
+        UnsupportedModel: it is not a vision-language model with an adapter; says which have one.
+    """
+    inner = unwrap(model)
+    have = f"Families with an adapter: {', '.join(list_models())}."
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedModel(f"prune takes a model, got {type(model).__name__}. {have}")
+    config = getattr(inner, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind is None:
+        raise UnsupportedModel(
+            f"{type(inner).__name__} is not a transformers vision-language model. {have}"
+        )
+    if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
+        return adapters.get(kind)(inner)
+    if getattr(config, "vision_config", None) is None:
+        raise UnsupportedModel(
+            f"{type(inner).__name__} ({kind}) is a text-only model: there are no visual tokens to "
+            f"prune. {have}"
+        )
+    raise UnsupportedModel(
+        f"{type(inner).__name__} ({kind}) has no adapter, or is not the "
+        f"...ForConditionalGeneration class. {have}"
+    )

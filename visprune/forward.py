@@ -4,67 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
-from visprune.backbones.vlm.cache import Ledger, Owner, SlotLayer, ledger_of, stored_length
+from visprune.backbones.vlm.cache import (
+    Ledger,
+    Owner,
+    SlotLayer,
+    adopt,
+    ledger_of,
+    stored_length,
+)
 from visprune.backbones.vlm.masks import gather_mask, slot_mask
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.forward_parts import Entered, ImageState
 from visprune.slots import SlotTable, assemble, gather_sequence
 from visprune.trace import Trace
-
-
-@dataclass
-class ImageState:
-    """One image on its way through the layers.
-
-    Attributes:
-        layout: where it was in the input.
-        tokens: its surviving tokens, as indices within the image, ``[K]``.
-        slots: where they are in the current table, ``[K]``.
-        fixed: where its protected tokens are, ``[F]``.
-        size: patches that each survivor stands for, ``[K]``.
-        withdrawn: whether a withdrawal took all its tokens.
-    """
-
-    layout: ImageLayout
-    tokens: Tensor
-    slots: Tensor
-    fixed: Tensor
-    size: Tensor
-    withdrawn: bool = False
-
-    @classmethod
-    def start(cls, layout: ImageLayout) -> ImageState:
-        """All tokens in their places."""
-        is_free = layout.picture.free.to(layout.positions.device)
-        free = layout.positions[is_free]
-        return cls(
-            layout=layout,
-            tokens=torch.arange(len(free), device=free.device),
-            slots=free,
-            fixed=layout.positions[~is_free],
-            size=torch.ones(len(free), device=free.device),
-        )
-
-
-@dataclass
-class Entered:
-    """What one decoder layer was given, so that a recomputation can be given the same.
-
-    Attributes:
-        table: the slots that the layer works on.
-        steps: how its stages shortened the hidden states.
-        changed: keyword arguments that replace the model's own.
-    """
-
-    table: SlotTable
-    steps: list[Callable[[Tensor], Tensor]]
-    changed: dict[str, Any]
 
 
 class Forward:
@@ -332,7 +290,7 @@ class Forward:
         if cache is not None and (
             self.images or any(isinstance(x, SlotLayer) for x in cache.layers)
         ):
-            self._adopt(cache)
+            adopt(cache, self._next_ledger)
         if not self.images:
             return None
         trace = self.trace
@@ -353,26 +311,15 @@ class Forward:
             trace.grids.append(image.layout.picture.grids)
         return trace
 
-    def _adopt(self, cache: Any) -> None:
-        made: dict[Any, Ledger] = {}
-        for number, entry in enumerate(cache.layers):
-            table = self.entered[number].table if number in self.entered else self.table
-            old = self.ledger(number)
-            key = (old, table)
-            if key not in made:
-                made[key] = self._next_ledger(old, table)
-            if isinstance(entry, SlotLayer):
-                entry.ledger = made[key]
-            elif entry.keys is not None:
-                cache.layers[number] = SlotLayer(entry.keys, entry.values, made[key])
-
-    def _next_ledger(self, old: Ledger | None, table: SlotTable) -> Ledger:
-        if old is None:
-            empty = table.index[:, :0]
-            zero = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-            old = Ledger(self.owner, 0, empty, table.valid[:, :0], False, zero)
-        shift = old.shift
-        if table.shortened or table.padded:
-            dropped = self.first_valid.sum(1) - table.valid.sum(1)
-            shift = shift + dropped.to(shift.device)
-        return old.appended(table, shift)
+    def _next_ledger(self, layer: int) -> Ledger:
+        """What the cache of ``layer`` holds after this forward."""
+        table = self.entered[layer].table if layer in self.entered else self.table
+        old = self.ledger(layer)
+        key = ("next", old, table)
+        if key not in self._memo:
+            lost = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+            if table.shortened or table.padded:
+                lost = self.first_valid.sum(1) - table.valid.sum(1)
+            start = old or Ledger.empty(self.owner, table)
+            self._memo[key] = start.appended(table, start.shift + lost.to(start.shift.device))
+        return self._memo[key]

@@ -56,6 +56,17 @@ class Context:
     vision_keys: Tensor | None = None
     fingerprints: tuple[int, ...] = field(default_factory=tuple)
 
+    def shown(self, name: str) -> Tensor:
+        """Return a signal that the stage asked for.
+
+        Raises:
+            ConfigError: the stage's ``Needs`` do not name it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ConfigError(f"The stage was not shown {name!r}; ask for it in its Needs.")
+        return value
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruningMethod:

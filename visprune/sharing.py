@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.apply import find_adapter
 from visprune.backbones.vlm.tap import EncoderTap, encoder_output
+from visprune.catalog import find_adapter
 from visprune.errors import ConfigError
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from visprune import ops
 from visprune.backbones.vlm.cache import stored_length
 from visprune.budget import Budget, Stage
-from visprune.forward import Forward, ImageState
+from visprune.forward import Forward
+from visprune.forward_parts import ImageState
 from visprune.method import Context, PruningMethod
 from visprune.selection import Selection
 from visprune.slots import gather_sequence

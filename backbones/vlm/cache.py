@@ -53,6 +53,12 @@ class Ledger:
         shift = torch.zeros(batch, dtype=torch.long, device=device)
         return cls(owner, length, table.index, table.valid, table.padded, shift)
 
+    @classmethod
+    def empty(cls, owner: Owner, like: SlotTable) -> Ledger:
+        """The ledger of a cache that nothing was written to."""
+        zero = torch.zeros(len(like.index), dtype=torch.long, device=like.index.device)
+        return cls(owner, 0, like.index[:, :0], like.valid[:, :0], False, zero)
+
     def appended(self, table: SlotTable, shift: Tensor) -> Ledger:
         """The ledger after a forward whose new slots are ``table``."""
         return Ledger(
@@ -150,8 +156,12 @@ class SlotLayer(DynamicLayer):
         raise ConfigError("A pruned cache cannot be reset in place; make a new DynamicCache.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``abs(tokens_to_remove)`` tokens, logically and physically."""
-        count = abs(int(tokens_to_remove))
+        """Remove the last ``-tokens_to_remove`` tokens, logically and physically.
+
+        A positive number is the length to be left, as transformers before 5.16 has it.
+        """
+        seen = self.ledger.seen
+        count = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         if count:
             self.ledger = self.ledger.cropped(count)
             self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
@@ -212,3 +222,12 @@ def ledger_of(cache: Cache | None, layer: int) -> Ledger | None:
         return None
     entry = cache.layers[layer]
     return entry.ledger if isinstance(entry, SlotLayer) else None
+
+
+def adopt(cache: Cache, ledger_for: Callable[[int], Ledger]) -> None:
+    """Give every layer of ``cache`` the ledger of what it now stores, in place."""
+    for number, entry in enumerate(cache.layers):
+        if isinstance(entry, SlotLayer):
+            entry.ledger = ledger_for(number)
+        elif entry.keys is not None:
+            cache.layers[number] = SlotLayer(entry.keys, entry.values, ledger_for(number))

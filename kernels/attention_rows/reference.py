@@ -44,7 +44,9 @@ def attention_rows(
     p = torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     if reduce == "none":
         return p
-    return {"mean": p.mean, "sum": p.sum, "max": p.amax}[reduce](1)
+    if reduce == "max":
+        return p.amax(1)
+    return p.mean(1) if reduce == "mean" else p.sum(1)
 
 
 def column_sums(

@@ -96,7 +96,7 @@ class ToDRE(PruningMethod):
 
     def withdraw(self, ctx: Context) -> Tensor:
         """Stage 2."""
-        return ctx.attention < self.tau
+        return ctx.shown("attention") < self.tau
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """All pairwise cosines, once (k_center), or one product per kept token (max_sum)."""

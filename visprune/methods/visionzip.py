@@ -68,7 +68,10 @@ class VisionZip(BudgetedMethod):
         contextual = round(keep * 10 / 64) if self.contextual is None else self.contextual
         contextual = min(contextual, keep - 1)
         return zip_tokens(
-            ctx.cls_attention.sum(dim=1), ctx.vision_keys, keep - contextual, contextual
+            ctx.shown("cls_attention").sum(dim=1),
+            ctx.shown("vision_keys"),
+            keep - contextual,
+            contextual,
         )
 
 
