@@ -21,13 +21,8 @@ from visprune.forward import Forward
 from visprune.method import PruningMethod
 from visprune.outputs import OutputHooks
 from visprune.plan import Plan, make_plan
-from visprune.stages import (
-    Step,
-    decoder_attention,
-    own_attention,
-    run_selection,
-    run_withdrawal,
-)
+from visprune.stages import Step, run_selection, run_withdrawal
+from visprune.stages_attention import decoder_attention, own_attention
 from visprune.trace import Trace
 
 _FORWARD = "visprune_forward"

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune import ops
-from visprune.backbones.vlm.cache import stored_length
 from visprune.budget import Budget, Stage
 from visprune.forward import Forward
 from visprune.forward_parts import ImageState
@@ -35,31 +33,21 @@ def run_selection(
         fwd: the forward, with the decoder attention that the stage needs.
         hidden: states of the current slots, ``[B, P, D]``.
     """
-    # Images of the same grid, count and budget are selected in one call.
-    groups: dict[Any, list[ImageState]] = {}
-    clamped: list[int] = []
     before = [len(image.tokens) for image in fwd.images]
-    for order, image in enumerate(fwd.images):
-        picture = image.layout.picture
-        total = len(picture.pos)
-        keep = budget.resolve(total, strict=method.strict)
-        if budget.num_keep is not None and budget.num_keep > total:
-            clamped.append(order)
-        keep = min(keep, len(image.tokens))
-        if image.withdrawn:
-            continue
-        key = (len(image.tokens), keep, picture.kind, total, picture.extent)
-        groups.setdefault(key, []).append(image)
+    groups, clamped = _groups(method, budget, fwd)
     chosen: list[tuple[ImageState, Selection]] = []
-    for (count, keep, kind, *_), group in groups.items():
-        tokens = _visual_tokens(group, hidden, kind)
-        ctx = _context(stage, number, keep, fwd, group)
-        selection = method.select(tokens, ctx)
-        fwd.trace.selection_macs += len(group) * method_macs(method, count, keep, hidden.shape[-1])
-        sizes = selection.sizes(tokens.size)
-        for place, image in enumerate(group):
-            chosen.append((image, _row(selection, place)))
-            image.size = sizes[place]
+    # What is chosen has no gradient; and what a checkpointed recomputation does not run again may
+    # save nothing for backward. Features are gathered and merged, with gradients, in the step.
+    with torch.no_grad():
+        for (count, keep, kind, *_), group in groups.items():
+            tokens = _visual_tokens(group, hidden, kind)
+            selection = method.select(tokens, _context(stage, number, keep, fwd, group))
+            spent = method_macs(method, count, keep, hidden.shape[-1])
+            fwd.trace.selection_macs += len(group) * spent
+            sizes = selection.sizes(tokens.size)
+            for place, image in enumerate(group):
+                chosen.append((image, _row(selection, place)))
+                image.size = sizes[place]
     step = _shorten(fwd, chosen)
     fwd.trace.stages.append(
         {
@@ -70,6 +58,30 @@ def run_selection(
         }
     )
     return step
+
+
+def _groups(
+    method: PruningMethod, budget: Budget, fwd: Forward
+) -> tuple[dict[Any, list[ImageState]], list[int]]:
+    """Images of the same grid, count and budget are selected in one call.
+
+    Returns:
+        The groups by (count, budget, kind, ...), and the numbers of the images whose budget was
+        clamped.
+    """
+    groups: dict[Any, list[ImageState]] = {}
+    clamped: list[int] = []
+    for order, image in enumerate(fwd.images):
+        picture = image.layout.picture
+        total = len(picture.pos)
+        keep = budget.resolve(total, strict=method.strict)
+        if budget.num_keep is not None and budget.num_keep > total:
+            clamped.append(order)
+        keep = min(keep, len(image.tokens))
+        if not image.withdrawn:
+            key = (len(image.tokens), keep, picture.kind, total, picture.extent)
+            groups.setdefault(key, []).append(image)
+    return groups, clamped
 
 
 def method_macs(method: PruningMethod, count: int, keep: int, width: int) -> int:
@@ -197,103 +209,3 @@ def run_withdrawal(method: PruningMethod, stage: Stage, number: int, fwd: Forwar
         {"site": str(stage.site), "before": before, "fired": fired, "share": evidence}
     )
     return lambda hidden: gather_sequence(hidden, rel, 1)
-
-
-def decoder_attention(
-    stage: Stage, fwd: Forward, layer: int
-) -> Callable[[Tensor, Tensor, float], None]:
-    """Make the callback that turns queries and keys of ``layer`` into what ``stage`` needs.
-
-    It leaves in ``fwd.attention``: ``[B, H, P]`` rows of the last query, or for ``text_queries``
-    the share of the text's attention that goes to visual tokens, ``[B]``.
-    """
-
-    @torch.no_grad()
-    def record(query: Tensor, key: Tensor, scale: float) -> None:
-        table = fwd.table
-        stored = key.shape[2] - table.num_slots
-        valid = fwd.visible(layer, table)
-        if stage.needs.attention == "last_query":
-            at = table.last_valid()[:, None]
-        else:
-            at = _text_queries(fwd)
-        place = at.clamp(min=0).to(query.device)
-        chosen = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        rows = query.gather(2, chosen)
-        mask = None if valid is None else valid[:, None, None].to(query.device)
-        if fwd.mask4d is not None:
-            own = fwd.cut(layer, table).to(query.device)
-            wanted = place[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
-            mask = own.gather(2, wanted)
-        attention = ops.attention_rows(
-            rows,
-            key,
-            scale=scale,
-            mask=mask,
-            query_idx=place + stored,
-            causal=True,
-        )  # [B, H, R, stored + P]
-        fwd.trace.selection_macs += (
-            rows.shape[0] * rows.shape[1] * rows.shape[2] * key.shape[2] * key.shape[3]
-        )
-        if stage.needs.attention == "last_query":
-            fwd.attention = attention[:, :, 0]
-        else:
-            fwd.attention = _visual_share(fwd, attention, at, stored)
-
-    return record
-
-
-def _text_queries(fwd: Forward) -> Tensor:
-    """Slots of the text after the first visual token, per sample, -1 in padding, ``[B, R]``."""
-    visual = torch.zeros_like(fwd.table.valid)
-    for image in fwd.images:
-        visual[image.layout.row, image.slots] = True
-        visual[image.layout.row, image.fixed] = True
-    text = fwd.table.valid & ~visual & (visual.long().cumsum(1) > 0)
-    width = max(1, int(text.sum(1).max()))
-    steps = torch.arange(text.shape[1], device=text.device)
-    return torch.where(text, steps, -1).topk(width, dim=1).values.flip(1)
-
-
-def _visual_share(fwd: Forward, attention: Tensor, at: Tensor, stored: int) -> Tensor:
-    visual = torch.zeros_like(fwd.table.valid)
-    for image in fwd.images:
-        visual[image.layout.row, image.slots] = True
-        visual[image.layout.row, image.fixed] = True
-    visual = visual.to(attention.device)
-    mass = (attention[..., stored:] * visual[:, None, None]).sum(-1).mean(1)  # [B, R]
-    real = (at >= 0).to(mass.device)
-    return (mass * real).sum(1) / real.sum(1).clamp(min=1)
-
-
-def own_attention(
-    stage: Stage,
-    fwd: Forward,
-    layer: int,
-    hidden: Tensor,
-    module: Any,
-    rotary: Any,
-    capture: Callable[..., None],
-) -> None:
-    """Read the attention that a layer is about to have, from its own projections."""
-    record = decoder_attention(stage, fwd, layer)
-
-    def with_cache(query: Tensor, key: Tensor, scale: float) -> None:
-        if fwd.cache is not None and stored_length(fwd.cache, layer):
-            key = torch.cat([fwd.cache.layers[layer].keys.to(key), key], dim=2)
-        record(query, key, scale)
-
-    with torch.no_grad():
-        capture(
-            module.self_attn,
-            with_cache,
-            hidden_states=module.input_layernorm(hidden),
-            attention_mask=None,
-            position_embeddings=rotary,
-            past_key_values=None,
-        )
-    config = fwd.adapter.text_config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
-    fwd.trace.selection_macs += hidden.shape[0] * hidden.shape[1] * config.hidden_size * width
