@@ -24,7 +24,8 @@ class PyramidDrop(BudgetedMethod):
     times as much as the one after it (with ``keep_ratio=0.125``: 50, 25 and 12.5 %, as published;
     counts are rounded down, as in the official code). Position ids close up
     (``positions="compact"``), as there. The official code takes one image per sample and pads on
-    the right only.
+    the right only; in training it averages the rows of all tokens that precede an answer, where
+    this class asks the last token always.
 
     Args:
         depths: where the stages are, as fractions of the depth (8, 16 and 24 of 32 layers).

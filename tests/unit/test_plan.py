@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A schedule is resolved and checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+import visprune
+from visprune.budget import Budget, Schedule, Stage
+from visprune.errors import ConfigError, UnsupportedModel
+from visprune.method import ModelSpec, PruningMethod
+from visprune.needs import Needs
+from visprune.plan import make_plan
+from visprune.site import Site
+
+LLAVA = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False)
+QWEN = ModelSpec(family="qwen2_vl", num_layers=28, has_cls=False, multi_axis_rope=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made(PruningMethod):
+    """A method with given stages."""
+
+    name: ClassVar[str] = "made"
+    stages: Schedule = ()
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        return self.stages
+
+
+HALF = Budget(keep_ratio=0.5)
+
+
+def test_stages_are_placed_in_order() -> None:
+    plan = make_plan(visprune.get_method("todre", num_keep=64), LLAVA)
+    assert [number for number, _ in plan.projector_stages] == [0]
+    numbers = {layer: [n for n, _ in found] for layer, found in plan.decoder_stages.items()}
+    assert numbers == {28: [1]}
+    assert list(plan.previous_attention) == [27]
+    assert plan.cls_layers == ["last"]
+    plan = make_plan(visprune.get_method("pyramiddrop", num_keep=64), QWEN)
+    assert list(plan.decoder_stages) == [7, 14, 21]
+    assert plan.previous_attention == {}  # it reads the layer's own projections
+
+
+def test_signals_are_asked_for_where_they_are() -> None:
+    plan = make_plan(visprune.get_method("visionzip", num_keep=64), LLAVA)
+    assert (plan.cls_layers, plan.vision_keys, plan.fingerprint) == (["feature"], True, False)
+    assert make_plan(visprune.get_method("random", num_keep=64), QWEN).fingerprint
+    # ToDRE takes the class token where there is one.
+    assert make_plan(visprune.get_method("todre", num_keep=64), QWEN).cls_layers == []
+    with pytest.raises(UnsupportedModel, match=r"visionzip .* class token.*qwen2_vl has none"):
+        make_plan(visprune.get_method("visionzip", num_keep=64), QWEN)
+
+
+@pytest.mark.parametrize(
+    ("rule", "spec", "want"),
+    [(None, LLAVA, "compact"), ("original", LLAVA, "original"), ("compact", LLAVA, "compact"),
+     (None, QWEN, "original"), ("original", QWEN, "original")],
+)  # fmt: skip
+def test_positions(rule: str | None, spec: ModelSpec, want: str) -> None:
+    method = visprune.get_method("divprune", num_keep=4, positions=rule)
+    assert make_plan(method, spec).positions == want
+
+
+def test_positions_that_a_model_cannot_have() -> None:
+    with pytest.raises(ConfigError, match=r"qwen2_vl gives tokens \(t, h, w\) places"):
+        make_plan(visprune.get_method("uniform", num_keep=4, positions="compact"), QWEN)
+
+
+@pytest.mark.parametrize("site", [Site.vision(3), Site.cache()])
+def test_sites_that_are_not_offered_yet(site: Site) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        make_plan(Made(stages=(Stage(site, HALF),)), LLAVA)
+    assert str(site) in str(caught.value)
+    assert "Sites: projector, decoder(layer)" in str(caught.value)
+
+
+def test_needs_that_cannot_be_met() -> None:
+    previous = Needs(attention="last_query")
+    with pytest.raises(ConfigError, match="not there yet at the projector"):
+        make_plan(Made(stages=(Stage(Site.projector(), HALF, previous),)), LLAVA)
+    with pytest.raises(ConfigError, match=r"layer 0 has none before it. Use layer 1 to 31"):
+        make_plan(Made(stages=(Stage(Site.decoder(0), HALF, previous),)), LLAVA)
+    twice = (Stage(Site.decoder(2), HALF, previous), Stage(Site.decoder(2), HALF, previous))
+    with pytest.raises(ConfigError, match="two stages read the attention of layer 1"):
+        make_plan(Made(stages=twice), LLAVA)
+    with pytest.raises(ConfigError, match="decoder layer 32 does not exist"):
+        make_plan(Made(stages=(Stage(Site.decoder(32), HALF),)), LLAVA)
+    own = Needs(attention="last_query", attention_layer="own")
+    plan = make_plan(Made(stages=(Stage(Site.decoder(0), HALF, own),)), LLAVA)
+    assert list(plan.decoder_stages) == [0]

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the method table: buildable, frozen, described, and the same again from its dict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+import visprune
+from visprune.errors import ConfigError
+from visprune.method import ModelSpec, PruningMethod
+
+METHODS = visprune.list_methods()
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "todre": [{"num_keep": 7, "objective": "max_sum", "tau": 0.3, "depth": 3}, {"stage1": False},
+              {"keep_ratio": 0.2, "stage2": False}],
+    "fastv": [{"keep_ratio": 0.3, "layer": 3}, {"num_keep": 7, "layer": 0.5}],
+    "pyramiddrop": [{"num_keep": 7, "depths": (0.5, 0.75), "factor": 0.25}],
+    "visionzip": [{"num_keep": 7, "contextual": 0}, {"keep_ratio": 0.5, "contextual": 3}],
+    "random": [{"num_keep": 7, "seed": 12}],
+    "keep_all": [{}],
+}  # fmt: skip
+CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"num_keep": 7}])]
+
+
+def plain(name: str) -> dict[str, Any]:
+    return {} if name == "keep_all" else {"num_keep": 16}
+
+
+def test_the_nine_methods() -> None:
+    papers = ["todre", "divprune", "fastv", "pyramiddrop", "visionzip"]
+    assert METHODS[:9] == [*papers, "keep_all", "random", "uniform", "pool"]
+
+
+@pytest.mark.parametrize(("name", "params"), CASES)
+def test_a_method_is_the_same_again_from_its_dict(name: str, params: dict[str, Any]) -> None:
+    built = visprune.get_method(name, **params, strict=True)
+    stored = json.loads(json.dumps(built.to_dict()))
+    assert stored["method"] == name
+    again = visprune.get_method(stored.pop("method"), **stored)
+    assert again == built
+    assert hash(again) == hash(built)
+    for key, value in params.items():
+        assert getattr(again, key) == value
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_frozen_and_named(name: str) -> None:
+    built = visprune.get_method(name, **plain(name))
+    assert isinstance(built, PruningMethod)
+    assert built.name == name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        built.strict = True  # type: ignore[misc]
+    assert visprune.get_method(built) is built
+    assert type(built).__doc__
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("layers", [8, 28, 32, 40])
+def test_schedules_go_down(name: str, layers: int) -> None:
+    spec = ModelSpec(family="llava", num_layers=layers, has_cls=True, multi_axis_rope=False)
+    stages = visprune.get_method(name, **plain(name)).schedule(spec)
+    assert stages
+    depths = [-1 if s.site.kind == "projector" else s.site.resolve(layers) for s in stages]
+    assert depths == sorted(set(depths))
+    kept = [s.budget.resolve(576) for s in stages if s.budget is not None]
+    assert kept == sorted(kept, reverse=True)
+    # The budget is what survives the last selection.
+    assert kept[-1] == (576 if name == "keep_all" else 16)
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "keep_all"])
+def test_a_wrong_name_says_which_is_meant(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean '{name}'"):
+        visprune.get_method(name[:-1], num_keep=4)
+    with pytest.raises(ConfigError, match=r"no parameter 'keep_ration'. Did you mean 'keep_ratio'"):
+        visprune.get_method(name, keep_ration=0.5)
+
+
+def test_a_method_on_a_shallow_model_merges_its_stages() -> None:
+    spec = ModelSpec(family="llava", num_layers=2, has_cls=True, multi_axis_rope=False)
+    stages = visprune.get_method("pyramiddrop", num_keep=16).schedule(spec)
+    assert [stage.site.resolve(2) for stage in stages] == [1]
+    assert stages[-1].budget.resolve(576) == 16
