@@ -20,8 +20,12 @@ from . import cases, op
 from .reference import unit_rows
 
 Row = dict[str, object]
+_ANEW = "+anew"
 RULES = {
     "k_center, farthest neighbour": ("k_center", "farthest_neighbor"),
+    # The rule above; the baseline takes the minimum over all kept rows anew in each step, as the
+    # published code does, instead of updating it.
+    "k_center, minimum taken anew": ("k_center", "farthest_neighbor" + _ANEW),
     "k_center, pivot given": ("k_center", "given"),
     "max_sum, pivot given": ("max_sum", "given"),
     "dpp, with relevance": ("dpp", "relevance"),
@@ -37,14 +41,18 @@ def baseline_one(x: Tensor, k: int, objective: str, rule: str, rel: Tensor | Non
         return _baseline_dpp(rel[:, None] * cos * rel, k)
     distance = 1 - cos
     pick = 0
-    if rule == "farthest_neighbor":
+    anew = rule.endswith(_ANEW)
+    if rule.removesuffix(_ANEW) == "farthest_neighbor":
         nearest = torch.topk(distance, 2, dim=0, largest=False).values[1]
         pick = int(nearest.argmax())
     order = torch.empty(k, dtype=torch.long)
     score = distance[pick].clone()
     for i in range(k):
         order[i] = pick
-        if objective == "k_center":
+        if anew:
+            score = distance.index_select(0, order[: i + 1]).amin(0)
+            score[order[: i + 1]] = -torch.inf
+        elif objective == "k_center":
             torch.minimum(score, distance[pick], out=score)
         elif i:
             score += distance[pick]
@@ -77,7 +85,7 @@ def _contestants(
     x: Tensor, k: int, objective: str, rule: str, rel: Tensor | None
 ) -> dict[str, Callable[[], Tensor]]:
     pivot = torch.zeros(len(x), dtype=torch.long, device=x.device) if rule == "given" else None
-    args = (x, None, k, objective, rule, pivot, rel, None)
+    args = (x, None, k, objective, rule.removesuffix(_ANEW), pivot, rel, None)
     run = {
         "baseline": lambda: _baseline(x, k, objective, rule, rel),
         "torch": lambda: op.greedy_diverse(*args, "torch"),
