@@ -246,27 +246,6 @@ class Forward:
             image.slots, image.fixed = row[image.slots], row[image.fixed]
         return rel
 
-    def surviving_rows(
-        self, order: list[list[tuple[Tensor, Tensor]]], leaving: Tensor
-    ) -> list[Tensor]:
-        """Slots of every sample after a stage.
-
-        Args:
-            order: for every sample, (slots, sort keys) of what replaces the tokens that leave.
-            leaving: current slots that are not kept as they are, ``[B, P]`` bool.
-        """
-        rows = []
-        keep = self.table.valid & ~leaving
-        for number in range(self.batch):
-            slots = keep[number].nonzero()[:, 0]
-            parts, keys = [slots], [slots]
-            for chosen, key in order[number]:
-                parts.append(chosen)
-                keys.append(key)
-            joined = torch.cat(parts)
-            rows.append(joined[torch.cat(keys).argsort(stable=True)])
-        return rows
-
     # The end ---------------------------------------------------------------------------------
 
     def differs(self, layer: int) -> bool:

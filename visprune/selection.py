@@ -54,6 +54,12 @@ class Selection:
         return cls(index=index.sort(dim=1).values, num_tokens=num_tokens)
 
     @classmethod
+    def top(cls, score: Tensor, num_keep: int) -> Selection:
+        """Pure pruning: keep the ``num_keep`` highest of ``score`` ``[B, N]``; ties, the lower."""
+        order = score.argsort(dim=1, descending=True, stable=True)
+        return cls.keep(order[:, :num_keep], score.shape[1])
+
+    @classmethod
     def identity(cls, batch: int, num_tokens: int, device: torch.device | str = "cpu") -> Selection:
         """Keep everything."""
         index = torch.arange(num_tokens, device=device).expand(batch, -1)

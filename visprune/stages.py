@@ -169,7 +169,7 @@ def _shorten(fwd: Forward, chosen: list[tuple[ImageState, Selection]]) -> Step:
         fwd.visual[row] -= gone
         fwd.alive[row] -= gone
         image.tokens, image.slots = image.tokens[index], kept
-    rel = fwd.shorten(fwd.surviving_rows(order, leaving) if changed else None)
+    rel = fwd.shorten(_surviving_rows(fwd, order, leaving) if changed else None)
     writes = [(image.layout.row, old, sel, image.slots) for image, old, sel in merges]
 
     def step(hidden: Tensor) -> Tensor:
@@ -180,6 +180,29 @@ def _shorten(fwd: Forward, chosen: list[tuple[ImageState, Selection]]) -> Step:
         return out
 
     return step
+
+
+def _surviving_rows(
+    fwd: Forward, order: list[list[tuple[Tensor, Tensor]]], leaving: Tensor
+) -> list[Tensor]:
+    """Slots of every sample after a stage.
+
+    Args:
+        fwd: the forward.
+        order: for every sample, (slots, sort keys) of what replaces the tokens that leave.
+        leaving: current slots that are not kept as they are, ``[B, P]`` bool.
+    """
+    rows = []
+    keep = fwd.table.valid & ~leaving
+    for number in range(fwd.batch):
+        slots = keep[number].nonzero()[:, 0]
+        parts, keys = [slots], [slots]
+        for chosen, key in order[number]:
+            parts.append(chosen)
+            keys.append(key)
+        joined = torch.cat(parts)
+        rows.append(joined[torch.cat(keys).argsort(stable=True)])
+    return rows
 
 
 def run_withdrawal(method: PruningMethod, stage: Stage, number: int, fwd: Forward) -> Step:
@@ -202,7 +225,7 @@ def run_withdrawal(method: PruningMethod, stage: Stage, number: int, fwd: Forwar
                 fwd.alive[row] -= len(image.slots) + len(image.fixed)
                 image.withdrawn = True
         fwd.visual = [0 if f else v for f, v in zip(fired, fwd.visual, strict=True)]
-        rows = fwd.surviving_rows([[] for _ in range(fwd.batch)], leaving)
+        rows = _surviving_rows(fwd, [[] for _ in range(fwd.batch)], leaving)
     rel = fwd.shorten(rows)
     evidence = [round(x, 6) if h else None for x, h in zip(share.tolist(), has, strict=True)]
     fwd.trace.stages.append(

@@ -38,6 +38,4 @@ class FastV(BudgetedMethod):
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Top-k of the last query's attention."""
-        score = ctx.shown("attention").mean(dim=1)  # [B, N]
-        order = score.argsort(dim=1, descending=True, stable=True)
-        return Selection.keep(order[:, : ctx.num_keep], tokens.num_tokens)
+        return Selection.top(ctx.shown("attention").mean(dim=1), ctx.num_keep)
