@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visprune.backbones.vlm.tap import EncoderTap, encoder_output
 from visprune.catalog import find_adapter
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,17 @@ def encode_images(model: Any, **inputs: Any) -> EncodedImages:
 
     Raises:
         ConfigError: no ``pixel_values``.
-        UnsupportedModel: the model has no adapter.
+        UnsupportedModel: the model has no adapter, or takes no encoded pictures.
     """
     adapter = find_adapter(model)
     if inputs.get("pixel_values") is None:
         raise ConfigError(
             f"encode_images takes pixel_values; got {', '.join(inputs) or 'nothing'}."
+        )
+    if not adapter.takes_encoded:
+        raise UnsupportedModel(
+            f"{type(adapter.model).__name__} of this transformers version takes no encoded "
+            f"pictures (mm_encoder_outputs, transformers 5.18 or later). Upgrade, or pass pixel_values."
         )
     with_cls = adapter.spec.has_cls
     tap = EncoderTap(

@@ -130,6 +130,11 @@ class VLMAdapter:
             multi_axis_rope=self.multi_axis_rope,
         )
 
+    @property
+    def takes_encoded(self) -> bool:
+        """Whether the model takes pictures that were encoded before (``mm_encoder_outputs``)."""
+        return "mm_encoder_outputs" in self._signature.parameters
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call of ``core``."""
         bound = self._signature.bind_partial(*args, **kwargs).arguments
