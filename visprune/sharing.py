@@ -63,7 +63,8 @@ def encode_images(model: Any, **inputs: Any) -> EncodedImages:
     if not adapter.takes_encoded:
         raise UnsupportedModel(
             f"{type(adapter.model).__name__} of this transformers version takes no encoded "
-            f"pictures (mm_encoder_outputs, transformers 5.18 or later). Upgrade, or pass pixel_values."
+            f"pictures (mm_encoder_outputs, transformers 5.18 or later). Upgrade, or pass "
+            f"pixel_values."
         )
     with_cls = adapter.spec.has_cls
     tap = EncoderTap(
