@@ -20,6 +20,7 @@ class SlotTable:
             user put into the input is real, padding that evens out rows is not.
         padded: whether any slot is not valid; known without reading the device.
         length: S, the length of the input sequence.
+        filled: whether any slot is padding that evens out rows (not real).
     """
 
     index: Tensor
@@ -27,6 +28,7 @@ class SlotTable:
     real: Tensor
     padded: bool
     length: int
+    filled: bool = False
 
     @classmethod
     def identity(
@@ -46,13 +48,17 @@ class SlotTable:
 
     @property
     def shortened(self) -> bool:
-        """Whether the table differs from the input sequence in length."""
-        return self.num_slots != self.length
+        """Whether tokens of the input are missing.
+
+        Not a matter of length alone: beside a long row, a pruned one is filled up to that length.
+        """
+        return self.num_slots != self.length or self.filled
 
     def gather(self, rel: Tensor, real: Tensor) -> SlotTable:
         """Return the table of the slots ``rel`` ``[B, P']``; not ``real`` ones are padding."""
         valid = self.valid.gather(1, rel) & real
-        padded = self.padded or not bool(real.all())
+        filled = not bool(real.all())
+        padded = self.padded or filled
         if padded:
             padded = not bool(valid.all())
         return SlotTable(
@@ -61,6 +67,7 @@ class SlotTable:
             real=self.real.gather(1, rel) & real,
             padded=padded,
             length=self.length,
+            filled=self.filled or filled,
         )
 
     def last_valid(self) -> Tensor:
