@@ -31,7 +31,8 @@ def _reduce_kernel(
         token = e
         if SOURCE:
             token = tl.load(source + b * entries + e)
-        ok = (token >= 0) & (at < dim)
+        # Not `(token >= 0) & (at < dim)`: Triton 3.9's interpreter makes that an integer, no mask.
+        ok = at < tl.where(token >= 0, dim, 0)
         value = tl.load(x + b * sx0 + token * sx1 + at * sx2, mask=ok, other=0.0).to(tl.float32)
         if WEIGHT:
             value *= tl.load(weight + b * entries + e)
