@@ -8,6 +8,7 @@ rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`
 by ``torch.utils.flop_counter``.
 """
 
+from visprune.ops_neighborhood import na_av, na_qk, neighborhood_attention
 from visprune.ops_reduce import (
     bipartite_match,
     gather_tokens,
@@ -25,6 +26,9 @@ __all__ = [
     "gather_tokens",
     "greedy_diverse",
     "merge_tokens",
+    "na_av",
+    "na_qk",
+    "neighborhood_attention",
     "reduce_tokens",
     "unmerge_tokens",
 ]

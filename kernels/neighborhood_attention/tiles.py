@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of queries, the halos of keys around them, and the way back.
+
+A layer of attention asks for the same cut again and again and is short on small images, so all
+that depends on shapes alone (which tiles, where in memory) is remembered; the tables are small.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .axis import Layout, Run, product, runs
+
+MAX_HELD = 1 << 19  # numbers in a buffer of a part: fp32 2 MiB, about what a core keeps in cache
+TARGETS = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}  # queries per tile and axis, by number of axes
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some images and some tiles: what one round of matrix products works on.
+
+    Attributes:
+        runs: one for each axis.
+        images: (lo, hi).
+        tiles: (lo, hi) for each axis.
+        heads: H.
+        cells: the part cut by class: the class on each axis, where its tiles are among the tiles
+            of this part, and its tiles as a part of their own.
+    """
+
+    runs: tuple[Run, ...]
+    images: tuple[int, int]
+    tiles: Ranges
+    heads: int
+    cells: tuple[tuple[tuple[int, ...], tuple[slice, ...], Part], ...] = ()
+
+    @property
+    def tile(self) -> int:
+        """Queries per tile."""
+        return product(run.tile for run in self.runs)
+
+    @property
+    def span(self) -> int:
+        """Keys per tile."""
+        return product(run.span for run in self.runs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[tiles of each axis, images, groups of each axis, H]."""
+        counts = (hi - lo for lo, hi in self.tiles)
+        images = self.images[1] - self.images[0]
+        return (*counts, images, *(run.groups for run in self.runs), self.heads)
+
+    def queries(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tiles of ``t`` [B, *space, H, D] -> [tiles, images * groups * H, tile, D]."""
+        size, strides, offset = _query_view(self, t.stride(), t.shape[-1])
+        view = t.as_strided(size, strides, t.storage_offset() + offset)
+        copy = torch.empty(size, dtype=dtype, device=t.device).copy_(view)
+        return copy.view(product(size[: len(self.runs)]), -1, self.tile, t.shape[-1])
+
+    def keys(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The halos of ``t`` [B, *space, H, D] -> [tiles, images * groups * H, span, D]."""
+        size = (*self.shape, *(run.span for run in self.runs), t.shape[-1])
+        out = torch.empty(size, dtype=dtype, device=t.device)
+        at, strides = t.storage_offset(), t.stride()
+        for _, slices, cell in self.cells:
+            inner, step, offset = _key_view(cell, strides, t.shape[-1])
+            out[slices].copy_(t.as_strided(inner, step, at + offset))
+        return out.view(product(size[: len(self.runs)]), -1, self.span, t.shape[-1])
+
+    def store(self, out: Tensor, tiles: Tensor) -> None:
+        """Write the result of the tiles, [tiles, .., tile, D], to its place in ``out``."""
+        size, strides, offset = _query_view(self, out.stride(), out.shape[-1])
+        out.as_strided(size, strides, out.storage_offset() + offset).copy_(tiles.view(size))
+
+    def fold(self, out: Tensor, halos: Tensor) -> None:
+        """Add what each tile holds for its keys, [tiles, .., span, D], to ``out``.
+
+        Axis by axis, tile by tile: the order of the sums is fixed.
+        """
+        rank = len(self.runs)
+        halos = halos.view(*self.shape, *(run.span for run in self.runs), out.shape[-1])
+        at = out.storage_offset() + self.images[0] * out.stride(0)
+        for axis in reversed(range(rank)):
+            run, (lo, hi) = self.runs[axis], self.tiles[axis]
+            starts = run.starts[lo:hi]
+            at += (run.group + run.step * starts[0]) * out.stride(1 + axis)
+            if hi - lo == 1:
+                halos = halos.select(axis, 0)
+                continue
+            dim = halos.ndim - 2 - rank + axis  # of the span, once the tiles are gone
+            size = [*halos.shape[:axis], *halos.shape[axis + 1 :]]
+            size[dim] = starts[-1] + run.span - starts[0]
+            whole = halos.new_zeros(size)
+            for i, start in enumerate(starts):
+                whole.narrow(dim, start - starts[0], run.span).add_(halos.select(axis, i))
+            halos = whole
+        space = out.stride()[1:-2]
+        last = [run.step * stride for run, stride in zip(self.runs, space, strict=True)]
+        strides = (out.stride(0), *space, out.stride(-2), *last, out.stride(-1))
+        out.as_strided(halos.shape, strides, at).add_(halos)
+
+    def by_class(self, table: Tensor) -> Tensor:
+        """Spread [*classes, x, a, b] over the tiles -> [tiles, 1, a, b].
+
+        With x = H over images, groups and heads too: [tiles, images * groups * H, a, b].
+        """
+        rank = len(self.runs)
+        shared = table.shape[rank] == 1
+        lead = self.shape[:rank] if shared else self.shape
+        out = table.new_empty(*lead, *table.shape[-2:])
+        for where, slices, _ in self.cells:
+            out[slices] = table[where][0] if shared else table[where]
+        return out.view(product(self.shape[:rank]), -1, *table.shape[-2:])
+
+    def mask(self, like: Tensor) -> Tensor:
+        """0 for a neighbour, -inf for none: [tiles, 1, tile, span]. Not to be written to."""
+        cells = tuple((where, cell.tiles) for where, _, cell in self.cells)
+        first = tuple(lo for lo, _ in self.tiles)
+        cuts = tuple(
+            (where, tuple((a - lo, b - lo) for (a, b), lo in zip(tiles, first, strict=True)))
+            for where, tiles in cells
+        )
+        return _mask(self.runs, cuts, like.dtype, like.device)
+
+    def add_by_class(self, sums: Tensor, tiles: Tensor) -> None:
+        """Add [tiles, .., a, b] over tiles, images and groups into ``sums`` [*classes, H, a, b]."""
+        tiles = tiles.view(*self.shape, *tiles.shape[-2:])
+        for where, slices, _ in self.cells:
+            sums[where] += tiles[slices].sum(tuple(range(tiles.ndim - 3)))
+
+
+View = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+@lru_cache(maxsize=8192)
+def _query_view(part: Part, strides: tuple[int, ...], dim: int) -> View:
+    """Size, strides and offset of the tiles in a tensor [B, *space, H, D] with these strides."""
+    places = [run.first + lo * run.tile for run, (lo, _) in zip(part.runs, part.tiles, strict=True)]
+    return _view(part, strides, dim, places, [run.tile for run in part.runs])
+
+
+@lru_cache(maxsize=8192)
+def _key_view(cell: Part, strides: tuple[int, ...], dim: int) -> View:
+    """The same of the halos; those of one class are evenly apart, and overlap."""
+    places = [run.starts[lo] for run, (lo, _) in zip(cell.runs, cell.tiles, strict=True)]
+    return _view(cell, strides, dim, places, [run.span for run in cell.runs])
+
+
+def _view(
+    part: Part, strides: tuple[int, ...], dim: int, places: Sequence[int], inner: Sequence[int]
+) -> View:
+    lead, last = [], []
+    offset = part.images[0] * strides[0]
+    for run, place, stride in zip(part.runs, places, strides[1:-2], strict=True):
+        offset += (run.group + run.step * place) * stride
+        lead.append(run.tile * run.step * stride)
+        last.append(run.step * stride)
+    steps = (*lead, strides[0], *strides[1:-2], strides[-2], *last, strides[-1])
+    return (*part.shape, *inner, dim), steps, offset
+
+
+def _cells(part: Part) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], Part]]:
+    per_axis = []
+    for run, (lo, hi) in zip(part.runs, part.tiles, strict=True):
+        cut = [(c, max(a, lo), min(b, hi)) for c, (a, b) in enumerate(run.classes)]
+        per_axis.append([row for row in cut if row[1] < row[2]])
+    for chosen in itertools.product(*per_axis):
+        ranges = tuple((a, b) for _, a, b in chosen)
+        where = zip(ranges, part.tiles, strict=True)
+        slices = tuple(slice(a - lo, b - lo) for (a, b), (lo, _) in where)
+        yield (
+            tuple(c for c, _, _ in chosen),
+            slices,
+            Part(part.runs, part.images, ranges, part.heads),
+        )
+
+
+@lru_cache(maxsize=128)
+def plan(
+    layout: Layout, batch: int, heads: int, dim: int, held: int
+) -> tuple[tuple[tuple[Run, ...], tuple[Part, ...]], ...]:
+    """All work on [B, *space, H, D]: for each choice of runs its parts.
+
+    A part is as many rows of tiles, and images, as keep its buffers below ``held`` numbers.
+    """
+    found = []
+    cuts = (runs(axis, target) for axis, target in zip(layout, TARGETS[len(layout)], strict=True))
+    for chosen in itertools.product(*cuts):
+        counts = [len(run.starts) for run in chosen]
+        tile, span = (product(getattr(r, x) for r in chosen) for x in ("tile", "span"))
+        row = heads * span * max(tile, dim) * product(r.groups for r in chosen)
+        row *= product(counts[1:])  # of one image
+        images = max(1, min(batch, held // row))
+        rows = max(1, min(counts[0], held // (row * images)))
+        rest = tuple((0, count) for count in counts[1:])
+        parts = [
+            Part(chosen, (b, min(b + images, batch)), ((r, min(r + rows, counts[0])), *rest), heads)
+            for b in range(0, batch, images)
+            for r in range(0, counts[0], rows)
+        ]
+        whole = (Part(p.runs, p.images, p.tiles, heads, tuple(_cells(p))) for p in parts)
+        found.append((chosen, tuple(whole)))
+    return tuple(found)
+
+
+def interleave(tables: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Combine [c, a, b] of each axis by ``i * size + j`` -> [*c, product(a), product(b)]."""
+    rank, total = len(tables), None
+    for axis, (table, size) in enumerate(zip(tables, sizes, strict=True)):
+        shape = [1] * (3 * rank)
+        shape[axis], shape[rank + axis], shape[2 * rank + axis] = table.shape
+        table = table.view(shape)
+        total = table if total is None else total * size + table
+    assert total is not None
+    return total.flatten(2 * rank).flatten(rank, -2)
+
+
+@lru_cache(maxsize=8)
+def _mask(
+    chosen: tuple[Run, ...],
+    cuts: tuple[tuple[tuple[int, ...], Ranges], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The mask of every part with these classes at these tiles; at most 8 x ``MAX_HELD`` numbers.
+
+    Written anew for each call it is a quarter of all memory traffic.
+    """
+    table = interleave([run.mask for run in chosen], [1] * len(chosen)).to(device, dtype)
+    counts = [max(tiles[axis][1] for _, tiles in cuts) for axis in range(len(chosen))]
+    out = table.new_empty(*counts, *table.shape[-2:])
+    for where, tiles in cuts:
+        out[tuple(slice(lo, hi) for lo, hi in tiles)] = table[where]
+    return out.view(-1, 1, *table.shape[-2:])
+
+
+@lru_cache(maxsize=32)
+def bias_index(chosen: tuple[Run, ...]) -> Tensor:
+    """Entry of every pair in a bias table of 2 k numbers per axis, [*classes, tile, span].
+
+    The last number of an axis stands for "no neighbour".
+    """
+    return interleave([run.offsets for run in chosen], [2 * run.near.shape[-1] for run in chosen])
+
+
+def bias(chosen: tuple[Run, ...], rpb: Tensor, like: Tensor) -> Tensor:
+    """What is added to the scores, by class: [*classes, H, tile, span]; -inf: no neighbour."""
+    table = rpb.new_full((len(rpb), *(n + 1 for n in rpb.shape[1:])), -torch.inf, dtype=like.dtype)
+    table[(slice(None), *(slice(n) for n in rpb.shape[1:]))] = rpb
+    index = bias_index(chosen).to(like.device)
+    found = table.flatten(1).index_select(1, index.flatten()).view(len(rpb), *index.shape)
+    return found.movedim(0, len(chosen))
+
+
+def add_by_index(total: Tensor, index: Tensor, sums: Tensor) -> None:
+    """``total`` [H, bins] += ``sums`` [*classes, H, a, b] at ``index`` [*classes, a, b].
+
+    One flat index: PyTorch's CPU kernel goes row by row through anything else, 20 times slower.
+    """
+    heads, bins = total.shape
+    first = torch.arange(heads, device=total.device) * bins
+    at = index.to(total.device).unsqueeze(-3) + first[:, None, None]
+    total.view(-1).index_add_(0, at.flatten(), sums.flatten())
+
+
+def unpadded(table: Tensor, layout: Layout) -> Tensor:
+    """[H, product(2 k)] -> [H, 2 k - 1, ...]."""
+    table = table.view(-1, *(2 * a.kernel for a in layout))
+    return table[(slice(None), *(slice(2 * a.kernel - 1) for a in layout))].contiguous()
+
+
+@lru_cache(maxsize=32)
+def near(chosen: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
+    """Where in the span each neighbour is, [*classes, tile, K], and which of them exist."""
+    found = interleave([run.near.clamp_min(0) for run in chosen], [run.span for run in chosen])
+    none = interleave([(run.near < 0).long() for run in chosen], [1] * len(chosen))
+    return found, none == 0

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch path: tiles of queries against their halo of keys, exact, never N x N.
+
+Every tile of queries is one small matrix product with the box of keys that its windows cover;
+dilation groups are separate images, tiles whose windows lie alike share one mask. Work goes
+through in parts of fixed size (:mod:`.tiles`), so memory beyond the results does not grow with N.
+On the CPU a part is one call of PyTorch's flash kernel, elsewhere (and where a bias wants its
+gradient, which that kernel does not give) matrix products with the scores written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .axis import Layout, product
+from .tiles import Part
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def wide(t: Tensor) -> Tensor:
+    """fp32 for half types, so that products accumulate in fp32; fp64 stays."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _plan(t: Tensor, layout: Layout, dim: int) -> tuple:
+    return tiles.plan(layout, t.shape[0], t.shape[-2], dim, tiles.MAX_HELD)
+
+
+def _bias(part: Part, table: Tensor | None, like: Tensor) -> Tensor:
+    """What is added to the scores: [tiles, 1 or images * groups * H, tile, span]; read only."""
+    return part.mask(like) if table is None else part.by_class(table)
+
+
+def _scores(part: Part, qt: Tensor, kt: Tensor, table: Tensor | None, scale: float) -> Tensor:
+    """``scale * q k^T + bias`` of every tile -> [tiles, images * groups * H, tile, span]."""
+    s = qt.new_empty(*qt.shape[:-1], part.span).copy_(_bias(part, table, qt))
+    s.flatten(0, 1).baddbmm_(qt.flatten(0, 1), kt.flatten(0, 1).mT, alpha=scale)
+    return s
+
+
+def _lse(s: Tensor, p: Tensor) -> Tensor:
+    """Log-sum-exp of rows from their softmax: p_max = exp(s_max - lse)."""
+    return s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, layout: Layout, scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output [B, *space, H, Dv] in ``out_dtype``, LSE [B, *space, H] in fp32 (or fp64)."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=dtype, device=q.device)
+    flash = q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    for chosen, parts in _plan(q, layout, max(q.shape[-1], v.shape[-1])):
+        table = None if rpb is None else tiles.bias(chosen, rpb, lse)
+        for part in parts:
+            qt, kt, vt = part.queries(q, dtype), part.keys(k, dtype), part.keys(v, dtype)
+            if flash:
+                mask = _bias(part, table, qt)
+                tile, row = _FLASH(qt, kt, vt, 0.0, False, attn_mask=mask, scale=scale)
+            else:
+                s = _scores(part, qt, kt, table, scale)
+                p = torch.softmax(s, -1)
+                tile = p @ vt
+                row = _lse(s, p)
+            part.store(out, tile)
+            part.store(lse[..., None], row)
+    return out, lse
+
+
+def row_terms(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
+    """What the softmax takes off the gradient of every score of a row, [B, *space, H]."""
+    delta = (wide(grad_out) * wide(out)).sum(-1)
+    return delta if grad_lse is None else delta - grad_lse
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    rpb: Tensor | None, out: Tensor, lse: Tensor, layout: Layout, scale: float, rpb_grad: bool,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and the bias; the probabilities are computed again tile by tile.
+
+    ``shared``: the softmax was over additional keys too, so it is less than one over neighbours.
+    """
+    dtype, heads = lse.dtype, q.shape[-2]
+    delta = row_terms(grad_out, grad_lse, out) if shared else None
+    grad_q = torch.empty(q.shape, dtype=dtype, device=q.device)
+    grad_k = torch.zeros(k.shape, dtype=dtype, device=q.device)
+    grad_v = torch.zeros(v.shape, dtype=dtype, device=q.device)
+    grad_rpb = None
+    if rpb is not None and rpb_grad:
+        grad_rpb = lse.new_zeros(heads, product(2 * a.kernel for a in layout))
+    for chosen, parts in _plan(q, layout, max(q.shape[-1], v.shape[-1])):
+        table = None if rpb is None else tiles.bias(chosen, rpb, lse)
+        sums = None if grad_rpb is None or table is None else torch.zeros_like(table)
+        for part in parts:
+            qt, kt, vt = part.queries(q, dtype), part.keys(k, dtype), part.keys(v, dtype)
+            gt = part.queries(grad_out, dtype)
+            # Not exp(s - lse): MKL's exp takes 5 times longer at -inf, and its sum is less exact.
+            s = _scores(part, qt, kt, table, scale)
+            p = torch.softmax(s, -1)
+            ds = gt @ vt.mT
+            if delta is not None:
+                p *= torch.exp(_lse(s, p) - part.queries(lse[..., None], dtype))
+                ds = ds.sub_(part.queries(delta[..., None], dtype)).mul_(p)
+            else:
+                ds = torch._softmax_backward_data(ds, p, -1, dtype)
+                if grad_lse is not None:
+                    ds.addcmul_(p, part.queries(grad_lse[..., None], dtype))
+            part.fold(grad_v, p.mT @ gt)
+            if sums is not None:
+                part.add_by_class(sums, ds)
+            part.store(grad_q, ds @ kt)
+            part.fold(grad_k, ds.mT @ qt)
+        if grad_rpb is not None and sums is not None:
+            tiles.add_by_index(grad_rpb, tiles.bias_index(chosen), sums)
+    if grad_rpb is not None:
+        grad_rpb = tiles.unpadded(grad_rpb, layout)
+    return grad_q.mul_(scale), grad_k.mul_(scale), grad_v, grad_rpb
+
+
+# --- unfused --------------------------------------------------------------------------------------
+
+
+def _dense(part: Part, attn: Tensor, near: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of the neighbours, [B, *space, H, K], at their places of the span, zeros between."""
+    weights = part.queries(attn, dtype)
+    index = near.masked_fill(~there, part.span).unsqueeze(-3)  # one more place takes what is none
+    index = part.by_class(index).expand(weights.shape)
+    out = weights.new_zeros(*weights.shape[:-1], part.span + 1).scatter_(-1, index, weights)
+    return out[..., : part.span]
+
+
+def qk(q: Tensor, k: Tensor, rpb: Tensor | None, layout: Layout, scale: float) -> Tensor:
+    """Scores of each query with its K neighbours -> [B, *space, H, K]; -inf where none is."""
+    like = wide(q[:0])
+    out = q.new_empty(*q.shape[:-1], product(a.kernel for a in layout))
+    for chosen, parts in _plan(q, layout, q.shape[-1]):
+        table = None if rpb is None else tiles.bias(chosen, rpb, like)
+        near, there = (t.to(q.device).unsqueeze(-3) for t in tiles.near(chosen))
+        for part in parts:
+            qt, kt = part.queries(q, like.dtype), part.keys(k, like.dtype)
+            s = _scores(part, qt, kt, table, scale)
+            at = part.by_class(near).expand(*s.shape[:-1], near.shape[-1])
+            part.store(out, s.gather(-1, at).masked_fill_(~part.by_class(there), -torch.inf))
+    return out
+
+
+def av(attn: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Weights [B, *space, H, K] times the values of the neighbours -> [B, *space, H, Dv]."""
+    dtype = wide(v[:0]).dtype
+    out = v.new_empty(*attn.shape[:-1], v.shape[-1])
+    for chosen, parts in _plan(v, layout, v.shape[-1]):
+        near, there = (t.to(v.device) for t in tiles.near(chosen))
+        for part in parts:
+            part.store(out, _dense(part, attn, near, there, dtype) @ part.keys(v, dtype))
+    return out
+
+
+def spread(attn: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """The transpose of :func:`av`: each row of ``x`` goes, weighted, to its neighbours."""
+    dtype = wide(x[:0]).dtype
+    out = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for chosen, parts in _plan(x, layout, x.shape[-1]):
+        near, there = (t.to(x.device) for t in tiles.near(chosen))
+        for part in parts:
+            weights = _dense(part, attn, near, there, dtype)
+            part.fold(out, weights.mT @ part.queries(x, dtype))
+    return out.to(x.dtype)
+
+
+def bias_grad(grad: Tensor, layout: Layout) -> Tensor:
+    """Sum of ``grad`` [B, *space, H, K] over the pairs of each offset -> [H, 2 k - 1, ...]."""
+    heads, dtype = grad.shape[-2], wide(grad[:0]).dtype
+    total = grad.new_zeros(heads, product(2 * a.kernel for a in layout), dtype=dtype)
+    for chosen, parts in _plan(grad, layout, grad.shape[-1]):
+        near, there = tiles.near(chosen)
+        index = tiles.bias_index(chosen).gather(-1, near).to(grad.device)
+        sums = total.new_zeros(*index.shape[:-2], heads, *index.shape[-2:])
+        for part in parts:
+            part.add_by_class(sums, part.queries(grad, dtype))
+        sums.masked_fill_(~there.to(grad.device).unsqueeze(-3), 0.0)
+        tiles.add_by_index(total, index, sums)
+    return tiles.unpadded(total, layout)
+
+
+# --- additional keys ------------------------------------------------------------------------------
+
+
+def _slices(n: int, heads: int, batch: int, keys: int) -> Iterator[slice]:
+    step = max(1, tiles.MAX_HELD // max(1, heads * batch * keys))
+    return (slice(i, i + step) for i in range(0, n, step))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[B, *space, H, D] -> [B, H, N, D]."""
+    return t.flatten(1, -3).transpose(1, 2)
+
+
+def extra_forward(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query to M additional keys -> output and LSE, fp32 (or fp64)."""
+    qs, kt, vt = _rows(q), wide(keys).permute(0, 2, 3, 1), wide(values).transpose(1, 2)
+    out = vt.new_empty(*qs.shape[:3], vt.shape[-1])
+    lse = vt.new_empty(qs.shape[:3])
+    for at in _slices(qs.shape[2], qs.shape[1], len(qs), kt.shape[-1]):
+        s = wide(qs[:, :, at]) @ kt * scale
+        lse[:, :, at] = torch.logsumexp(s, -1)
+        out[:, :, at] = torch.exp(s - lse[:, :, at, None]) @ vt
+    out, lse = out.transpose(1, 2), lse.transpose(1, 2)
+    return out.reshape(*q.shape[:-1], vt.shape[-1]), lse.reshape(q.shape[:-1])
+
+
+def extra_backward(
+    grad_out: Tensor, q: Tensor, keys: Tensor, values: Tensor, lse: Tensor, delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q and of the additional keys and values, from the LSE over all keys."""
+    qs, gs = _rows(q), _rows(grad_out)
+    kt, vt = wide(keys).transpose(1, 2), wide(values).transpose(1, 2)
+    grad_q = kt.new_empty(qs.shape)
+    grad_k, grad_v = torch.zeros_like(kt), torch.zeros_like(vt)
+    lses, deltas = _rows(lse[..., None]), _rows(delta[..., None])
+    for at in _slices(qs.shape[2], qs.shape[1], len(qs), kt.shape[2]):
+        query, grad = wide(qs[:, :, at]), wide(gs[:, :, at])
+        p = torch.exp(query @ kt.mT * scale - lses[:, :, at])
+        ds = p * (grad @ vt.mT - deltas[:, :, at]) * scale
+        grad_q[:, :, at] = ds @ kt
+        grad_k += ds.mT @ query
+        grad_v += p.mT @ grad
+    grad_k, grad_v = (g.transpose(1, 2).contiguous() for g in (grad_k, grad_v))
+    back = grad_q.transpose(1, 2).reshape(q.shape)
+    return back, grad_k.to(keys.dtype), grad_v.to(values.dtype)
+
+
+def merge(out: Tensor, lse: Tensor, extra: Tensor, extra_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join two attentions of the same queries over disjoint keys by their log-sum-exps."""
+    both = torch.logaddexp(lse, extra_lse)
+    own, other = torch.exp(lse - both)[..., None], torch.exp(extra_lse - both)[..., None]
+    return out * own + extra * other, both

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Neighborhood attention: rules, parameters, memory, compile, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from visprune import ops
+from visprune.errors import ConfigError, UnsupportedKernel
+from visprune.kernels.neighborhood_attention import axis, op, reference, tiles, torch_impl
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[list[Any], ...]:
+    """Space, kernel, stride, dilation, causality of one to three axes."""
+    rank = draw(st.integers(1, 3))
+    top = (40, 13, 6)[rank - 1]
+    rows = []
+    for _ in range(rank):
+        length = draw(st.integers(2, top))
+        kernel = draw(st.integers(2, length))
+        stride, dilation = draw(st.integers(1, kernel)), draw(st.integers(1, length // kernel))
+        rows.append((length, kernel, stride, dilation, draw(st.booleans())))
+    return tuple(list(column) for column in zip(*rows, strict=True))
+
+
+@settings(max_examples=60)
+@given(windows(), st.booleans(), st.integers(0, 2), st.sampled_from([1 << 19, 3000, 1]))
+def test_any_window_equals_the_dense_reference(
+    window: tuple[list[Any], ...], biased: bool, extra: int, held: int
+) -> None:
+    space, *params = window
+    shape = (2, *space, 2, 3)
+    leaves = [seeded(*shape, seed=i).double() for i in range(3)]
+    rpb = seeded(2, *(2 * k - 1 for k in params[0]), seed=3).double() if biased else None
+    more = [seeded(2, extra, 2, 3, seed=4 + i).double() for i in range(2)] if extra else [None] * 2
+    tensors = [*leaves, rpb, *more]
+    wanted = [t.requires_grad_() for t in tensors if t is not None]
+    noise = seeded(*shape, seed=9).double(), seeded(*shape[:-1], seed=10).double()
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "MAX_HELD", held)
+        for call in (
+            lambda: reference.neighborhood_attention(*tensors, *params, 0.6),
+            lambda: op.neighborhood_attention(*tensors, *params, 0.6, "torch"),
+        ):
+            out, lse = call()
+            loss = (out * noise[0]).sum() + (lse * noise[1]).sum()
+            results.append([out, lse, *torch.autograd.grad(loss, wanted)])
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(windows())
+def test_the_unfused_pair_equals_the_fused_operator(window: tuple[list[Any], ...]) -> None:
+    space, kernel, stride, dilation, causal = window
+    q, k, v = (seeded(1, *space, 2, 3, seed=i).double().requires_grad_() for i in range(3))
+    rpb = seeded(2, *(2 * n - 1 for n in kernel), seed=3).double().requires_grad_()
+    params = (kernel, stride, dilation, causal)
+    fused = ops.neighborhood_attention(q, k, v, *params, rpb=rpb)
+    scores = ops.na_qk(q, k, *params, rpb=rpb)
+    pair = ops.na_av(scores.softmax(-1), v, *params)
+    noise, leaves = seeded(*q.shape, seed=5).double(), (q, k, v, rpb)
+    grads = [torch.autograd.grad((out * noise).sum(), leaves) for out in (fused, pair)]
+    assert isinstance(fused, Tensor)
+    for got, want in zip((pair, *grads[1]), (fused, *grads[0]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    dense = reference.na_qk(q, k, rpb, *params, 3**-0.5)
+    torch.testing.assert_close(scores, dense, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=200)
+@given(windows())
+def test_every_query_has_its_whole_window_and_a_bias_for_each_key(
+    window: tuple[list[Any], ...],
+) -> None:
+    for length, kernel, stride, dilation, causal in zip(*window, strict=True):
+        a = axis.Axis(length, kernel, stride, dilation, causal)
+        key, bias = reference.axis_offsets(length, kernel, stride, dilation, causal)
+        assert bool((bias[key >= 0] >= 0).all())
+        assert bool((bias < 2 * kernel - 1).all())
+        assert int((key >= 0).sum()) == axis.pairs(length, kernel, stride, dilation, causal)
+        if not causal:
+            assert bool((key >= 0).all())
+            assert bool((key.amin(1) <= torch.arange(length)).all())
+        for group, groups, count in a.groups():
+            for position in range(group, length, dilation):
+                if position % dilation in range(group, group + groups):
+                    got = a.window(position // dilation, count)
+                    assert got == reference.axis_window(position, *window_of(a))
+
+
+def window_of(a: axis.Axis) -> tuple[int, int, int, int, bool]:
+    return a.length, a.kernel, a.stride, a.dilation, a.causal
+
+
+def test_a_kernel_as_wide_as_the_picture_is_plain_attention() -> None:
+    q, k, v = (seeded(2, 6, 5, 3, 8, seed=i) for i in range(3))
+    flat = [t.flatten(1, 2).transpose(1, 2) for t in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2)
+    got = ops.neighborhood_attention(q, k, v, (6, 5))
+    torch.testing.assert_close(got, want.reshape(q.shape))
+
+
+def test_stride_as_wide_as_the_kernel_is_window_attention() -> None:
+    q, k, v = (seeded(1, 8, 6, 2, 4, seed=i) for i in range(3))
+
+    def cut(t: Tensor) -> Tensor:  # [B, 8, 6, H, D] -> [windows, H, 6, D]
+        return t.view(2, 4, 3, 2, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(6, 2, 8, 4)
+
+    flat = [cut(t) for t in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*flat)
+    got = ops.neighborhood_attention(q, k, v, (4, 2), stride=(4, 2))
+    torch.testing.assert_close(cut(got), want)
+
+
+def test_dilation_attends_within_each_interleaved_picture() -> None:
+    q, k, v = (seeded(1, 10, 11, 2, 4, seed=i) for i in range(3))
+    got = ops.neighborhood_attention(q, k, v, 3, dilation=(2, 3))
+    for y in range(2):
+        for x in range(3):
+            part = [t[:, y::2, x::3] for t in (q, k, v)]
+            torch.testing.assert_close(
+                got[:, y::2, x::3], ops.neighborhood_attention(*part, kernel_size=3)
+            )
+
+
+def test_additional_keys_are_seen_by_every_query_and_lse_merges() -> None:
+    q, k, v = (seeded(2, 7, 6, 2, 8, seed=i) for i in range(3))
+    more = [seeded(2, 5, 2, 8, seed=7 + i) for i in range(2)]
+    both = ops.neighborhood_attention(
+        q, k, v, 3, additional_keys=more[0], additional_values=more[1]
+    )
+    own, lse = ops.neighborhood_attention(q, k, v, 3, return_lse=True)
+    scores = torch.einsum("byxhd,bmhd->byxhm", q, more[0]) * 8**-0.5
+    other = torch.einsum("byxhm,bmhd->byxhd", scores.softmax(-1), more[1])
+    share = torch.sigmoid(lse - scores.logsumexp(-1))[..., None]
+    torch.testing.assert_close(both, own * share + other * (1 - share))
+
+
+def test_half_inputs_strided_views_and_a_bias_in_fp32() -> None:
+    qkv = seeded(2, 9, 8, 3, 2, 24).to(torch.bfloat16)
+    q, k, v = qkv.unbind(3)
+    rpb = seeded(2, 5, 5).requires_grad_()
+    out = ops.neighborhood_attention(q, k, v, 3, rpb=rpb)
+    assert isinstance(out, Tensor)
+    wide = ops.neighborhood_attention(q.float(), k.float(), v.float(), 3, rpb=rpb)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), wide, rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(out.sum(), rpb)[0].dtype == torch.float32
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all results that are no views, and of the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
+                size = t.untyped_storage().nbytes()
+                self.total, self.largest = self.total + size, max(self.largest, size)
+        return out
+
+
+def test_memory_is_linear_in_the_tokens() -> None:
+    measured = []
+    for length in (56, 112):
+        q = seeded(1, length, length, 2, 32)
+        layout = axis.layout(q.shape, [7, 7], [1, 1], [1, 1], [False, False])
+        with Allocations() as seen:
+            out, lse = torch_impl.forward(q, q, q, None, layout, 0.2, q.dtype)
+            args = (out, None, q, q, q, None, out, lse, layout, 0.2, False, False)
+            torch_impl.backward(*args)
+        measured.append((seen.total, seen.largest))
+        # A map of scores would hold 2 * N * N numbers.
+        assert seen.largest <= max(q.nbytes, 4 * 4 * tiles.MAX_HELD)
+    # All bytes ever asked for, so also what is held at one time: 4 times the tokens, 4 times that.
+    assert measured[1][0] < 4.5 * measured[0][0]
+
+
+def test_flops_are_those_of_the_neighbours() -> None:
+    q = seeded(2, 9, 8, 2, 4).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        out = ops.neighborhood_attention(q, q, q, (3, 4), is_causal=(False, True))
+    pairs = 2 * 2 * (9 * 3) * (1 + 2 + 3 + 4 * 5)
+    assert counter.get_total_flops() == 4 * pairs * 4
+    assert isinstance(out, Tensor)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 10 * pairs * 4
+    k, v = seeded(1, 3, 2, 4), seeded(1, 3, 2, 4)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        x = torch.empty(1, 8, 8, 2, 4)
+        ops.neighborhood_attention(
+            x, x, x, 3, additional_keys=k.to("meta"), additional_values=v.to("meta")
+        )
+    assert counter.get_total_flops() == 4 * 2 * 64 * (9 + 3) * 4
+
+
+def test_no_graph_break() -> None:
+    q, k, v = (seeded(1, 6, 7, 2, 4, seed=i).requires_grad_() for i in range(3))
+    rpb = seeded(2, 5, 5, seed=4).requires_grad_()
+
+    def call(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
+        out, lse = ops.neighborhood_attention(q, k, v, 3, dilation=2, rpb=rpb, return_lse=True)
+        pair = ops.na_av(ops.na_qk(q, k, 3, rpb=rpb).softmax(-1), v, 3)
+        return out * lse[..., None] + pair
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    leaves = (q, k, v, rpb)
+    results = [f(*leaves) for f in (compiled, call)]
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+    for got, want in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck() -> None:
+    q, k, v = (seeded(1, 5, 6, 2, 4, seed=i).requires_grad_() for i in range(3))
+    rpb = seeded(2, 5, 7).requires_grad_()
+    more = [seeded(1, 2, 2, 4, seed=5 + i).requires_grad_() for i in range(2)]
+    window = ([3, 4], [1, 2], [1, 1], [False, True])
+    torch.library.opcheck(op.neighborhood_attention, (q, k, v, rpb, *more, *window, 0.5, "torch"))
+    torch.library.opcheck(op.na_qk, (q, k, rpb, *window, 0.5, "torch"))
+    weights = seeded(1, 5, 6, 2, 12).requires_grad_()
+    torch.library.opcheck(op.na_av, (weights, v, *window, "torch"))
+
+
+X, Y, INT = seeded(1, 6, 7, 2, 4), seeded(1, 6, 7, 3, 4), torch.zeros(1, 6, 7, 2, 4).long()
+BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "layout": (
+        lambda: ops.neighborhood_attention(X[0, 0], X, X, 3),
+        ConfigError,
+        r"\[B, \*space, H, D\] with one to three axes.*got shape \[7, 2, 4\]",
+    ),
+    "heads": (
+        lambda: ops.neighborhood_attention(X, Y, Y, 3),
+        ConfigError,
+        r"k must have shape \[1, 6, 7, 2, 4\]; got \[1, 6, 7, 3, 4\]",
+    ),
+    "values": (lambda: ops.neighborhood_attention(X, X, Y, 3), ConfigError, "v must have shape"),
+    "integer": (lambda: ops.neighborhood_attention(INT, INT, INT, 3), ConfigError, "q.*int64"),
+    "dtypes": (
+        lambda: ops.neighborhood_attention(X, X.half(), X, 3), ConfigError, "one dtype.*float16",
+    ),
+    "kernel too large": (
+        lambda: ops.neighborhood_attention(X, X, X, 7),
+        ConfigError,
+        "kernel_size must be 2 to 6 on axis 0 of q with 6 tokens; got 7",
+    ),
+    "kernel one": (lambda: ops.na_qk(X, X, (3, 1)), ConfigError, "2 to 7 on axis 1.*got 1"),
+    "kernel float": (lambda: ops.na_qk(X, X, (3, 3.0)), ConfigError, "one int or one for each"),
+    "axes": (lambda: ops.na_qk(X, X, (3, 3, 3)), ConfigError, "one for each of 2 axes"),
+    "stride": (lambda: ops.na_qk(X, X, 3, stride=4), ConfigError, "1 to kernel_size = 3; got 4"),
+    "dilation": (
+        lambda: ops.neighborhood_attention(X, X, X, 3, dilation=(1, 3)),
+        ConfigError,
+        "with 7 tokens: with kernel_size 3, dilation must be 1 to 2; got 3",
+    ),
+    "causal": (lambda: ops.na_qk(X, X, 3, is_causal=(1, 0)), ConfigError, "one bool"),
+    "bias": (
+        lambda: ops.neighborhood_attention(X, X, X, 3, rpb=torch.zeros(2, 3, 3)),
+        ConfigError,
+        r"rpb \(heads, 2 \* kernel_size - 1\) must have shape \[2, 5, 5\]",
+    ),
+    "half of the additional": (
+        lambda: ops.neighborhood_attention(X, X, X, 3, additional_keys=X[:, 0]),
+        ConfigError,
+        "additional_keys and additional_values, or neither",
+    ),
+    "additional": (
+        lambda: ops.neighborhood_attention(
+            X, X, X, 3, additional_keys=Y[:, 0], additional_values=X[:, 0]
+        ),
+        ConfigError,
+        r"additional_keys must have shape \[1, 7, 2, 4\]",
+    ),
+    "weights": (
+        lambda: ops.na_av(torch.zeros(1, 6, 7, 2, 8), X, 3), ConfigError, "attn must have shape",
+    ),
+    "backend": (lambda: ops.na_qk(X, X, 3, backend="cuda"), ConfigError, "auto, triton, torch"),
+    "triton on the cpu": (
+        lambda: ops.neighborhood_attention(X, X, X, 3, backend="triton"),
+        UnsupportedKernel,
+        "on cpu, Triton needs a CUDA device.*backend='auto'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_says_what_is_allowed(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_why_not_lists_every_reason() -> None:
+    wide = seeded(1, 4, 1, 130).double()
+    reasons = op.why_not(wide, wide, wide, None)
+    assert len(reasons) == 3
+    assert any("head dim 130 is above 128" in r for r in reasons)
