@@ -109,6 +109,14 @@ def models() -> None:
     _print_registry(adapters)
 
 
+@app.command()
+def tasks() -> None:
+    """List the tasks that models can be evaluated on, one line each."""
+    from visprune.eval.tasks.base import tasks as registry
+
+    _print_registry(registry)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )

@@ -1,2 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: what a model is asked, one module or package per benchmark."""
+"""Tasks: what a model is asked, one module or package per benchmark. A task is a row here."""
+
+from __future__ import annotations
+
+TABLE = {
+    "vqav2": "visprune.eval.tasks.vqa:VQAv2",
+    "gqa": "visprune.eval.tasks.gqa:GQA",
+    "textvqa": "visprune.eval.tasks.vqa:TextVQA",
+    "vizwiz": "visprune.eval.tasks.vqa:VizWiz",
+    "pope": "visprune.eval.tasks.yes_no:POPE",
+    "mme": "visprune.eval.tasks.yes_no:MME",
+    "scienceqa_img": "visprune.eval.tasks.choice:ScienceQA",
+    "mmbench_en": "visprune.eval.tasks.choice:MMBench",
+    "seedbench_image": "visprune.eval.tasks.choice:SEEDBench",
+    "refcoco_rec": "visprune.eval.tasks.refcoco:RefCOCO",
+    "imagenet": "visprune.eval.tasks.imagenet:ImageNet",
+    "embedded": "visprune.eval.tasks.embedded.task:EmbeddedTask",
+    "folder": "visprune.eval.tasks.folder:Folder",
+}

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Referring expressions: a box read from a model's output, its IoU and Acc@t."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+from visprune.errors import ConfigError
+from visprune.eval.metrics.base import check_variant, paired, percent
+
+__all__ = ["THRESHOLDS", "Box", "BoxScale", "RECAccuracy", "box_figures", "iou", "parse_box"]
+
+Box = tuple[float, float, float, float]
+BoxScale = Literal["unit", "per_mille", "pixels"]
+SCALES = ("unit", "per_mille", "pixels")
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_BRACKETS = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+# Qwen-VL's "<|box_start|>(x,y),(x,y)<|box_end|>".
+_PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
+
+
+def parse_box(
+    text: str, scale: BoxScale = "unit", size: tuple[int, int] | None = None
+) -> tuple[Box | None, str]:
+    """Return the first box of an output, corners in [0, 1], and the rule that read it.
+
+    Args:
+        text: the output.
+        scale: what the model's numbers are: ``"unit"`` (0 to 1: LLaVA), ``"per_mille"`` (0 to 1000:
+            Qwen2-VL, Qwen3-VL, InternVL), ``"pixels"`` of the picture the model saw (Qwen2.5-VL).
+        size: (width, height) of that picture; for ``"pixels"`` alone.
+
+    Returns:
+        ``(x0, y0, x1, y1)`` and ``"brackets"`` (``[a, b, c, d]``) or ``"pairs"``
+        (``(a,b),(c,d)``); ``(None, "")`` where there is none.
+
+    Raises:
+        ConfigError: unknown scale, or pixels without a size.
+    """
+    check_variant("RECAccuracy", "scale", scale, SCALES)
+    if scale == "pixels" and size is None:
+        raise ConfigError("Boxes in pixels need the size of the picture: size=(width, height).")
+    for rule, pattern in (("brackets", _BRACKETS), ("pairs", _PAIRS)):
+        found = pattern.search(text)
+        if found is not None:
+            x0, y0, x1, y1 = map(float, found.groups())
+            width, height = (1000, 1000) if scale == "per_mille" else (1, 1)
+            if scale == "pixels" and size is not None:
+                width, height = size
+            return (x0 / width, y0 / height, x1 / width, y1 / height), rule
+    return None, ""
+
+
+def iou(first: Box, second: Box) -> float:
+    """Return the intersection over union of two boxes ``(x0, y0, x1, y1)``.
+
+    As lmms-eval's ``refcoco/utils_rec.py`` at 75571cf, which takes the sides as they come (a box
+    whose corners are swapped has a negative side); where the union is not positive it divides by
+    zero or flips the sign, and this returns 0.
+    """
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    common = max(0.0, width) * max(0.0, height)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    union = sum(areas) - common
+    return common / union if union > 0 else 0.0
+
+
+def _hits(box: Box | None, truth: Box) -> tuple[float, list[bool], bool]:
+    """Return IoU, whether it reaches each threshold, and whether the centre lies inside."""
+    value = iou(truth, box) if box is not None else 0.0
+    # An output without a box is [0, 0, 0, 0] in lmms-eval; its centre is the corner of the picture.
+    x0, y0, x1, y1 = box if box is not None else (0.0, 0.0, 0.0, 0.0)
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    inside = truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3]
+    return value, [value >= t for t in THRESHOLDS], inside
+
+
+def box_figures(rows: Sequence[tuple[Box | None, Box]]) -> dict[str, float]:
+    """Return the figures of :class:`RECAccuracy` from boxes and truths."""
+    if not rows:
+        return {}
+    hits = [_hits(box, truth) for box, truth in rows]
+    count = len(rows)
+    at = {t: percent(sum(hit[1][i] for hit in hits), count) for i, t in enumerate(THRESHOLDS)}
+    return {
+        "score": at[0.5],
+        "iou": percent(sum(hit[0] for hit in hits), count),
+        **{f"acc@{t}": value for t, value in at.items()},
+        "center": percent(sum(hit[2] for hit in hits), count),
+        "unparsed": percent(sum(box is None for box, _ in rows), count),
+    }
+
+
+class RECAccuracy(torchmetrics.Metric):
+    """Acc@0.5 (``score``), Acc@0.1 to 0.9, mean IoU and centre accuracy, in percent.
+
+    References are boxes ``(x0, y0, x1, y1)`` in [0, 1], or samples whose ``meta`` holds ``box``
+    (and ``size`` for pixels).
+
+    Args:
+        scale: what the model's numbers are; see :func:`parse_box`.
+
+    Raises:
+        ConfigError: unknown scale.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    sums: Tensor
+    count: Tensor
+
+    def __init__(self, scale: BoxScale = "unit", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_variant("RECAccuracy", "scale", scale, SCALES)
+        self.scale: BoxScale = scale
+        self._names = tuple(box_figures([(None, (0.0, 0.0, 1.0, 1.0))]))
+        zeros = torch.zeros(len(self._names), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Any],
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """Add outputs and boxes.
+
+        Args:
+            predictions: outputs of the model.
+            references: boxes in [0, 1], or samples.
+            sizes: (width, height) of each picture; for the scale ``"pixels"`` alone.
+
+        Raises:
+            ConfigError: lengths differ, or a reference is no box.
+        """
+        pairs = paired(predictions, references)
+        for number, (text, reference) in enumerate(pairs):
+            meta = getattr(reference, "meta", {})
+            size = sizes[number] if sizes is not None else meta.get("size")
+            box, _ = parse_box(text, self.scale, tuple(size) if size is not None else None)
+            figures = box_figures([(box, as_box(meta.get("box", reference)))])
+            self.sums += torch.tensor([figures[name] for name in self._names]).to(self.sums)
+        self.count += len(pairs)
+
+    def compute(self) -> dict[str, float]:
+        """Return the figures; NaN before any update."""
+        count = int(self.count)
+        values = [value / count if count else float("nan") for value in self.sums.tolist()]
+        return dict(zip(self._names, values, strict=True))
+
+
+def as_box(value: Any) -> Box:
+    """Return four numbers as a box.
+
+    Raises:
+        ConfigError: it is not four numbers.
+    """
+    try:
+        x0, y0, x1, y1 = map(float, value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"A box is four numbers x0, y0, x1, y1, got {value!r}.") from error
+    return x0, y0, x1, y1

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks on published data sets: rows from the Hub, from a copy of it, or from the usual files."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import os
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from PIL import Image
+
+from visprune.errors import ConfigError
+from visprune.eval.tasks.base import Sample, SampleError, Task, check_option
+from visprune.eval.tasks.loading import ImageFile, LazySamples, decode, require_columns
+
+__all__ = ["DataTask", "FileRows", "HubRows", "Picture", "Rows", "import_datasets", "numbered"]
+
+Picture = Callable[[], Image.Image]
+
+
+class Rows(Protocol):
+    """Rows of a data set: text columns at once, pictures when they are called for."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+
+    def column(self, name: str) -> list[Any]:
+        """Return one text column."""
+
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Return the text columns of a row."""
+
+    def picture(self, number: int) -> Picture:
+        """Return what loads the picture of a row."""
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows read from files.
+
+    Attributes:
+        rows: in the Hub's columns.
+        files: the picture of each row, or what loads it.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    files: Sequence[Path | Picture]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        """Return one text column."""
+        return [row[name] for row in self.rows]
+
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Return the text columns of a row."""
+        return self.rows[number]
+
+    def picture(self, number: int) -> Picture:
+        """Return what loads the picture of a row."""
+        file = self.files[number]
+        return ImageFile(file, f"row {number}") if isinstance(file, Path) else file
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """Rows of a ``datasets.Dataset``; pictures stay bytes until they are called for.
+
+    Attributes:
+        data: the data set, with an ``image`` column.
+        name: for messages.
+    """
+
+    data: Any
+    name: str
+
+    @functools.cached_property
+    def _text(self) -> Any:
+        # A table of questions alone (GQA's) has no picture column.
+        return self.data.remove_columns([name for name in ("image",) if name in self.data.features])
+
+    @functools.cached_property
+    def _encoded(self) -> Any:
+        datasets = import_datasets()
+        data = self.data.select_columns("image")
+        feature = data.features["image"]
+        plain = datasets.Image(decode=False)
+        # SEED-Bench: a list of pictures, the frames of a video.
+        listed = isinstance(feature, list) or hasattr(feature, "feature")
+        return data.cast_column("image", datasets.List(plain) if listed else plain)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def column(self, name: str) -> list[Any]:
+        """Return one text column."""
+        return list(self._text[name])
+
+    def row(self, number: int) -> Mapping[str, Any]:
+        """Return the text columns of a row."""
+        return self._text[number]
+
+    def picture(self, number: int) -> Picture:
+        """Return what loads the picture of a row."""
+        return functools.partial(_decode_row, self, number)
+
+    def encoded(self, number: int) -> Mapping[str, Any] | None:
+        """Return ``{"bytes": ..., "path": ...}`` of a row's picture, the first of several."""
+        value = self._encoded[number]["image"]
+        return value[0] if isinstance(value, list) and value else value
+
+
+def _decode_row(rows: HubRows, number: int) -> Image.Image:
+    encoded = rows.encoded(number)
+    where = f"{rows.name}, row {number}"
+    if not encoded:
+        raise SampleError(f"{where} has no picture.")
+    if encoded["bytes"] is None:
+        return ImageFile(Path(encoded["path"]), where)()
+    return decode(io.BytesIO(encoded["bytes"]), where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTask(Task):
+    """Base of the tasks on published data.
+
+    Args:
+        split: one of the task's splits.
+        data: where the data is. ``None``: the Hub, by the name lmms-eval uses; ``"owner/name"``:
+            another data set there of the same columns; a folder: files in the layout that the
+            task's docstring names, a copy of the Hub's repository, or ``save_to_disk`` output.
+    """
+
+    HUB: ClassVar[str] = ""
+    CONFIG: ClassVar[str | None] = None
+    SPLITS: ClassVar[Mapping[str, str]] = {}  # ours -> the Hub's
+    UNSCORED: ClassVar[Sequence[str]] = ()  # splits whose answers a server keeps
+    COLUMNS: ClassVar[Sequence[str]] = ()
+    LAYOUT: ClassVar[str] = ""  # what a folder should hold, for messages
+
+    split: str = ""
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        """Reject a split that the task does not have."""
+        super().__post_init__()
+        object.__setattr__(self, "data", None if self.data is None else str(self.data))
+        check_option(self.name, "split", self.split, tuple(self.SPLITS))
+
+    @property
+    def scored(self) -> bool:
+        """Whether the split's answers are public."""
+        return self.split not in self.UNSCORED
+
+    @abstractmethod
+    def _sample(self, number: int, name: str, rows: Rows) -> Sample:
+        """Build the sample of a row."""
+
+    def _files(self, folder: Path) -> FileRows | None:
+        """Read the usual files; ``None`` where the folder does not hold them."""
+        return None
+
+    def _wanted(self, rows: Rows) -> list[int]:
+        """Return the rows that belong to the task."""
+        return list(range(len(rows)))
+
+    def _names(self, rows: Rows) -> list[str]:
+        """Return the id of each row; repeated ones are numbered."""
+        return [str(value) for value in rows.column("question_id")]
+
+    def _groups(self, rows: Rows, names: Sequence[str]) -> Sequence[str]:
+        """Return for each row what it must stay together with."""
+        return names
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the samples in the order of the file.
+
+        Raises:
+            ConfigError: the data is not there, or has other columns; the message says what to do.
+        """
+        rows = self._rows()
+        if not len(rows):
+            raise ConfigError(f"{self.name} ({self.split}) has no rows in {self._where}.")
+        require_columns(rows.row(0), self.COLUMNS, f"{self.name} ({self._where})")
+        wanted = self._wanted(rows)
+        if not wanted:
+            raise ConfigError(f"No row in {self._where} belongs to {self.name} ({self.split}).")
+        names = numbered(self._names(rows))
+        groups = self._groups(rows, names)
+        chosen = [wanted[i] for i in self._chosen([groups[i] for i in wanted])]
+        return LazySamples(lambda number: self._sample(number, names[number], rows), chosen)
+
+    @property
+    def _where(self) -> str:
+        return self.data or self.HUB
+
+    def _rows(self) -> Rows:
+        if self.data is None or not Path(self.data).exists():
+            name = self.data or self.HUB
+            if self.data is not None and (self.data.count("/") != 1 or self.data[0] in "./~"):
+                raise ConfigError(f"{self.name}: there is no folder {self.data}. {self._help}")
+            return HubRows(self._from_hub(name), name)
+        folder = Path(self.data)
+        found = self._files(folder)
+        if found is not None:
+            return found
+        if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+            return HubRows(self._from_disk(folder), str(folder))
+        if any(folder.rglob("*.parquet")):
+            return HubRows(self._from_hub(str(folder)), str(folder))
+        raise ConfigError(f"{self.name}: {folder} does not hold the data. {self._help}")
+
+    @property
+    def _help(self) -> str:
+        layout = f" holding {self.LAYOUT}," if self.LAYOUT else ""
+        return f"data is a folder{layout} or a copy of the Hub's {self.HUB}."
+
+    def _from_disk(self, folder: Path) -> Any:
+        datasets = import_datasets()
+        found = datasets.load_from_disk(str(folder))
+        if not isinstance(found, datasets.DatasetDict):
+            return found
+        hub_split = self.SPLITS[self.split]
+        if hub_split not in found:
+            raise ConfigError(
+                f"{self.name}: {folder} has no split {hub_split!r}; it has {', '.join(found)}."
+            )
+        return found[hub_split]
+
+    def _from_hub(self, name: str, config: str | None = None) -> Any:
+        """Load the split through ``datasets``; it keeps to its cache where it is told to.
+
+        Raises:
+            ConfigError: not reachable, or no such configuration or split.
+        """
+        datasets = import_datasets()
+        config, split = config or self.CONFIG, self.SPLITS[self.split]
+        try:
+            return datasets.load_dataset(name, config, split=split)
+        except ValueError as error:  # what datasets raises for unknown configurations and splits
+            raise ConfigError(f"{self.name}: {name} ({split}): {error}") from error
+        except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+            offline = [key for key in _OFFLINE if os.environ.get(key, "0") not in ("", "0")]
+            why = f"{offline[0]} is set and the cache does not hold it." if offline else ""
+            raise ConfigError(
+                f"{self.name}: cannot load {name} ({split}): {error}. {why} Where there is a "
+                f"network, `hf download --repo-type dataset {self.HUB} --local-dir DIR`, then "
+                f"data=DIR. {self._help}"
+            ) from error
+
+
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+def import_datasets() -> Any:
+    """Return the module ``datasets``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError(
+            "This data is read by the package datasets: pip install 'visprune[eval]'."
+        ) from error
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Return names with ``#2``, ``#3`` on those that came before: ids must be unique."""
+    seen: Counter[str] = Counter()
+    out = []
+    for name in names:
+        seen[name] += 1
+        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return out

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ImageNet-1k: class numbers from timm classifiers, or zero-shot from open_clip models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+from visprune.errors import ConfigError
+from visprune.eval.metrics.base import percent
+from visprune.eval.metrics.topk import TopK, parse_ranking
+from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored
+from visprune.eval.tasks.data import DataTask, FileRows, Rows
+from visprune.eval.tasks.folder import class_folders
+from visprune.eval.tasks.loading import find_file
+from visprune.eval.tasks.scoring import first_class, score_class
+
+__all__ = ["ImageNet", "ranking_text", "zero_shot_classifier"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNet(DataTask):
+    """ImageNet-1k validation (arXiv:1409.0575): 50,000 pictures, top-1 and top-5.
+
+    For models that give class numbers: timm ViTs, and open_clip models with
+    :func:`zero_shot_classifier`. Size, crop and interpolation are the model's own. A folder is an
+    ImageFolder of synsets (``n01440764/*.JPEG``) or holds one as ``val/``; with other class names,
+    classes are numbered in the order of their names.
+    """
+
+    name: ClassVar[str] = "imagenet"
+    VERSION: ClassVar[int] = 1
+    metric_name: ClassVar[str] = "top1"
+    generates: ClassVar[bool] = False
+    HUB: ClassVar[str] = "ILSVRC/imagenet-1k"
+    SPLITS: ClassVar[Mapping[str, str]] = {"val": "validation"}
+    COLUMNS: ClassVar[Sequence[str]] = ("label",)
+    LAYOUT: ClassVar[str] = "val/SYNSET/*.JPEG"
+
+    split: str = "val"
+
+    def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
+        """Return nothing: no question is asked."""
+        return ""
+
+    def parse(self, text: str, sample: Sample) -> Parsed:
+        """Read class numbers, best first, separated by blanks; the first is the answer."""
+        return first_class(text, sample)
+
+    def score(self, sample: Sample, parsed: Parsed) -> float:
+        """Return 1 where the first class is right."""
+        return score_class(sample, parsed)
+
+    def metric(self) -> torchmetrics.Metric:
+        """Return top-1 and top-5."""
+        return TopK()
+
+    def aggregate(
+        self, records: Sequence[Scored], *, errors_count_as_wrong: bool = False
+    ) -> dict[str, float]:
+        """Return ``score`` (top-1), ``top1`` and ``top5``."""
+        taken = [r for r in records if r.score is not None or errors_count_as_wrong]
+        if not taken:
+            return {}
+        figures = {f"top{k}": percent(sum(_among(r, k) for r in taken), len(taken)) for k in (1, 5)}
+        return {"score": figures["top1"], **figures}
+
+    def _names(self, rows: Rows) -> list[str]:
+        if isinstance(rows, FileRows):
+            return [str(name) for name in rows.column("name")]
+        return [str(number) for number in range(len(rows))]
+
+    def _files(self, folder: Path) -> FileRows | None:
+        root = find_file(folder, "val") or folder
+        if find_file(root, "*.parquet", "*/*.parquet", "dataset_info.json", "dataset_dict.json"):
+            return None  # a copy of the Hub's repository, or save_to_disk output
+        found = class_folders(root)
+        numbers = _class_numbers(list(found))
+        rows: list[Mapping[str, Any]] = []
+        files: list[Path] = []
+        for name, pictures in found.items():
+            for file in pictures:
+                rows.append({"label": numbers[name], "name": file.relative_to(root).as_posix()})
+                files.append(file)
+        return FileRows(rows, files)
+
+    def _sample(self, number: int, name: str, rows: Rows) -> Sample:
+        label = str(rows.row(number)["label"])
+        return Sample(
+            id=name,
+            question="",
+            image=rows.picture(number),
+            answers=(label,),
+            kind=label,
+            cluster=name,
+        )
+
+
+def _among(record: Scored, k: int) -> bool:
+    return record.answers[0] in map(str, parse_ranking(record.text or "")[:k])
+
+
+def _class_numbers(folders: Sequence[str]) -> dict[str, int]:
+    """Return the number of each class folder: ImageNet's own where folders are its synsets."""
+    from timm.data import ImageNetInfo
+
+    synsets = {
+        name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())
+    }
+    known = [name for name in folders if name in synsets]
+    if known and len(known) != len(folders):
+        strange = sorted(set(folders) - set(known))
+        raise ConfigError(
+            f"imagenet: {len(known)} folders are synsets of ImageNet-1k, others are not: "
+            f"{', '.join(strange[:5])}."
+        )
+    return synsets if known else {name: number for number, name in enumerate(sorted(folders))}
+
+
+@torch.inference_mode()
+def zero_shot_classifier(
+    model: Any,
+    tokenizer: Any,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the text classifier of an open_clip model, ``[d, classes]``.
+
+    ``open_clip.build_zero_shot_classifier`` (3.3): each text is embedded and normalised, averaged
+    over the templates, normalised again, as in clip_benchmark; averaging what is not normalised
+    gives slightly other weights.
+
+    Args:
+        model: an open_clip model.
+        tokenizer: its tokenizer.
+        classes: class names; ``None``: OpenAI's thousand for ImageNet.
+        templates: ``None``: OpenAI's eighty.
+        device: where the model is.
+    """
+    import open_clip
+
+    return open_clip.build_zero_shot_classifier(
+        model,
+        tokenizer,
+        classnames=open_clip.IMAGENET_CLASSNAMES if classes is None else classes,
+        templates=open_clip.OPENAI_IMAGENET_TEMPLATES if templates is None else templates,
+        device=device,
+    )
+
+
+def ranking_text(logits: Tensor, k: int = 5) -> list[str]:
+    """Return the texts that this task reads, such as ``"12 5 7 1 9"``, from logits ``[B, C]``."""
+    best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
+    return [" ".join(map(str, row)) for row in best.tolist()]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading questions and pictures: local files, and data sets of the Hub through ``datasets``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, overload
+
+from PIL import Image, UnidentifiedImageError
+
+from visprune.errors import ConfigError, did_you_mean
+from visprune.eval.tasks.base import Sample, SampleError
+
+__all__ = [
+    "ImageFile",
+    "LazySamples",
+    "decode",
+    "find_file",
+    "jsonl_lines",
+    "open_image",
+    "read_json",
+    "read_jsonl",
+    "require_columns",
+]
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A picture in a file; calling it loads it.
+
+    Args:
+        path: the file.
+        owner: what asks for it, for messages (``"question 17"``).
+    """
+
+    path: Path
+    owner: str = ""
+
+    def __call__(self) -> Image.Image:
+        """Return the picture, RGB.
+
+        Raises:
+            SampleError: the file is missing or is no picture that Pillow reads.
+        """
+        return open_image(self.path, self.owner)
+
+
+def open_image(path: Path, owner: str = "") -> Image.Image:
+    """Load a picture whole, RGB.
+
+    Raises:
+        SampleError: the file is missing or is no picture that Pillow reads; names the file.
+    """
+    of = f" of {owner}" if owner else ""
+    if not path.is_file():
+        raise SampleError(f"The picture{of} is missing: {path}.")
+    return decode(path, f"{path}{of}")
+
+
+def decode(source: Path | IO[bytes], where: str) -> Image.Image:
+    """Decode a picture whole, RGB.
+
+    Raises:
+        SampleError: it is no picture that Pillow reads, or it is cut short; names ``where``.
+    """
+    try:
+        with Image.open(source) as picture:
+            return picture.convert("RGB")
+    # SyntaxError and ValueError: what Pillow's decoders raise on damaged PNG and other files.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
+
+
+class LazySamples(Sequence[Sample]):
+    """Samples that are made when they are asked for, so that 200,000 rows stay rows.
+
+    Args:
+        make: builds the sample of a row number.
+        rows: row numbers, in order.
+    """
+
+    def __init__(self, make: Callable[[int], Sample], rows: Sequence[int]) -> None:
+        self._make, self._rows = make, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazySamples: ...
+    def __getitem__(self, index: int | slice) -> Sample | LazySamples:
+        if isinstance(index, slice):
+            return LazySamples(self._make, self._rows[index])
+        return self._make(self._rows[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._make, self._rows)
+
+
+def jsonl_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return ``("FILE, line N", object)`` for each line of a JSONL; empty lines are skipped.
+
+    Raises:
+        ConfigError: no such file, a line that is not a JSON object (says which), or no line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}.") from error
+    rows = []
+    # Not splitlines(): it also breaks at U+2028, which JSON leaves inside strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{where} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where} is not a JSON object: {line[:80]}.")
+        rows.append((where, row))
+    if not rows:
+        raise ConfigError(f"{path} holds no line.")
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSONL; see :func:`jsonl_lines`."""
+    return [row for _, row in jsonl_lines(path)]
+
+
+def require_columns(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
+    """Raise ``ConfigError`` unless a row has all columns; says which it has."""
+    missing = [name for name in needed if name not in row]
+    if missing:
+        hints = "".join(did_you_mean(name, row) for name in missing)
+        raise ConfigError(
+            f"{where} has no column {', '.join(map(repr, missing))}.{hints} "
+            f"It has: {', '.join(map(str, row)) or 'none'}; needed: {', '.join(needed)}."
+        )
+
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """Return the first of several relative paths (patterns allowed) that exists in a folder."""
+    for name in names:
+        found = sorted(folder.glob(name))
+        if found:
+            return found[0]
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}.") from error

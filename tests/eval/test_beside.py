@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands beside a score: unparsed answers, yes-rate, floors without a picture, loyalty."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.eval.task_fixtures import LOCAL, dump_lines
+from visprune.eval.metrics import (
+    Loyalty,
+    beside,
+    floors,
+    loyalty,
+    unparsed_rate,
+    yes_rate,
+)
+from visprune.eval.tasks.base import Task, get_task
+
+QUESTIONS = [
+    ("what color is the car", "red"),
+    ("what color is the bus", "Red."),
+    ("what color is the sky", "blue"),
+    ("is there a car", "yes"),
+    ("is there a bus", "yes"),
+    ("is it day", "no"),
+]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    """Six questions on six pictures."""
+    rows = [
+        {"image": f"{i}.png", "question": question, "answers": answer}
+        for i, (question, answer) in enumerate(QUESTIONS)
+    ]
+    dump_lines(tmp_path / "x.jsonl", rows)
+    return get_task("folder", path=str(tmp_path))
+
+
+def _records(task: Task, *texts: str | None) -> list[Any]:
+    found = []
+    for sample, text in zip(task.samples(), texts, strict=True):
+        parsed = None if text is None else task.parse(text, sample)
+        found.append(
+            SimpleNamespace(
+                sample=sample.id,
+                question=sample.question,
+                kind=sample.kind,
+                cluster=sample.cluster,
+                answers=list(sample.answers),
+                choices=list(sample.choices),
+                meta=dict(sample.meta),
+                text=text,
+                answer=parsed.answer if parsed else None,
+                score=task.score(sample, parsed) if parsed else None,
+            )
+        )
+    return found
+
+
+def test_unparsed_answers_are_a_share_of_answers(task: Task) -> None:
+    records = _records(task, "red", "", "...", "yes", None, "no")
+    assert unparsed_rate(records) == pytest.approx(100 * 2 / 5)
+    assert math.isnan(unparsed_rate(_records(task, *[None] * 6)))
+
+
+def test_yes_rate_is_over_yes_no_questions(task: Task) -> None:
+    assert yes_rate(_records(task, "yes", "x", "x", "yes", "Yes.", "no")) == pytest.approx(200 / 3)
+    assert yes_rate(_records(task, "x", "x", "x", None, None, None)) is None
+
+
+def test_floors(task: Task) -> None:
+    found = floors(task, task.samples())
+    assert found is not None
+    # "Red." and "red" are one answer; it ties with "yes", two of six each.
+    assert found.majority == pytest.approx(100 * 2 / 6)
+    assert found.majority_answer in ("red", "yes")
+    # Each question is answered from the others: the first two colours, the first two "is there".
+    assert found.prior == pytest.approx(100 * 4 / 6)
+    records = _records(task, *["x"] * 6)
+    assert floors(task, records) == found  # from records alone
+
+
+def test_floors_learned_on_a_train_split(task: Task, tmp_path: Path) -> None:
+    rows = [
+        {"image": "t.png", "question": "what color is the sky", "answers": "blue"},
+        {"image": "t.png", "question": "is it day", "answers": "no"},
+        {"image": "t.png", "question": "is it night", "answers": "no"},
+    ]
+    dump_lines(tmp_path / "train/t.jsonl", rows)
+    train = get_task("folder", path=str(tmp_path / "train")).samples()
+    found = floors(task, task.samples(), fit=train)
+    assert found is not None
+    assert (found.majority, found.majority_answer) == (pytest.approx(100 / 6), "no")
+    # "what color is the sky" and "is it day" are known word for word.
+    assert found.prior == pytest.approx(100 * 2 / 6)
+
+
+def test_the_prior_does_not_know_the_questions_it_is_asked() -> None:
+    # With the answers of its own pictures it would get every unique question right.
+    task = get_task("embedded", limit=300)
+    found = floors(task, task.samples())
+    assert found is not None
+    kinds = {sample.kind for sample in task.samples()}
+    assert found.majority < 100 / len(kinds)
+    assert 15 < found.prior < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "majority"),
+    [
+        ("pope", 200 / 3),  # F1 of a constant yes
+        ("mme", 2 * 50.0),  # acc 50, acc+ 0, in two categories
+        ("vqav2", 100.0),  # every fixture question has the same answers
+        ("mmbench_en", 0.0),  # no letter is right in every order
+        ("imagenet", 50.0),
+    ],
+)
+def test_floors_are_in_the_task_s_own_unit(tmp_path: Path, name: str, majority: float) -> None:
+    LOCAL[name](tmp_path)
+    task = get_task(name, data=str(tmp_path))
+    found = floors(task, task.samples())
+    assert found is not None
+    assert found.majority == pytest.approx(majority)
+
+
+def test_boxes_have_no_floor(tmp_path: Path) -> None:
+    LOCAL["refcoco_rec"](tmp_path)
+    task = get_task("refcoco_rec", data=str(tmp_path), split="testA")
+    assert floors(task, task.samples()) is None
+
+
+def test_loyalty_counts_agreement_right_or_wrong(task: Task) -> None:
+    baseline = _records(task, "red", "green", "", "yes", "x", None)
+    run = _records(task, "Red!", "green", "", "no", None, "no")
+    # Four are answered by both; the wrong "green" and two silences agree, "no" does not.
+    assert loyalty(run, baseline) == 75.0
+    assert loyalty(baseline, baseline) == 100.0
+    assert math.isnan(loyalty(run, []))
+    metric = Loyalty()
+    metric.update(["Red!", "green", "no"], ["red", "green", "yes"])
+    assert metric.compute()["score"] == pytest.approx(200 / 3)
+
+
+def test_all_of_it_at_once(task: Task) -> None:
+    records = _records(task, "red", "", "blue", "yes", "no", "no")
+    found = beside(task, records, records)
+    assert found == pytest.approx(
+        {
+            "unparsed": 100 / 6,
+            "yes_rate": 100 / 3,
+            "loyalty": 100.0,
+            "majority": 100 / 3,
+            "prior": 200 / 3,
+        }
+    )
+    assert "loyalty" not in beside(task, records)

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published benchmarks, read from their usual files and from a copy of the Hub's repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from tests.eval.hub_fixtures import HUB, write_hub
+from tests.eval.task_fixtures import LOCAL, dump, dump_lines, save
+from visprune.errors import ConfigError
+from visprune.eval.tasks.base import SampleError, Task, get_task, list_tasks
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "textvqa": {"ocr": True},
+    "refcoco_rec": {"split": "testA"},
+}
+DATA_TASKS = [name for name in list_tasks() if name not in ("embedded", "folder")]
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Folder of every task, ``("files", task)`` and ``("hub", task)``."""
+    made = {}
+    for name in DATA_TASKS:
+        for form in ("files", "hub"):
+            root = tmp_path_factory.mktemp(f"{form}_{name}")
+            LOCAL[name](root) if form == "files" else write_hub(name, root)
+            made[form, name] = root
+    return made
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what ``datasets`` caches away from the user's folder."""
+    folder = tmp_path_factory.getbasetemp() / "datasets_cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+
+
+def _task(name: str, root: Path | None, **more: Any) -> Task:
+    data = {} if root is None else {"data": str(root)}
+    return get_task(name, **data, **{**OPTIONS.get(name, {}), **more})
+
+
+def test_every_data_task_has_fixtures() -> None:
+    assert set(DATA_TASKS) == set(LOCAL) == set(HUB)
+
+
+@pytest.mark.parametrize("form", ["files", "hub"])
+@pytest.mark.parametrize("name", DATA_TASKS)
+def test_samples(roots: dict[tuple[str, str], Path], name: str, form: str) -> None:
+    task = _task(name, roots[form, name])
+    samples = task.samples()
+    assert len(samples) > 0
+    assert [sample.id for sample in samples] == [samples[i].id for i in range(len(samples))]
+    assert len({sample.id for sample in samples}) == len(samples)
+    for sample in samples:
+        assert sample.image().size == (12, 8)
+        assert sample.image().mode == "RGB"
+        assert sample.cluster
+        assert json.loads(json.dumps(sample.meta)) == sample.meta
+        assert task.generates == bool(sample.question)
+
+
+@pytest.mark.parametrize("name", [n for n in DATA_TASKS if n not in ("refcoco_rec", "imagenet")])
+def test_files_and_hub_say_the_same(roots: dict[tuple[str, str], Path], name: str) -> None:
+    first, second = (_task(name, roots[form, name]) for form in ("files", "hub"))
+    pairs = list(zip(first.samples(), second.samples(), strict=True))
+    for one, other in pairs:
+        assert first.prompt(one) == second.prompt(other)
+        assert one.answers == other.answers
+        assert one.choices == other.choices
+        if name != "scienceqa_img":  # the Hub's ScienceQA has no ids
+            assert one.id == other.id
+            assert one.cluster == other.cluster
+        if name != "mmbench_en":  # the fixtures differ in the category alone
+            assert one.kind == other.kind
+
+
+@pytest.mark.parametrize("name", DATA_TASKS)
+def test_the_right_answer_scores_full(roots: dict[tuple[str, str], Path], name: str) -> None:
+    task = _task(name, roots["files", name])
+    samples = task.samples()
+    if name == "refcoco_rec":
+        texts = ["[0.25, 0.25, 0.75, 0.75]"] * len(samples)
+    else:
+        texts = [max(set(s.answers), key=s.answers.count) for s in samples]
+    metric = task.metric()
+    metric.update(texts, samples)
+    best = 200.0 * 2 if name == "mme" else 100.0  # two categories of 200 points
+    assert metric.compute()["score"] == pytest.approx(best)
+    assert all(task.score(s, task.parse(t, s)) == 1.0 for s, t in zip(samples, texts, strict=True))
+    metric.reset()
+    metric.update(["?"] * len(samples), samples)
+    # POPE's own parser takes silence for yes: F1 66.7.
+    assert metric.compute()["score"] < (67 if name == "pope" else 1)
+
+
+def test_a_data_set_saved_to_disk_is_read(tmp_path: Path) -> None:
+    write_hub("pope", tmp_path / "hub")
+    data = datasets.load_dataset(str(tmp_path / "hub"))
+    data.save_to_disk(tmp_path / "disk")
+    assert len(_task("pope", tmp_path / "disk").samples()) == 6
+    data["test"].save_to_disk(tmp_path / "split")
+    assert len(_task("pope", tmp_path / "split", split="popular").samples()) == 2
+
+
+@pytest.mark.parametrize("form", ["files", "hub"])
+def test_pope_takes_one_split(roots: dict[tuple[str, str], Path], form: str) -> None:
+    samples = _task("pope", roots[form, "pope"], split="adversarial").samples()
+    assert [sample.id for sample in samples] == ["adversarial/1", "adversarial/2"]
+
+
+def test_a_limit_does_not_tear_pairs_apart(roots: dict[tuple[str, str], Path]) -> None:
+    for limit in (2, 3):
+        samples = _task("mme", roots["hub", "mme"], limit=limit).samples()
+        assert [sample.id for sample in samples] == ["count/0001.jpg", "count/0001.jpg#2"]
+    drawn = {
+        _task("mme", roots["hub", "mme"], limit=2, seed=seed).samples()[0].cluster
+        for seed in range(1, 20)
+    }
+    assert len(drawn) == 4
+    with pytest.raises(ConfigError, match="limit=1 is less than the 2 samples"):
+        _task("mme", roots["hub", "mme"], limit=1).samples()
+
+
+def test_mme_takes_one_part(roots: dict[tuple[str, str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"No row .* belongs to mme"):
+        _task("mme", roots["files", "mme"], part="cognition").samples()
+    assert len(_task("mme", roots["files", "mme"], part="perception").samples()) == 8
+
+
+def test_mmbench_counts_a_question_only_if_all_shifts_are_right(
+    roots: dict[tuple[str, str], Path],
+) -> None:
+    task = _task("mmbench_en", roots["files", "mmbench_en"])
+    single = _task("mmbench_en", roots["files", "mmbench_en"], circular=False)
+    assert [sample.id for sample in single.samples()] == ["241", "252"]
+    answers = dict(zip(("241", "1000241", "252", "1000252"), "BABB", strict=True))
+    records = [_record(task, sample, answers[sample.id]) for sample in task.samples()]
+    figures = task.aggregate(records)
+    # 241 is right twice; 252 is right in its second order alone.
+    assert figures == {"score": 50.0, "per_question": 75.0, "vanilla": 50.0}
+    again = [_record(task, sample, answers[sample.id]) for sample in task.samples()[:2]]
+    for record in again:  # as a bootstrap that drew the first picture twice
+        record.sample, record.cluster = f"{record.sample}#1", f"{record.cluster}#1"
+    figures = task.aggregate([*records, *again])
+    assert (figures["score"], figures["vanilla"]) == pytest.approx((200 / 3, 200 / 3))
+
+
+def test_refcoco_has_a_sample_for_each_expression(roots: dict[tuple[str, str], Path]) -> None:
+    samples = _task("refcoco_rec", roots["hub", "refcoco_rec"]).samples()
+    assert [sample.question for sample in samples] == ["left man", "guy on the left"]
+    assert [sample.id for sample in samples] == ["1", "1#2"]
+    local = _task("refcoco_rec", roots["files", "refcoco_rec"]).samples()
+    # The Hub has corner, width and height; Qwen's file two corners.
+    assert samples[0].meta["box"] == local[0].meta["box"] == [0.25, 0.25, 0.75, 0.75]
+
+
+def test_imagenet_numbers_classes_by_synset(roots: dict[tuple[str, str], Path]) -> None:
+    task = _task("imagenet", roots["files", "imagenet"])
+    assert [sample.answers for sample in task.samples()] == [("0",), ("1",)]
+    records = [_record(task, sample, "5 1 3 2 4") for sample in task.samples()]
+    assert task.aggregate(records) == {"score": 0.0, "top1": 0.0, "top5": 50.0}
+
+
+def test_imagenet_refuses_a_mixture_of_synsets_and_other_folders(tmp_path: Path) -> None:
+    save(tmp_path / "n01440764/a.jpg")
+    save(tmp_path / "cat/a.jpg")
+    with pytest.raises(ConfigError, match="others are not: cat"):
+        _task("imagenet", tmp_path).samples()
+
+
+def test_textvqa_without_tokens_does_not_read_them(roots: dict[tuple[str, str], Path]) -> None:
+    task = _task("textvqa", roots["files", "textvqa"], ocr=False)
+    assert "Reference OCR" not in task.prompt(task.samples()[0])
+    assert task.to_dict()["ocr"] is False  # the row of the results says which
+
+
+class _Record:
+    """What aggregate reads."""
+
+    def __init__(self, task: Task, sample: Any, text: str) -> None:
+        parsed = task.parse(text, sample)
+        self.sample, self.kind, self.cluster = sample.id, sample.kind, sample.cluster
+        self.answers, self.answer, self.meta = sample.answers, parsed.answer, sample.meta
+        self.text: str | None = text
+        self.score: float | None = task.score(sample, parsed)
+
+
+def _record(task: Task, sample: Any, text: str) -> Any:
+    return _Record(task, sample, text)
+
+
+@pytest.mark.parametrize("name", ["pope", "mme", "mmbench_en", "vizwiz"])
+def test_records_and_metric_agree(roots: dict[tuple[str, str], Path], name: str) -> None:
+    task = _task(name, roots["files", name])
+    samples = list(task.samples())
+    texts = ["yes" if i % 3 else "A" for i in range(len(samples))]
+    records = [_record(task, sample, text) for sample, text in zip(samples, texts, strict=True)]
+    metric = task.metric()
+    metric.update(texts, samples)
+    figures = task.aggregate(records)
+    score = figures["per_question" if name == "mmbench_en" else "score"]
+    assert metric.compute()["score"] == pytest.approx(score)
+
+
+@pytest.mark.parametrize("name", ["pope", "mme", "vqav2", "mmbench_en", "refcoco_rec", "imagenet"])
+def test_errors_are_left_out_or_count_as_wrong(
+    roots: dict[tuple[str, str], Path], name: str
+) -> None:
+    task = _task(name, roots["files", name])
+    texts = {"refcoco_rec": "[0.25,0.25,0.75,0.75]", "imagenet": "0", "mmbench_en": "B"}
+    records = [_record(task, sample, texts.get(name, "red")) for sample in task.samples()]
+    broken = _record(task, task.samples()[0], "")
+    broken.text = broken.answer = broken.score = None
+    with_error = [broken, *records[1:]]
+    skipped = task.aggregate(with_error)
+    assert skipped == task.aggregate(records[1:]) or name == "mmbench_en"
+    counted = task.aggregate(with_error, errors_count_as_wrong=True)
+    assert counted["score"] <= task.aggregate(records)["score"]
+    assert task.aggregate([broken]) == {}
+
+
+# What goes wrong, and what the user reads.
+
+
+def test_an_unknown_task_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown task 'vqa2'\. Did you mean 'vqav2'\?"):
+        get_task("vqa2")
+
+
+def test_an_unknown_split_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"no split 'rando'.*'random'.*all, random, popular"):
+        get_task("pope", split="rando")
+
+
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [("pope", "parser"), ("vqav2", "variant"), ("mme", "part"), ("refcoco_rec", "scale")],
+)
+def test_an_unknown_value_lists_those_there_are(task: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"no {option} 'x'.*Allowed: "):
+        get_task(task, **{option: "x"})
+
+
+def test_without_a_network_the_message_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=r"HF_HUB_OFFLINE is set.*hf download.*data=DIR"):
+        get_task("pope").samples()
+
+
+@pytest.mark.parametrize("name", DATA_TASKS)
+def test_an_empty_folder_says_what_should_be_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"neither a \.jsonl|does not hold the data.*data is a"):
+        _task(name, tmp_path).samples()
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
+        _task("gqa", tmp_path / "nowhere").samples()
+
+
+def test_wrong_columns_are_named(tmp_path: Path) -> None:
+    rows = [{"question_id": 1, "image": "a.jpg", "txt": "Is it?", "label": "yes"}]
+    dump_lines(tmp_path / "coco_pope_random.json", rows)
+    with pytest.raises(ConfigError, match=r"line 1 has no column 'text'. Did you mean 'txt'"):
+        _task("pope", tmp_path, split="random").samples()
+
+
+def test_wrong_columns_of_a_hub_copy_are_named(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([{"question_id": "1", "question": "Is it?"}])
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="no column 'answer', 'category'"):
+        _task("pope", tmp_path).samples()
+
+
+def test_a_split_that_the_data_does_not_have(tmp_path: Path) -> None:
+    write_hub("scienceqa_img", tmp_path)
+    with pytest.raises(ConfigError, match="validation"):
+        _task("scienceqa_img", tmp_path, split="val").samples()
+
+
+def test_a_missing_pope_file_is_named(tmp_path: Path) -> None:
+    LOCAL["pope"](tmp_path)
+    (tmp_path / "coco/coco_pope_popular.json").unlink()
+    with pytest.raises(ConfigError, match=r"no coco_pope_popular\.json"):
+        _task("pope", tmp_path).samples()
+    assert len(_task("pope", tmp_path, split="random").samples()) == 2
+
+
+def test_questions_without_answers_are_refused(tmp_path: Path) -> None:
+    LOCAL["vqav2"](tmp_path)
+    (tmp_path / "v2_mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(ConfigError, match="without their answers"):
+        _task("vqav2", tmp_path).samples()
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "val.json").write_text('[{"image": "a')
+    with pytest.raises(ConfigError, match=r"Cannot read .*val\.json"):
+        _task("vizwiz", tmp_path).samples()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "torn"])
+def test_a_picture_that_cannot_be_read_names_its_file(tmp_path: Path, damage: str) -> None:
+    LOCAL["gqa"](tmp_path)
+    picture = tmp_path / "data/images/n161313.jpg"
+    whole = picture.read_bytes()
+    picture.unlink()
+    if damage != "missing":
+        picture.write_bytes(b"" if damage == "empty" else whole[: len(whole) // 2])
+    samples = _task("gqa", tmp_path).samples()  # the questions can be listed
+    with pytest.raises(SampleError, match=r"n161313\.jpg"):
+        samples[0].image()
+
+
+def test_a_damaged_picture_of_the_hub_names_its_row(tmp_path: Path) -> None:
+    write_hub("vizwiz", tmp_path)
+    file = tmp_path / "default/val-00000-of-00001.parquet"
+    data = datasets.Dataset.from_parquet(str(file)).remove_columns("image")
+    rotten = [{"bytes": b"no picture", "path": None}] * len(data)
+    data.add_column("image", rotten, feature=datasets.Image()).to_parquet(file)
+    with pytest.raises(SampleError, match="row 1"):
+        _task("vizwiz", tmp_path).samples()[1].image()
+
+
+def test_gqa_without_a_picture_says_which(tmp_path: Path) -> None:
+    dump(tmp_path / "testdev_balanced_questions.json", {})
+    with pytest.raises(ConfigError, match="has no rows"):
+        _task("gqa", tmp_path).samples()
