@@ -8,6 +8,7 @@ rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`
 by ``torch.utils.flop_counter``.
 """
 
+from visprune.ops_hilo import hilo_attention, hilo_layer, hilo_pool
 from visprune.ops_neighborhood import na_av, na_qk, neighborhood_attention
 from visprune.ops_reduce import (
     bipartite_match,
@@ -18,6 +19,7 @@ from visprune.ops_reduce import (
 )
 from visprune.ops_rows import attention_rows, column_sums
 from visprune.ops_select import greedy_diverse
+from visprune.ops_sparse import lowrank_topk, sparse_attention
 
 __all__ = [
     "attention_rows",
@@ -25,10 +27,15 @@ __all__ = [
     "column_sums",
     "gather_tokens",
     "greedy_diverse",
+    "hilo_attention",
+    "hilo_layer",
+    "hilo_pool",
+    "lowrank_topk",
     "merge_tokens",
     "na_av",
     "na_qk",
     "neighborhood_attention",
     "reduce_tokens",
+    "sparse_attention",
     "unmerge_tokens",
 ]

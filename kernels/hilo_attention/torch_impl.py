@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch path of HiLo attention: batched matrix products or fused attention, by size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Measured on two AVX-512 threads, torch 2.15 (README): up to this many keys two products and a
+# softmax are faster than PyTorch's fused CPU kernel, as long as the scores stay in cache.
+PLAIN_KEYS = 100
+MAX_SCORES = 1 << 18  # scores held at once (fp32: 1 MiB)
+# Softmax over short rows costs more than both products of a small window; along a dimension that
+# is not the last one it is vectorised across queries, so few keys come first.
+KEYS_FIRST = 49
+
+
+def wide(t: Tensor) -> Tensor:
+    """fp32 for half types, so that products accumulate in fp32; fp64 stays."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def fused(keys: int, like: Tensor) -> bool:
+    """Whether this many keys go through PyTorch's fused CPU attention."""
+    return keys > PLAIN_KEYS and like.device.type == "cpu"
+
+
+def group_step(q: Tensor, k: Tensor) -> int:
+    """How many groups at a time, so that their scores fit."""
+    return max(1, MAX_SCORES // max(1, q.shape[1] * k.shape[1]))
+
+
+def probabilities(q: Tensor, k: Tensor, scale: float, hide: Tensor | None) -> Tensor:
+    """Softmax over the keys of each group: [g, n, m], a view of [g, m, n] where keys are few."""
+    keys_first = k.shape[1] <= KEYS_FIRST
+    first, second = (k, q) if keys_first else (q, k)
+    none = q.new_empty(1, 1, 1)
+    s = torch.baddbmm(none, first, second.transpose(1, 2), beta=0, alpha=scale)
+    if hide is not None:
+        s = s.masked_fill_(hide[:, :, None] if keys_first else hide[:, None, :], -torch.inf)
+    p = torch.softmax(s, 1 if keys_first else 2)
+    return p.transpose(1, 2) if keys_first else p
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hide: Tensor | None = None) -> Tensor:
+    """``q`` [G, n, d], ``k`` and ``v`` [G, m, d], ``hide`` bool [G, m] -> [G, n, d]."""
+    step = group_step(q, k)
+    if len(q) <= step:
+        return torch.bmm(probabilities(q, k, scale, hide), v)
+    out = q.new_empty(q.shape)
+    for start in range(0, len(q), step):
+        g = slice(start, start + step)
+        p = probabilities(q[g], k[g], scale, None if hide is None else hide[g])
+        torch.bmm(p, v[g], out=out[g])
+    return out
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, hide: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of :func:`attend`."""
+    found = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    step = group_step(q, k)
+    for start in range(0, len(q), step):
+        g = slice(start, start + step)
+        p = probabilities(q[g], k[g], scale, None if hide is None else hide[g])
+        grad_p = torch.bmm(grad[g], v[g].transpose(1, 2))
+        grad_s = (p * (grad_p - (p * grad_p).sum(-1, keepdim=True))).mul_(scale)
+        torch.bmm(grad_s, k[g], out=found[0][g])
+        torch.bmm(grad_s.transpose(1, 2), q[g], out=found[1][g])
+        torch.bmm(p.transpose(1, 2), grad[g], out=found[2][g])
+    return found
+
+
+def together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v as one tensor [3, ...]: a view where they are the parts of one projection."""
+    step = k.storage_offset() - q.storage_offset()
+    same = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    same = same and k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    if same and step > 0 and v.storage_offset() - k.storage_offset() == step:
+        strides = q.stride()
+        if strides == k.stride() == v.stride():
+            return torch.as_strided(q, (3, *q.shape), (step, *strides))
+    return torch.stack((q, k, v))
+
+
+def grid(height: int, width: int, ws: int) -> tuple[int, int]:
+    """Windows down and across."""
+    return -(-height // ws), -(-width // ws)
+
+
+def to_windows(t: Tensor, ws: int) -> Tensor:
+    """[n, B, H, W, h, d] -> [n, B * windows * h, ws * ws, d]; H and W multiples of ``ws``."""
+    n, b, height, width, heads, d = t.shape
+    t = t.view(n, b, height // ws, ws, width // ws, ws, heads, d)
+    return t.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(n, -1, ws * ws, d)
+
+
+def padded(t: Tensor, ws: int, fill: Tensor | None) -> Tensor:
+    """[B, H, W, h, d] with ``fill`` [h, d] or zeros right and below."""
+    b, height, width, heads, d = t.shape
+    rows, cols = grid(height, width, ws)
+    whole = t.new_zeros(b, rows * ws, cols * ws, heads, d)
+    if fill is not None:
+        whole += fill.to(t.dtype)
+    whole[:, :height, :width] = t
+    return whole
+
+
+def from_windows(t: Tensor, shape: torch.Size, ws: int) -> Tensor:
+    """Inverse of :func:`to_windows` before cropping: [B, rows, ws, cols, ws, h, d], a view."""
+    b, height, width, heads, d = shape
+    rows, cols = grid(height, width, ws)
+    return t.view(b, rows, cols, heads, ws, ws, d).permute(0, 1, 4, 2, 5, 3, 6)
+
+
+def whole_image(t: Tensor) -> Tensor:
+    """[B, rows, ws, cols, ws, h, d] -> [B, rows * ws, cols * ws, h, d]."""
+    return t.flatten(3, 4).flatten(1, 2)
+
+
+def hidden(shape: torch.Size, ws: int, device: torch.device) -> Tensor | None:
+    """Padded keys of every window and head, bool [B * windows * h, ws * ws]; None without any."""
+    b, height, width, heads, _ = shape
+    rows, cols = grid(height, width, ws)
+    if (rows * ws, cols * ws) == (height, width):
+        return None
+    y = torch.arange(rows * ws, device=device) >= height
+    x = torch.arange(cols * ws, device=device) >= width
+    out = (y[:, None] | x).view(rows, ws, cols, ws).transpose(1, 2)
+    return out.reshape(rows * cols, 1, ws * ws).expand(b, -1, heads, -1).reshape(-1, ws * ws)
+
+
+def window_inputs(
+    q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
+    ws: int, masked: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """q, k, v as windows in fp32 [3, B * windows * h, ws * ws, d], and what to hide of them."""
+    hide = hidden(q.shape, ws, q.device) if masked else None
+    if q.shape[1] % ws or q.shape[2] % ws:
+        fills = (None, None, None) if masked else (None, pad_k, pad_v)
+        q, k, v = (padded(t, ws, fill) for t, fill in zip((q, k, v), fills, strict=True))
+    return to_windows(wide(together(q, k, v)), ws), hide
+
+
+def heads_first(t: Tensor) -> Tensor:
+    """[B, H, W, h, d] -> [B, h, H * W, d]."""
+    return t.flatten(1, 2).transpose(1, 2)
+
+
+def low(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Lo-Fi heads -> [B, h, N, d], and the log-sum-exp of the fused kernel (else empty)."""
+    q, k, v = heads_first(q), heads_first(k), heads_first(v)
+    if fused(k.shape[2], q):
+        fa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fa(q, k, v, scale=scale)
+        return out, lse.contiguous()
+    qf, kf, vf = (wide(t).flatten(0, 1) for t in (q, k, v))
+    out = attend(qf, kf, vf, scale)
+    return out.view(q.shape), out.new_empty(0)
+
+
+def hilo_attention(
+    q: Tensor | None, k: Tensor | None, v: Tensor | None,
+    low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
+    pad_k: Tensor | None, pad_v: Tensor | None,
+    ws: int, scale: float, masked: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[B, H, W, Hh + Hl, d] and the log-sum-exp of the low branch (see ``low``)."""
+    like = q if q is not None else low_q
+    assert like is not None
+    b, height, width, _, d = like.shape
+    split = 0 if q is None else q.shape[3]
+    heads = split + (0 if low_q is None else low_q.shape[3])
+    out = like.new_empty(b, height, width, heads, d)
+    lse = wide(like).new_empty(0)
+    if out.numel() == 0:
+        return out, lse
+    if q is not None and k is not None and v is not None and split:
+        windows, hide = window_inputs(q, k, v, pad_k, pad_v, ws, masked)
+        qw, kw, vw = windows.unbind(0)
+        got = from_windows(attend(qw, kw, vw, scale, hide), q.shape, ws)
+        high = out[:, :, :, :split]
+        if height % ws or width % ws:
+            high.copy_(whole_image(got)[:, :height, :width])
+        else:
+            high.view(got.shape).copy_(got)
+    if low_q is not None and low_k is not None and low_v is not None and heads > split:
+        got, lse = low(low_q, low_k, low_v, scale)
+        out.flatten(1, 2)[:, :, split:].copy_(got.transpose(1, 2))
+    return out, lse
+
+
+def high_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
+    ws: int, scale: float, masked: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and of the padded key and value, in fp32."""
+    windows, hide = window_inputs(q, k, v, pad_k, pad_v, ws, masked)
+    whole_grad = padded(grad, ws, None) if q.shape[1] % ws or q.shape[2] % ws else grad
+    g = to_windows(wide(whole_grad)[None], ws)[0]
+    qw, kw, vw = windows.unbind(0)
+    parts = attend_backward(g, qw, kw, vw, scale, hide)
+    whole = [whole_image(from_windows(t, q.shape, ws)) for t in parts]
+    height, width = q.shape[1:3]
+    inner: list[Tensor | None] = [t[:, :height, :width] for t in whole]
+    for pad, t in ((pad_k, whole[1]), (pad_v, whole[2])):
+        if pad is None or masked:
+            inner.append(None if pad is None else torch.zeros_like(pad))
+        else:
+            inner.append(t[:, height:].sum((0, 1, 2)) + t[:, :height, width:].sum((0, 1, 2)))
+    return inner
+
+
+def low_backward(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> list[Tensor | None]:
+    """Gradients of the low branch, shaped like q, k and v."""
+    given = q, k, v
+    grad, out, q, k, v = (heads_first(t) for t in (grad, out, q, k, v))
+    if fused(k.shape[2], q):
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        parts = back(grad, q, k, v, out, lse, 0.0, False, scale=scale)
+    else:
+        gf, qf, kf, vf = (wide(t).flatten(0, 1) for t in (grad, q, k, v))
+        flat = attend_backward(gf, qf, kf, vf, scale)
+        parts = [t.view(s.shape) for t, s in zip(flat, (q, k, v), strict=True)]
+    return [t.transpose(1, 2).reshape(s.shape) for t, s in zip(parts, given, strict=True)]
+
+
+def hilo_backward(
+    grad: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor | None, k: Tensor | None, v: Tensor | None,
+    low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
+    pad_k: Tensor | None, pad_v: Tensor | None,
+    ws: int, scale: float, masked: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients in the order of the eight tensors; None where there is none."""
+    given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
+    got: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in given]
+    if out.numel():
+        split = 0 if q is None else q.shape[3]
+        if q is not None and k is not None and v is not None and split:
+            g = grad[:, :, :, :split]
+            found = high_backward(g, q, k, v, pad_k, pad_v, ws, scale, masked)
+            got[:3], got[6:] = found[:3], found[3:]
+        if low_q is not None and low_k is not None and low_v is not None and low_q.shape[3]:
+            g, o = grad[:, :, :, split:], out[:, :, :, split:]
+            got[3:6] = low_backward(g, o, lse, low_q, low_k, low_v, scale)
+    # A custom op returns fresh tensors whose strides do not depend on the path taken.
+    return [
+        None if t is None or g is None else g.to(t.dtype).contiguous()
+        for t, g in zip(given, got, strict=True)
+    ]
