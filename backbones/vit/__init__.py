@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Efficient vision transformers, registered in timm by importing this package.
+
+``litv2_*`` (HiLo attention), ``nat_*`` and ``dinat_*`` (neighborhood attention),
+``sparsifiner_deit_*`` (learned sparse attention); then ``timm.create_model(name)`` as for any other
+model. The attention modules :class:`HiLo` and :class:`NeighborhoodAttention2d` take and give
+channels-last maps and can be used alone; :func:`with_attention` puts them into any ViT of timm.
+"""
+
+from __future__ import annotations
+
+from visprune.backbones.vit import dinat as _dinat  # noqa: F401 - registers its models
+from visprune.backbones.vit.grid_attention import with_attention
+from visprune.backbones.vit.hilo import HiLo
+from visprune.backbones.vit.litv2 import LITv2
+from visprune.backbones.vit.nat import NAT
+from visprune.backbones.vit.neighborhood import NeighborhoodAttention2d
+from visprune.backbones.vit.sparsifiner import Sparsifiner
+from visprune.backbones.vit.sparsifiner_cost import sparsifiner_cost
+from visprune.backbones.vit.sparsifiner_training import SparsifinerLoss, stage_parameters
+
+__all__ = [
+    "NAT",
+    "HiLo",
+    "LITv2",
+    "NeighborhoodAttention2d",
+    "Sparsifiner",
+    "SparsifinerLoss",
+    "sparsifiner_cost",
+    "stage_parameters",
+    "with_attention",
+]

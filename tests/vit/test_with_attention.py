@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HiLo and neighborhood attention put into ViTs of timm."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.vit.shrunk import images, stir
+from visprune.backbones.vit import with_attention
+from visprune.errors import ConfigError, UnsupportedModel
+
+# One per way in which timm's plain ViTs differ.
+VITS = {
+    "class token": ("vit_tiny_patch16_224", {}),
+    "distillation token": ("deit_tiny_distilled_patch16_224", {}),
+    "layer scale, class apart from positions": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),
+    "average pooling, no prefix": ("vit_base_patch16_siglip_gap_224", {}),
+    "map pooling": ("vit_base_patch16_siglip_224", {}),
+    "query and key norms": ("vit_tiny_patch16_224", {"qk_norm": True, "scale_attn_norm": True}),
+    "parallel blocks": ("vit_small_patch16_18x2_224", {}),
+    "rotary": ("eva02_tiny_patch14_224", {"patch_size": 16}),
+    "rotary, registers": ("vit_small_patch16_dinov3", {}),
+}
+HILO = [n for n in VITS if "rotary" not in n and "norms" not in n]
+
+
+def build(which: str, **kwargs: Any) -> Any:
+    name, extra = VITS[which]
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 5}
+    model = timm.create_model(name, **{**sizes, **extra, **kwargs})
+    stir(model)
+    with torch.no_grad():
+        for module in model.modules():  # attention sharp enough that its pattern matters
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=1.5 * module.in_features**-0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("which", VITS)
+def test_a_window_as_large_as_the_grid_is_the_model(which: str) -> None:
+    model, x = build(which), images()
+    names = set(model.state_dict())
+    with torch.no_grad():
+        want = model(x)
+        assert with_attention(model, "neighborhood", kernel_size=4) is model
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        assert set(model.state_dict()) == names
+        whole = with_attention(build(which), "neighborhood", kernel_size=9)
+        torch.testing.assert_close(whole(x), want, rtol=1e-4, atol=1e-4)
+        near = with_attention(build(which), "neighborhood", kernel_size=2)
+        assert not torch.allclose(near(x), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("which", HILO)
+def test_hilo_of_window_one_is_the_model(which: str) -> None:
+    model, x = build(which), images()
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(
+            with_attention(model, "hilo", window_size=1)(x), want, rtol=1e-4, atol=1e-4
+        )
+        two = with_attention(build(which), "hilo", window_size=2, alpha=0.5)
+        assert two(x).shape == want.shape
+        assert not torch.allclose(two(x), want, rtol=1e-2, atol=1e-2)
+
+
+def dense(attn: Any, x: Tensor, seen: Tensor) -> Tensor:
+    """timm's attention under a mask [N, N], with its own projections."""
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q @ k.transpose(-1, -2) * attn.scale).masked_fill(~seen, -torch.inf)
+    return attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("which", ["class token", "registers", "average pooling, no prefix"])
+def test_patches_see_their_neighbours_and_the_prefix(which: str) -> None:
+    model = build(which)
+    attn = copy.deepcopy(model.blocks[0].attn)
+    first = model.num_prefix_tokens
+    with_attention(model, "neighborhood", kernel_size=3)
+    with torch.no_grad():
+        model(images())  # the grid is known from here on
+        x = torch.randn(2, first + 16, 32)
+        seen = torch.ones(first + 16, first + 16, dtype=torch.bool)
+        for i in range(16):
+            row, column = (min(max(p, 1), 2) for p in (i // 4, i % 4))
+            near = [
+                r * 4 + c
+                for r in range(row - 1, row + 2)
+                for c in range(column - 1, column + 2)
+            ]  # fmt: skip
+            seen[first + i, first:] = False
+            seen[first + i, [first + n for n in near]] = True
+        torch.testing.assert_close(
+            model.blocks[0].attn(x), dense(attn, x, seen), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_hilo_with_prefix_tokens_by_hand() -> None:
+    model = with_attention(build("registers"), "hilo", window_size=2, alpha=0.5)
+    attn, first = model.blocks[0].attn, 5
+    with torch.no_grad():
+        model(images())
+        x = torch.randn(2, first + 16, 32)
+        pooled = x[:, first:].view(2, 2, 2, 2, 2, 32).mean((2, 4)).flatten(1, 2)
+        q = attn.l_q(x)
+        k, v = attn.l_kv(torch.cat((x[:, :first], pooled), 1)).chunk(2, -1)
+        low = attn.l_proj((q @ k.transpose(1, 2) / 4).softmax(-1) @ v)
+        q, k, v = attn.h_qkv(x).chunk(3, -1)
+        window = torch.full((first + 16,), -1)
+        for i in range(16):
+            window[first + i] = (i // 8) * 2 + (i % 4) // 2
+        same = window[:, None] == window
+        scores = (q @ k.transpose(1, 2) / 4).masked_fill(~same, -torch.inf)
+        high = attn.h_proj(scores.softmax(-1) @ v)
+        torch.testing.assert_close(attn(x), torch.cat((high, low), -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+def test_it_trains_compiles_copies_and_checkpoints(kind: str) -> None:
+    options = {"rel_pos_bias": True, "kernel_size": 3} if kind == "neighborhood" else {}
+    model, x = with_attention(build("registers"), kind, **options), images()
+    model(x).square().sum().backward()
+    zero = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # The last block is read at the class token, which sees everything without a bias.
+    assert zero == (["blocks.1.attn.rpb"] if kind == "neighborhood" else [])
+    with torch.no_grad():
+        want = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), want)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), want, rtol=1e-4, atol=1e-5)
+        again = with_attention(build("registers"), kind, **options)
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again(x), want)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert [m.shape for m in maps] == [(2, 32, 4, 4)] * 2
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    model.set_input_size((96, 64))
+    assert model(images(1, 96, 64)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+def test_sizes_that_change_from_call_to_call(kind: str) -> None:
+    model = with_attention(build("class token", dynamic_img_size=True), kind)
+    with torch.no_grad():
+        for height, width in ((64, 64), (96, 48), (48, 80), (64, 64)):
+            assert model(images(1, height, width)).shape == (1, 5)
+        a = model(images(1, 96, 48))
+        model(images(1, 48, 96))
+        assert torch.equal(model(images(1, 96, 48)), a)
+
+
+def test_some_blocks_only_and_options_per_block() -> None:
+    model = build("class token")
+    plain = type(model.blocks[0].attn)
+    with_attention(model, "neighborhood", blocks=[1], kernel_size=2, dilation=2)
+    assert type(model.blocks[0].attn) is plain
+    assert model.blocks[1].attn.dilation == (2, 2)
+    with_attention(model, "hilo", blocks=[0])
+    assert len(model.patch_embed._forward_hooks) == 1
+    assert model.blocks[0].attn.grid is model.blocks[1].attn.grid
+    with torch.no_grad():
+        assert model(images()).shape == (2, 5)
+
+
+def test_bad_input() -> None:
+    model = build("class token")
+    with pytest.raises(ConfigError, match=r"Unknown attention 'hillo'. Did you mean 'hilo'\?"):
+        with_attention(model, "hillo")
+    with pytest.raises(ConfigError, match="no option 'window'"):
+        with_attention(model, "hilo", window=2)
+    with pytest.raises(ConfigError, match=r"blocks must be in 0\.\.1; got \[2\]"):
+        with_attention(model, "hilo", blocks=[2])
+    with pytest.raises(ConfigError, match="kernel_size must be at least 2"):
+        with_attention(model, "neighborhood", kernel_size=1)
+    with pytest.raises(ConfigError, match="larger alpha"):
+        with_attention(model, "hilo", alpha=0.1)
+    with pytest.raises(UnsupportedModel, match="q_norm, k_norm, norm"):
+        with_attention(build("query and key norms"), "hilo")
+    with pytest.raises(UnsupportedModel, match="EvaAttention"):
+        with_attention(build("rotary"), "hilo")
+    with pytest.raises(UnsupportedModel, match="ResNet is none"):
+        with_attention(timm.create_model("resnet18"), "hilo")
+    fused = timm.create_model("vit_base_patch16_224", embed_dim=32, num_heads=2, depth=2)
+    fused.blocks[1] = nn.Identity()
+    with pytest.raises(UnsupportedModel, match=r"Block 1 \(Identity\) has no attention"):
+        with_attention(fused, "neighborhood")
+    assert not fused.patch_embed._forward_hooks, "a refusal leaves the model as it was"
+    assert type(fused.blocks[0].attn).__name__ == "Attention"
+    with_attention(model, "neighborhood")
+    with pytest.raises(UnsupportedModel, match="was replaced before"):
+        with_attention(model, "hilo")
+    model(images())
+    with pytest.raises(ConfigError, match=r"needs all tokens: 1 \+ 4 x 4; got 9"):
+        model.blocks[0](torch.randn(1, 9, 32))
+    with pytest.raises(ConfigError, match="its own pattern"):
+        model.forward_features(images(), is_causal=True)
