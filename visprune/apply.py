@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visprune.apply_vit import ViTRun
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
 from visprune.backbones.vlm.cache import Owner, check_cache
 from visprune.backbones.vlm.probe import capture, watch
 from visprune.backbones.vlm.tap import EncoderTap, pictures_of
-from visprune.budget import Stage
-from visprune.catalog import find_adapter, get_method
+from visprune.budget import Budget, Stage
+from visprune.catalog import find_adapter, find_tower, get_method
 from visprune.cost import Causal, Cost
 from visprune.errors import ConfigError
 from visprune.forward import Forward
@@ -23,23 +24,26 @@ from visprune.outputs import OutputHooks
 from visprune.plan import Plan, make_plan
 from visprune.stages import Step, run_selection, run_withdrawal
 from visprune.stages_attention import decoder_attention, own_attention
+from visprune.stages_encoder import EncoderReduction
 from visprune.trace import Trace
 
 _FORWARD = "visprune_forward"
 
 
-def prune(model: Any, method: str | PruningMethod, **params: Any) -> Run:
-    """Make a vision-language model look at fewer visual tokens, from now on.
+def prune(model: Any, method: str | PruningMethod, **params: Any) -> Any:
+    """Make a vision-language model or a vision transformer look at fewer tokens, from now on.
 
     Args:
         model: a transformers model of a family in :func:`list_models` (also wrapped by PEFT or
-            dispatched by Accelerate). It is changed in place, by hooks on this instance only.
+            dispatched by Accelerate), or a vision transformer of timm or open_clip. It is changed
+            in place, by hooks on this instance only.
         method: a name of :func:`list_methods`, or a built method.
         **params: parameters of the method: ``num_keep`` (tokens of one image that stay) or
             ``keep_ratio``, and its own.
 
     Returns:
-        A :class:`Run`: use it as a context manager, or call ``run.remove()``.
+        A :class:`Run` (:class:`visprune.apply_vit.ViTRun` on a vision transformer): use it as a
+        context manager, or call ``run.remove()``.
 
     Raises:
         ConfigError: unknown method or parameter, bad budget, or the model is already pruned.
@@ -53,7 +57,8 @@ def prune(model: Any, method: str | PruningMethod, **params: Any) -> Run:
         >>> run.remove()  # doctest: +SKIP
     """
     built = get_method(method, **params)
-    return Run(find_adapter(model), built)
+    tower = find_tower(model)
+    return ViTRun(tower, built) if tower is not None else Run(find_adapter(model), built)
 
 
 class Run:
@@ -86,6 +91,10 @@ class Run:
             keys=self.plan.vision_keys,
             fingerprints=self.plan.fingerprint,
         )
+        vision = self.plan.vision
+        self.encoder = EncoderReduction(adapter, method, vision) if vision else None
+        if self.encoder is not None:
+            self._tap.finish = self.encoder.mark
         try:
             self._install()
         except BaseException:
@@ -111,6 +120,8 @@ class Run:
             self._handles += watch(adapter.layers[number].self_attn, wanted)
         self._handles += self._outputs.install()
         self._tap.install()
+        if self.encoder is not None:
+            self.encoder.install()
 
     def remove(self) -> None:
         """Take the method off: the model is bit for bit what it was. Safe to call twice."""
@@ -119,6 +130,8 @@ class Run:
         self._handles.clear()
         self._outputs.remove()
         self._tap.remove()
+        if self.encoder is not None:
+            self.encoder.remove()
         self.owner.active = False
         self._call = self._current = None
 
@@ -183,6 +196,8 @@ class Run:
         fwd.open(kwargs)
         hidden = kwargs["inputs_embeds"]
         if fwd.images:
+            if self.encoder is not None:
+                hidden = self.encoder.start(fwd)(hidden)
             for number, stage in self.plan.projector_stages:
                 hidden = self._run(stage, number, fwd, hidden)(hidden)
             fwd.start_layers()
@@ -236,7 +251,7 @@ class Run:
         return hidden
 
     def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> Step:
-        if stage.budget is None:
+        if not isinstance(stage.budget, Budget):
             return run_withdrawal(self.method, stage, number, fwd)
         return run_selection(self.method, stage, stage.budget, number, fwd, hidden)
 

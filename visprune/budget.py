@@ -80,18 +80,69 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class StepBudget:
+    """What one layer of a vision encoder keeps, in the terms of the papers on vision transformers.
+
+    Exactly one of the three is given.
+
+    Attributes:
+        num_drop: tokens that leave, at most half of those that enter (ToMe's r).
+        keep_ratio: fraction kept, in (0, 1], of the tokens that enter or of the picture's own.
+        num_keep: tokens kept at the end of ``share``.
+        share: how far of the way to ``num_keep`` this step goes, by equal factors, in (0, 1].
+        of: what ``keep_ratio`` refers to.
+        rounding: how the fraction becomes a count.
+        extra: slots besides the tokens kept, where any leave (EViT's fused token).
+    """
+
+    num_drop: int | None = None
+    keep_ratio: float | None = None
+    num_keep: int | None = None
+    share: float = 1.0
+    of: Literal["entering", "original"] = "entering"
+    rounding: Literal["ceil", "floor"] = "ceil"
+    extra: int = 0
+
+    def slots(self, entering: int, original: int) -> int:
+        """Return the length after the step: the tokens kept, and what is made of the others."""
+        kept = self.resolve(entering, original)
+        return kept + self.extra if kept < entering else kept
+
+    def resolve(self, entering: int, original: int) -> int:
+        """Return the count kept of ``entering`` tokens, at least 1.
+
+        Raises:
+            BudgetError: ``num_drop`` is more than half of the picture's tokens.
+        """
+        if self.num_drop is not None:
+            if self.num_drop > original // 2:
+                raise BudgetError(
+                    f"r={self.num_drop} is too large: at most half of the tokens of a picture can "
+                    f"merge in one layer, {original // 2} of {original} here."
+                )
+            return entering - min(self.num_drop, entering // 2)
+        if self.num_keep is not None:
+            wanted = round(original ** (1.0 - self.share) * self.num_keep**self.share)
+            return min(max(wanted, min(self.num_keep, original)), entering)
+        exact = (self.keep_ratio or 0.0) * (entering if self.of == "entering" else original)
+        wanted = math.ceil(exact) if self.rounding == "ceil" else int(exact)
+        return min(max(wanted, 1), entering)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One place where a method acts.
 
     Attributes:
         site: where.
-        budget: tokens that each image keeps from here on; ``None`` for a withdrawal, where all
-            visual tokens of a sample leave together or none (:meth:`PruningMethod.withdraw`).
+        budget: tokens that each image keeps from here on, a ``StepBudget`` inside a vision encoder;
+            ``None`` for a withdrawal, where all visual tokens of a sample leave together or none
+            (:meth:`PruningMethod.withdraw`).
         needs: what the method is shown.
     """
 
     site: Site
-    budget: Budget | None = None
+    budget: Budget | StepBudget | None = None
     needs: Needs = field(default_factory=Needs)
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from visprune.backbones.towers import REFUSED
+from visprune.backbones.towers import TABLE as TOWERS
 from visprune.backbones.vlm import TABLE as ADAPTERS
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import PruningMethod
@@ -15,6 +17,7 @@ from visprune.registry import Registry
 
 methods = Registry("method", METHODS, group="visprune.methods")
 adapters = Registry("model family", ADAPTERS, group="visprune.adapters")
+towers = Registry("vision transformer", TOWERS, group="visprune.towers")
 
 
 def list_methods() -> list[str]:
@@ -22,9 +25,14 @@ def list_methods() -> list[str]:
     return list(methods.names())
 
 
-def list_models() -> list[str]:
-    """Model families (``config.model_type``) that have an adapter."""
-    return list(adapters.names())
+def list_models(kind: Literal["vlm", "vit"] = "vlm") -> list[str]:
+    """Model families that have an adapter.
+
+    Args:
+        kind: ``"vlm"``: vision-language models, by ``config.model_type``; ``"vit"``: vision
+            transformers, by library and class.
+    """
+    return list((towers if kind == "vit" else adapters).names())
 
 
 def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
@@ -48,9 +56,13 @@ def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
 
 
 def unwrap(model: Any) -> Any:
-    """Return the transformers model inside PEFT, DataParallel or compile wrappers."""
+    """Return the model inside PEFT, DataParallel, compile, open_clip or timm feature wrappers."""
     while True:
-        if hasattr(model, "get_base_model"):
+        if _is_a(model, "open_clip.TimmModel"):
+            model = model.trunk
+        elif _is_a(model, "timm.FeatureGetterNet"):
+            model = model.model
+        elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -58,6 +70,45 @@ def unwrap(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
+
+
+def _lineage(model: Any) -> list[str]:
+    """Library and name of a model's class and its bases, ``"timm.VisionTransformer"``."""
+    return [f"{c.__module__.partition('.')[0]}.{c.__qualname__}" for c in type(model).__mro__]
+
+
+def _is_a(model: Any, name: str) -> bool:
+    return name in _lineage(model)
+
+
+def find_tower(model: Any) -> Any | None:
+    """Return the adapter (a ``TowerAdapter``) of a vision transformer, ``None`` for other models.
+
+    Raises:
+        UnsupportedModel: an image model of timm or open_clip that is not reduced; says why.
+    """
+    inner = unwrap(model)
+    lineage = _lineage(inner) if isinstance(inner, nn.Module) else []
+    for name in lineage:
+        if name in towers:
+            return towers.get(name)(inner)
+    have = f"Vision transformers with an adapter: {', '.join(list_models('vit'))}."
+    for name in lineage:
+        if name in REFUSED:
+            raise UnsupportedModel(
+                f"{type(inner).__name__} is not reduced: {REFUSED[name]}. {have}"
+            )
+    if _is_a(inner, "open_clip.CLIP") or _is_a(inner, "open_clip.CustomTextCLIP"):
+        raise UnsupportedModel(
+            f"{type(inner).__name__} holds an image and a text tower; prune its image tower: "
+            f"visprune.prune(model.visual, ...)."
+        )
+    if any(name.partition(".")[0] in ("timm", "open_clip") for name in lineage):
+        raise UnsupportedModel(
+            f"{type(inner).__name__} is not a plain vision transformer: its layers need the whole "
+            f"grid of tokens, or are not known. {have}"
+        )
+    return None
 
 
 def find_adapter(model: Any) -> Any:
@@ -74,7 +125,9 @@ def find_adapter(model: Any) -> Any:
     kind = getattr(config, "model_type", None)
     if kind is None:
         raise UnsupportedModel(
-            f"{type(inner).__name__} is not a transformers vision-language model. {have}"
+            f"{type(inner).__name__} is neither a transformers vision-language model nor a vision "
+            f"transformer with an adapter. {have} Vision transformers with one: "
+            f"{', '.join(list_models('vit'))}."
         )
     if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
         return adapters.get(kind)(inner)

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from visprune.budget import Budget, Schedule
 from visprune.errors import ConfigError, did_you_mean
@@ -23,15 +23,26 @@ class ModelSpec:
 
     Attributes:
         family: the transformers ``model_type``.
-        num_layers: decoder layers.
+        num_layers: decoder layers; 0 for a vision transformer alone.
         has_cls: whether the vision encoder has a class token.
         multi_axis_rope: positions are (t, h, w), as in Qwen-VL, not a line.
+        vision_layers: layers of the vision encoder, 0 where none can be reduced inside.
+        vision_width: its features.
+        vision_refusal: why none can be reduced inside, where that is so.
     """
 
     family: str
     num_layers: int
     has_cls: bool
     multi_axis_rope: bool
+    vision_layers: int = 0
+    vision_width: int = 0
+    vision_refusal: str = ""
+
+    @property
+    def is_vit(self) -> bool:
+        """Whether the model is a vision transformer alone, without projector and decoder."""
+        return self.num_layers == 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,10 @@ class Context:
         cls_attention: class-token attention to the patches, ``[B, H, N]``.
         vision_keys: keys of the encoder's feature layer, mean over heads, ``[B, N, d]``.
         fingerprints: one int per image, from its pixels.
+        layer: at a site inside an encoder, its 0-based layer.
+        num_layers: the encoder's layers, at such a site.
+        prefix: tokens before the patches there (class, distillation, register tokens).
+        learned: the stage's own module, of a method that has parameters.
     """
 
     num_keep: int
@@ -55,6 +70,10 @@ class Context:
     cls_attention: Tensor | None = None
     vision_keys: Tensor | None = None
     fingerprints: tuple[int, ...] = field(default_factory=tuple)
+    layer: int = 0
+    num_layers: int = 0
+    prefix: int = 0
+    learned: nn.Module | None = None
 
     def shown(self, name: str) -> Tensor:
         """Return a signal that the stage asked for.
@@ -80,6 +99,13 @@ class PruningMethod:
 
     name: ClassVar[str] = ""
     default_positions: ClassVar[PositionRule] = "original"
+    # Slots are means of the tokens in them: inside an encoder, attention and average pooling then
+    # weigh a slot by the patches that it stands for.
+    size_weighted: ClassVar[bool] = False
+    # Whether it has a schedule for a vision transformer alone (`spec.is_vit`).
+    in_towers: ClassVar[bool] = False
+    # Whether it acts inside an image encoder and nowhere else, also on a vision-language model.
+    only_in_towers: ClassVar[bool] = False
 
     positions: PositionRule | None = None
     strict: bool = False
@@ -100,9 +126,30 @@ class PruningMethod:
         """Choose ``ctx.num_keep`` of N tokens for each of B images."""
         raise ConfigError(f"{self.name} has no selection stage.")
 
+    def decide(self, tokens: VisualTokens, ctx: Context) -> Tensor:
+        """In the training of a method that learns: which tokens later layers see.
+
+        Args:
+            tokens: all of them; ``size`` is 1 for those still there, 0 for those dropped before.
+            ctx: with ``learned``.
+
+        Returns:
+            ``[B, N]``, 1 or 0, with a gradient.
+        """
+        raise ConfigError(f"{self.name} learns nothing.")
+
     def withdraw(self, ctx: Context) -> Tensor:
         """Return for each of B samples whether all its visual tokens leave: bool ``[B]``."""
         raise ConfigError(f"{self.name} has no withdrawal stage.")
+
+    @property
+    def size_bias(self) -> bool:
+        """Whether attention adds the logarithm of a key's size (proportional attention)."""
+        return self.size_weighted
+
+    def build_learned(self, spec: ModelSpec) -> nn.ModuleList | None:
+        """Return the parameters of the method, one module per stage, or ``None``."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": name, **parameters}``, enough to build the method again."""
@@ -113,7 +160,7 @@ class PruningMethod:
         """Build the method from keyword parameters.
 
         Raises:
-            ConfigError: a parameter is unknown (the message suggests the nearest).
+            ConfigError: a parameter is unknown (the message suggests the nearest) or missing.
         """
         allowed = [f.name for f in dataclasses.fields(cls)]
         for key in params:
@@ -122,6 +169,14 @@ class PruningMethod:
                     f"{cls.name} has no parameter {key!r}.{did_you_mean(key, allowed)} "
                     f"Parameters: {', '.join(allowed)}."
                 )
+        needed = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in needed if name not in params]
+        if missing:
+            raise ConfigError(f"{cls.name} needs {' and '.join(missing)}; give {missing[0]}=...")
         return cls(**params)
 
 

@@ -9,6 +9,7 @@ by ``torch.utils.flop_counter``.
 """
 
 from visprune.ops_hilo import hilo_attention, hilo_layer, hilo_pool
+from visprune.ops_match import bipartite_pairs
 from visprune.ops_neighborhood import na_av, na_qk, neighborhood_attention
 from visprune.ops_reduce import (
     bipartite_match,
@@ -24,6 +25,7 @@ from visprune.ops_sparse import lowrank_topk, sparse_attention
 __all__ = [
     "attention_rows",
     "bipartite_match",
+    "bipartite_pairs",
     "column_sums",
     "gather_tokens",
     "greedy_diverse",

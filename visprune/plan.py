@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from visprune.budget import Budget, Stage
+from visprune.budget import Budget, Stage, StepBudget
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import ModelSpec, PositionRule, PruningMethod
+from visprune.plan_tower import TowerPlan, check_encoder, make_tower_plan
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Plan:
         cls_layers: encoder layers whose class-token attention is read.
         vision_keys: whether the feature layer's keys are read.
         fingerprint: whether pictures are fingerprinted.
+        vision: the stages inside the encoder.
     """
 
     positions: PositionRule = "original"
@@ -32,12 +34,13 @@ class Plan:
     cls_layers: list[Literal["last", "feature"]] = field(default_factory=list)
     vision_keys: bool = False
     fingerprint: bool = False
+    vision: TowerPlan = field(default_factory=TowerPlan)
 
     @property
     def budgets(self) -> list[Budget]:
         """The budgets of all stages that have one."""
         staged = [*self.projector_stages, *(s for x in self.decoder_stages.values() for s in x)]
-        return [stage.budget for _, stage in staged if stage.budget is not None]
+        return [stage.budget for _, stage in staged if isinstance(stage.budget, Budget)]
 
 
 def make_plan(method: PruningMethod, spec: ModelSpec) -> Plan:
@@ -48,9 +51,17 @@ def make_plan(method: PruningMethod, spec: ModelSpec) -> Plan:
         UnsupportedModel: a site or a signal that the model does not offer.
     """
     plan = Plan(positions=_positions(method, spec))
-    for number, stage in enumerate(method.schedule(spec)):
+    if method.only_in_towers:
+        check_encoder(method, spec)
+    schedule = method.schedule(spec)
+    for number, stage in enumerate(schedule):
+        if stage.site.kind == "vision":
+            continue
         _place(plan, method, spec, number, stage)
         _signals(plan, method, spec, stage)
+    if any(stage.site.kind == "vision" for stage in schedule):
+        no_rows = None if spec.has_cls else f"the encoder of {spec.family} has none"
+        plan.vision = make_tower_plan(method, schedule, spec, no_cls_rows=no_rows)
     return plan
 
 
@@ -77,7 +88,7 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
     if kind != "decoder":
         raise UnsupportedModel(
             f"{method.name} acts at {stage.site}, which no adapter of {spec.family} offers yet. "
-            f"Sites: projector, decoder(layer)."
+            f"Sites: projector, decoder(layer), vision(layer) inside some encoders."
         )
     layer = stage.site.resolve(spec.num_layers)
     if stage.needs.attention is not None and stage.needs.attention_layer == "previous":
@@ -100,6 +111,11 @@ def _signals(plan: Plan, method: PruningMethod, spec: ModelSpec, stage: Stage) -
             f"{method.name} ranks patches by the attention of the vision encoder's class token, "
             f"and the encoder of {spec.family} has none. Methods that need none: todre, divprune, "
             f"fastv, pyramiddrop, pool, random, uniform."
+        )
+    if needs.cls_attention == "own" or isinstance(stage.budget, StepBudget):
+        raise ConfigError(
+            f"{method.name} asks at {stage.site} for what only a site inside an encoder has: "
+            f"attention of its own layer, or a StepBudget."
         )
     if not spec.has_cls:
         return

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from visprune.errors import ConfigError
 
 if TYPE_CHECKING:
     from visprune.apply import Run
+    from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
 
 
 def run_cost(
@@ -44,6 +46,25 @@ def run_cost(
         run.trace.tokens_per_layer = []
         with torch.no_grad():
             run.adapter.model(**inputs, logits_to_keep=1)
+    counts = [new_tokens] * len(run.trace.tokens_per_layer)
+    return sum(sample_costs(run, new_tokens=counts, causal=causal, padded=True), Cost(samples=0))
+
+
+def sample_costs(
+    run: Run, *, new_tokens: Sequence[int], causal: Causal = "ideal", padded: bool = False
+) -> list[Cost]:
+    """Price each sample of the last prefill of a run.
+
+    Args:
+        run: a run.
+        new_tokens: tokens that each sample generated.
+        causal: see :func:`run_cost`.
+        padded: count the padding of the batch in what is stored; without, each sample is priced as
+            if it had been alone.
+
+    Raises:
+        ConfigError: nothing with a picture has run yet, or the lengths differ.
+    """
     trace = run.trace
     if not trace.tokens_per_layer:
         raise ConfigError(
@@ -53,23 +74,79 @@ def run_cost(
     shape = run.adapter.cost_shape()
     dtype = next(run.adapter.language_model.parameters()).dtype
     samples = len(trace.tokens_per_layer)
-    parts = []
+    _check_lengths(new_tokens, samples)
+    costs = []
     for row in range(samples):
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
         share = trace.selection_macs // samples
         if row == 0:
             share += trace.selection_macs % samples
-        parts.append(
-            sample_cost(
-                shape,
-                tokens_per_layer=trace.sequence_per_layer[row],
-                stored_per_layer=trace.stored_per_layer[row],
-                cached=trace.cached_per_layer[row],
-                grids=[grid for i in images for grid in trace.grids[i]],
-                dtype=dtype,
-                decode_steps=max(0, new_tokens - 1),
-                selection=share,
-                causal=causal,
-            )
+        sequence, cached = trace.sequence_per_layer[row], trace.cached_per_layer[row]
+        stored = trace.stored_per_layer[row]
+        if not padded:
+            alone = [new + old for new, old in zip(sequence, cached, strict=True)]
+            stored = [min(pair) for pair in zip(stored, alone, strict=True)]
+        grids = [grid for i in images for grid in trace.grids[i]]
+        encoder = run.encoder
+        cost = sample_cost(
+            shape,
+            projected=None if encoder is None else encoder.projected(len(grids)),
+            tokens_per_layer=sequence,
+            stored_per_layer=stored,
+            cached=cached,
+            grids=grids,
+            dtype=dtype,
+            decode_steps=max(0, new_tokens[row] - 1),
+            selection=share,
+            causal=causal,
         )
-    return sum(parts, start=Cost(samples=0))
+        if encoder is not None:
+            cost = replace(cost, vision=cost.vision - encoder.saved(len(grids)))
+        costs.append(cost)
+    return costs
+
+
+def prompt_costs(
+    adapter: VLMAdapter,
+    inputs: Mapping[str, Any],
+    layouts: Sequence[ImageLayout],
+    *,
+    new_tokens: Sequence[int],
+    causal: Causal = "ideal",
+) -> list[Cost]:
+    """Price prompts under the untouched model, each sample as if it had been alone.
+
+    Args:
+        adapter: of the model.
+        inputs: what the model takes: ``input_ids`` with a placeholder for every visual token, and
+            ``attention_mask`` where the batch is padded.
+        layouts: the pictures among them (``adapter.layouts``); none: a text prompt.
+        new_tokens: tokens that each sample generates.
+        causal: see :func:`run_cost`.
+
+    Raises:
+        ConfigError: the lengths differ.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    _check_lengths(new_tokens, len(lengths))
+    shape = adapter.cost_shape()
+    dtype = next(adapter.language_model.parameters()).dtype
+    return [
+        sample_cost(
+            shape,
+            tokens_per_layer=int(length),
+            grids=[grid for x in layouts if x.row == row for grid in x.picture.grids],
+            dtype=dtype,
+            decode_steps=max(0, new_tokens[row] - 1),
+            causal=causal,
+        )
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _check_lengths(new_tokens: Sequence[int], samples: int) -> None:
+    if len(new_tokens) != samples:
+        raise ConfigError(
+            f"new_tokens has one count for each of the {samples} samples, got {len(new_tokens)}."
+        )

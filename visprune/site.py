@@ -18,15 +18,17 @@ class Site:
 
     ``layer`` is the 0-based layer on *entering* which the tokens are gone ("layer K"), or a float
     in (0, 1): a fraction of the depth, floored to a layer (``7/8`` of 32 layers is layer 28).
+    ``after_attention``: not on entering the layer but between its attention and its MLP.
     """
 
     kind: SiteKind
     layer: int | float | None = None
+    after_attention: bool = False
 
     @classmethod
-    def vision(cls, layer: int | float) -> Site:
-        """Inside the vision encoder, on entering ``layer``."""
-        return cls("vision", layer)
+    def vision(cls, layer: int | float, *, after_attention: bool = False) -> Site:
+        """Inside the vision encoder, on entering ``layer`` or between its attention and its MLP."""
+        return cls("vision", layer, after_attention)
 
     @classmethod
     def projector(cls) -> Site:
@@ -66,4 +68,6 @@ class Site:
         return layer
 
     def __str__(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}({self.layer})"
+        if self.layer is None:
+            return self.kind
+        return f"{self.kind}({self.layer}{', after attention' if self.after_attention else ''})"

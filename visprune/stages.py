@@ -48,7 +48,7 @@ def run_selection(
             for place, image in enumerate(group):
                 chosen.append((image, _row(selection, place)))
                 image.size = sizes[place]
-    step = _shorten(fwd, chosen)
+    step = shorten(fwd, chosen)
     fwd.trace.stages.append(
         {
             "site": str(stage.site),
@@ -147,7 +147,7 @@ def _context(
     )
 
 
-def _shorten(fwd: Forward, chosen: list[tuple[ImageState, Selection]]) -> Step:
+def shorten(fwd: Forward, chosen: list[tuple[ImageState, Selection]]) -> Step:
     """Shorten the sequence to the chosen slots; the step writes merged features into theirs."""
     leaving = torch.zeros_like(fwd.table.valid)
     order: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(fwd.batch)]

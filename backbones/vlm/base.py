@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from visprune.backbones.towers.base import TowerAdapter
 from visprune.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import ModelSpec
@@ -32,6 +33,9 @@ class Picture:
         fingerprint: a number that depends on the pixels alone; 0 if not asked for.
         cls_attention: by encoder layer, class-token attention to the free tokens, ``[H, N]``.
         vision_keys: the feature layer's keys of the free tokens, mean over heads, ``[N, d]``.
+        alive: where tokens left inside the encoder, the free tokens that stand for those that are
+            left, in raster order, ``[K]``.
+        size: patches merged into each of them, ``[K]``.
     """
 
     free: Tensor
@@ -43,6 +47,8 @@ class Picture:
     fingerprint: int = 0
     cls_attention: dict[str, Tensor] = field(default_factory=dict)
     vision_keys: Tensor | None = None
+    alive: Tensor | None = None
+    size: Tensor | None = None
 
     @cached_property
     def extent(self) -> tuple[int, ...]:
@@ -128,7 +134,30 @@ class VLMAdapter:
             num_layers=len(self.layers),
             has_cls=self.has_cls,
             multi_axis_rope=self.multi_axis_rope,
+            vision_layers=0 if self.encoder is None else len(self.encoder.layers),
+            vision_width=0 if self.encoder is None else self.encoder.width,
+            vision_refusal=self.no_encoder,
         )
+
+    @cached_property
+    def encoder(self) -> TowerAdapter | None:
+        """The image encoder, where tokens can leave inside it."""
+        return None
+
+    @property
+    def no_encoder(self) -> str:
+        """Why there is no :attr:`encoder`."""
+        return "whether tokens can leave inside its vision encoder is not known"
+
+    @property
+    def encoder_end(self) -> int:
+        """The encoder's layer whose output the model reads, 0-based."""
+        raise NotImplementedError  # pragma: no cover - only with an encoder
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps the encoder's tokens to the decoder's, one by one."""
+        raise NotImplementedError  # pragma: no cover - only with an encoder
 
     @property
     def takes_encoded(self) -> bool:

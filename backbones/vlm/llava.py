@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from visprune.backbones.towers.base import TowerAdapter
+from visprune.backbones.towers.hf_clip import HfClip
 from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
 from visprune.cost import (
     ModelShape,
@@ -52,6 +55,37 @@ class LlavaAdapter(VLMAdapter):
         feature = feature if isinstance(feature, int) else feature[-1]
         # hidden_states has one entry more than there are layers: entry i is the output of i - 1.
         return layers[feature if feature < 0 else feature - 1].self_attn
+
+    @cached_property
+    def encoder(self) -> TowerAdapter | None:
+        """The tower, if it is made of CLIP's or SigLIP's layers and one of them is read."""
+        if not isinstance(self.config.vision_feature_layer, int):
+            return None
+        try:
+            return HfClip(self.tower)
+        except UnsupportedModel:
+            return None
+
+    @property
+    def no_encoder(self) -> str:
+        """Why there is no :attr:`encoder`."""
+        layers = self.config.vision_feature_layer
+        if not isinstance(layers, int):
+            return f"it joins the outputs of encoder layers {layers}, which would differ in length"
+        return f"its encoder {type(self.tower).__name__} is not made of CLIP's or SigLIP's layers"
+
+    @property
+    def encoder_end(self) -> int:
+        """The encoder's layer whose output the model reads, 0-based."""
+        layer = int(self.config.vision_feature_layer)
+        count = 0 if self.encoder is None else len(self.encoder.layers)
+        # hidden_states has one entry more than there are layers: entry i is the output of i - 1.
+        return (layer if layer >= 0 else count + 1 + layer) - 1
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps the encoder's tokens to the decoder's, one by one."""
+        return self.core.multi_modal_projector
 
     @property
     def side(self) -> int:

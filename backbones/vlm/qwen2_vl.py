@@ -33,6 +33,14 @@ class Qwen2VLAdapter(VLMAdapter):
         """The vision encoder."""
         return self.core.visual
 
+    @property
+    def no_encoder(self) -> str:
+        """Why tokens cannot leave inside the encoder."""
+        return (
+            "its vision encoder packs the patches of all pictures into one sequence, in windows "
+            "(Qwen2.5-VL) and in the blocks of 2 x 2 that its merger joins; both need every patch"
+        )
+
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """One picture per row of ``image_grid_thw`` (or ``video_grid_thw``)."""
         grids = call[f"{kind}_grid_thw"]

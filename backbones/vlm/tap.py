@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ class EncoderTap:
             fingerprints,
         )
         self.latest: dict[str, list[Picture]] = {}
+        self.finish: Callable[[list[Picture]], None] | None = None
         self._heard: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._wrapped: list[str] = []
@@ -82,6 +84,8 @@ class EncoderTap:
             output = original(*args, **kwargs)
             bound = signature.bind_partial(*args, **kwargs).arguments
             pictures = self.adapter.pictures({**bound.pop("kwargs", {}), **bound}, kind)
+            if self.finish is not None:
+                self.finish(pictures)
             features = getattr(output, "pooler_output", output)
             for picture, tensor in zip(pictures, features, strict=True):
                 self._finish(picture)

@@ -191,12 +191,19 @@ def test_a_vision_model_of_timm() -> None:
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, depth=1)
     before = state(model)
-    for name in METHODS:
+    behind = [name for name in METHODS if name not in ("keep_all", "random", "uniform")]
+    for name in behind:
         with pytest.raises(UnsupportedModel) as caught:
             visprune.prune(model, name, **everything(name))
         message = str(caught.value)
-        assert "VisionTransformer is not a transformers vision-language model" in message
-        assert FAMILY_LIST in message
+        assert f"{name} acts at " in message
+        assert "VisionTransformer is a vision transformer alone and has none" in message
+        assert "Methods for it: keep_all, random, uniform, tome, pitome" in message
+    with pytest.raises(UnsupportedModel) as caught:
+        visprune.prune(torch.nn.Linear(2, 2), "tome", r=2)
+    message = str(caught.value)
+    assert "Linear is neither a transformers vision-language model nor a vision transf" in message
+    assert FAMILY_LIST in message
     assert state(model) == before
 
 

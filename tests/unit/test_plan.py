@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 
 import visprune
-from visprune.budget import Budget, Schedule, Stage
+from visprune.budget import Budget, Schedule, Stage, StepBudget
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import ModelSpec, PruningMethod
 from visprune.needs import Needs
@@ -71,12 +72,27 @@ def test_positions_that_a_model_cannot_have() -> None:
         make_plan(visprune.get_method("uniform", num_keep=4, positions="compact"), QWEN)
 
 
-@pytest.mark.parametrize("site", [Site.vision(3), Site.cache()])
-def test_sites_that_are_not_offered_yet(site: Site) -> None:
+def test_sites_that_are_not_offered() -> None:
     with pytest.raises(UnsupportedModel) as caught:
-        make_plan(Made(stages=(Stage(site, HALF),)), LLAVA)
-    assert str(site) in str(caught.value)
+        make_plan(Made(stages=(Stage(Site.cache(), HALF),)), LLAVA)
+    assert "cache" in str(caught.value)
     assert "Sites: projector, decoder(layer)" in str(caught.value)
+    closed = dataclasses.replace(LLAVA, vision_refusal="its windows need every patch")
+    with pytest.raises(UnsupportedModel, match=r"its windows need every patch. Methods that act"):
+        make_plan(Made(stages=(Stage(Site.vision(3), HALF),)), closed)
+
+
+def test_the_site_inside_an_encoder() -> None:
+    spec = dataclasses.replace(LLAVA, vision_layers=6)
+    sites = [Site.vision(3), Site.vision(0.5, after_attention=True)]
+    plan = make_plan(Made(stages=tuple(Stage(site, HALF) for site in sites)), spec)
+    assert (list(plan.vision.entry), list(plan.vision.inside)) == ([3], [3])
+    assert plan.vision.counts(100, 6) == [(100, 100)] * 3 + [(50, 50)] * 3
+    early = Stage(Site.vision(3), HALF, Needs(cls_attention="own"))
+    with pytest.raises(ConfigError, match=r"its attention has not run. Use after_attention=True"):
+        make_plan(Made(stages=(early,)), spec)
+    with pytest.raises(ConfigError, match="only a site inside an encoder has"):
+        make_plan(Made(stages=(Stage(Site.projector(), StepBudget(num_drop=2)),)), spec)
 
 
 def test_needs_that_cannot_be_met() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import visprune
+import visprune.catalog
 from visprune.errors import ConfigError
 from visprune.method import ModelSpec, PruningMethod
+from visprune.plan_tower import make_tower_plan
 
 METHODS = visprune.list_methods()
 OTHERS: dict[str, list[dict[str, Any]]] = {
@@ -22,12 +24,21 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "visionzip": [{"num_keep": 7, "contextual": 0}, {"keep_ratio": 0.5, "contextual": 3}],
     "random": [{"num_keep": 7, "seed": 12}],
     "keep_all": [{}],
+    "tome": [{"r": 8}, {"r": (8, 4, 0), "prop_attn": False}, {"r": 8, "inflect": -1.0}],
+    "pitome": [{"keep_ratio": 0.9, "margin": 0.5}],
+    "evit": [{}, {"keep_ratio": 0.5, "fuse": False, "layers": (3, 0.5)}],
+    "topk": [{"keep_ratio": 0.5, "layers": (2,)}, {"num_keep": 7}],
+    "dynamicvit": [{"keep_ratio": 0.5}, {"num_keep": 7}],
 }  # fmt: skip
 CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"num_keep": 7}])]
 
 
+INSIDE = [name for name in METHODS if visprune.catalog.methods.get(name).only_in_towers]
+
+
 def plain(name: str) -> dict[str, Any]:
-    return {} if name == "keep_all" else {"num_keep": 16}
+    by_ratio = {"tome": {"r": 4}, "pitome": {"keep_ratio": 0.9}, "evit": {"keep_ratio": 0.7}}
+    return by_ratio.get(name, {} if name == "keep_all" else {"num_keep": 16})
 
 
 def test_the_nine_methods() -> None:
@@ -58,7 +69,7 @@ def test_a_method_is_frozen_and_named(name: str) -> None:
     assert type(built).__doc__
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in INSIDE])
 @pytest.mark.parametrize("layers", [8, 28, 32, 40])
 def test_schedules_go_down(name: str, layers: int) -> None:
     spec = ModelSpec(family="llava", num_layers=layers, has_cls=True, multi_axis_rope=False)
@@ -72,7 +83,25 @@ def test_schedules_go_down(name: str, layers: int) -> None:
     assert kept[-1] == (576 if name == "keep_all" else 16)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "keep_all"])
+@pytest.mark.parametrize("layers", [2, 12, 24, 27])
+@pytest.mark.parametrize("name", [*INSIDE, "random", "uniform", "keep_all"])
+def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
+    spec = ModelSpec(family="VisionTransformer", num_layers=0, has_cls=True, multi_axis_rope=False,
+                     vision_layers=layers, vision_width=64)  # fmt: skip
+    schedule = visprune.get_method(name, **plain(name)).schedule(spec)
+    plan = make_tower_plan(
+        visprune.get_method(name, **plain(name)), schedule, spec, no_cls_rows=None
+    )
+    depths = [stage.site.resolve(layers) for stage in schedule]
+    assert depths == sorted(set(depths))
+    counts = [count for pair in plan.counts(576, layers) for count in pair]
+    assert counts == sorted(counts, reverse=True)
+    if "num_keep" in plain(name):
+        assert counts[-1] == 16
+    assert (counts[-1] == 576) == (name == "keep_all")
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in ("keep_all", "tome", "evit")])
 def test_a_wrong_name_says_which_is_meant(name: str) -> None:
     with pytest.raises(ConfigError, match=f"Did you mean '{name}'"):
         visprune.get_method(name[:-1], num_keep=4)

@@ -13,4 +13,9 @@ TABLE = {
     "random": "visprune.methods.random_keep:RandomKeep",
     "uniform": "visprune.methods.uniform:Uniform",
     "pool": "visprune.methods.pool:Pool",
+    "tome": "visprune.methods.tome:ToMe",
+    "pitome": "visprune.methods.pitome:PiToMe",
+    "evit": "visprune.methods.evit:EViT",
+    "topk": "visprune.methods.topk:TopK",
+    "dynamicvit": "visprune.methods.dynamicvit:DynamicViT",
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.budget import Budget, Schedule, Stage
+from visprune.budget import Budget, Schedule, Stage, StepBudget
 from visprune.method import Context, ModelSpec, PruningMethod
 from visprune.selection import Selection
 from visprune.site import Site
@@ -18,9 +18,15 @@ class KeepAll(PruningMethod):
     """Keeps all tokens: bit-equal to the untouched model, and what any method is compared with."""
 
     name: ClassVar[str] = "keep_all"
+    in_towers: ClassVar[bool] = True
 
     def schedule(self, spec: ModelSpec) -> Schedule:
-        """One stage at the projector."""
+        """One stage at the projector, or one in every layer of a vision transformer."""
+        if spec.is_vit:
+            return tuple(
+                Stage(Site.vision(layer, after_attention=True), StepBudget(keep_ratio=1.0))
+                for layer in range(spec.vision_layers)
+            )
         return (Stage(Site.projector(), Budget(keep_ratio=1.0)),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:

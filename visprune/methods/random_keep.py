@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from visprune.budget import Schedule, Stage
+from visprune.budget_depths import DEPTHS, geometric
 from visprune.method import BudgetedMethod, Context, ModelSpec
 from visprune.needs import Needs
 from visprune.selection import Selection
@@ -20,6 +21,9 @@ from visprune.tokens import VisualTokens
 class RandomKeep(BudgetedMethod):
     """Keeps tokens drawn without replacement, at the projector.
 
+    On a vision transformer alone it thins patches out where ``topk`` does, by the same counts:
+    between attention and MLP of layers 3, 6 and 9 of 12.
+
     The draw depends on ``seed`` and on the picture's pixels, not on the batch: the same picture
     keeps the same tokens alone and among others.
 
@@ -28,17 +32,22 @@ class RandomKeep(BudgetedMethod):
     """
 
     name: ClassVar[str] = "random"
+    in_towers: ClassVar[bool] = True
 
     seed: int = 0
 
     def schedule(self, spec: ModelSpec) -> Schedule:
-        """One stage at the projector."""
-        return (Stage(Site.projector(), self.budget, Needs(fingerprint=True)),)
+        """One stage at the projector, or three inside a vision transformer."""
+        needs = Needs(fingerprint=True)
+        if spec.is_vit:
+            return geometric(self.budget, DEPTHS, spec, needs)
+        return (Stage(Site.projector(), self.budget, needs),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Draw for each picture."""
         drawn = []
         for fingerprint in ctx.fingerprints:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + fingerprint) % 2**63)
+            state = self.seed * 1_000_003 + ctx.stage * 7_919 + fingerprint
+            generator = torch.Generator().manual_seed(state % 2**63)
             drawn.append(torch.randperm(tokens.num_tokens, generator=generator)[: ctx.num_keep])
         return Selection.keep(torch.stack(drawn).to(tokens.features.device), tokens.num_tokens)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from visprune.budget import Schedule, Stage
+from visprune.budget_depths import DEPTHS, geometric
 from visprune.method import BudgetedMethod, Context, ModelSpec
 from visprune.selection import Selection
 from visprune.site import Site
@@ -17,12 +18,18 @@ from visprune.tokens import VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(BudgetedMethod):
-    """Keeps tokens evenly spaced in raster order: ``floor((i + 1/2) n / k)`` for each i < k."""
+    """Keeps tokens evenly spaced in raster order: ``floor((i + 1/2) n / k)`` for each i < k.
+
+    At the projector; on a vision transformer alone where ``topk`` acts, by the same counts.
+    """
 
     name: ClassVar[str] = "uniform"
+    in_towers: ClassVar[bool] = True
 
     def schedule(self, spec: ModelSpec) -> Schedule:
-        """One stage at the projector."""
+        """One stage at the projector, or three inside a vision transformer."""
+        if spec.is_vit:
+            return geometric(self.budget, DEPTHS, spec)
         return (Stage(Site.projector(), self.budget),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:

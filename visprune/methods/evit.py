@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EViT: keep the attentive tokens, fuse the rest (ICLR 2022, arXiv:2202.07800)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from visprune.budget import Schedule, Stage, StepBudget
+from visprune.budget_depths import DEPTHS, checked_depths, resolved
+from visprune.errors import BudgetError
+from visprune.method import Context, ModelSpec, PruningMethod
+from visprune.needs import Needs
+from visprune.selection import Selection
+from visprune.selection_pairs import PairMerge
+from visprune.site import Site
+from visprune.tokens import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class EViT(PruningMethod):
+    """Keeps, at three depths of an encoder, the patches that the class token attends to most.
+
+    Between attention and MLP of layers 3, 6 and 9 of 12, ``ceil(keep_ratio * n)`` of the n patches
+    there stay, by the class token's attention in that layer (mean over heads), in falling order of
+    it. The others become one token, the sum of their features times their attention; the weights
+    are not made to sum to one. That token is a candidate later like any other. All as in the
+    official code; ties keep the lower index. A model without a class token is refused.
+
+    Args:
+        keep_ratio: fraction kept at each of the depths, in (0, 1] (0.7 leaves a third in the end).
+        fuse: whether the others are fused into a token, or dropped.
+        layers: where: 0-based layers, or fractions of the depth.
+    """
+
+    name: ClassVar[str] = "evit"
+    in_towers: ClassVar[bool] = True
+    only_in_towers: ClassVar[bool] = True
+
+    keep_ratio: float = 0.7
+    fuse: bool = True
+    layers: Sequence[int | float] = DEPTHS
+
+    def __post_init__(self) -> None:
+        """Check the ratio."""
+        super().__post_init__()
+        object.__setattr__(self, "layers", checked_depths(self.layers))
+        if not 0.0 < self.keep_ratio <= 1.0:
+            raise BudgetError(
+                f"keep_ratio is the fraction of patches kept at each depth, in (0, 1]; got "
+                f"{self.keep_ratio!r}."
+            )
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """One stage per layer."""
+        needs = Needs(cls_attention="own", cls_required=True)
+        step = StepBudget(keep_ratio=self.keep_ratio, extra=int(self.fuse))
+        return tuple(
+            Stage(Site.vision(layer, after_attention=True), step, needs)
+            for layer in resolved(self.layers, spec)
+        )
+
+    def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
+        """Rank by attention; fuse or drop the rest."""
+        batch, count, keep = len(tokens.features), tokens.num_tokens, ctx.num_keep
+        if keep == count:
+            return Selection.identity(batch, count, tokens.features.device)
+        attention = ctx.shown("cls_attention").mean(dim=1)  # [B, N]
+        order = attention.argsort(dim=1, descending=True, stable=True)
+        if not self.fuse:
+            return Selection(order[:, :keep], count)
+        # The fused slot stands for the most attended of its patches.
+        ranked = attention.gather(1, order)
+        kept = ranked[:, : keep + 1].clone()
+        kept[:, :keep] = 1.0
+        source = order[:, keep + 1 :]
+        return PairMerge(
+            order[:, : keep + 1],
+            count,
+            source=source,
+            slot=torch.full_like(source, keep),
+            kept_weight=kept,
+            came_weight=ranked[:, keep + 1 :],
+        )
