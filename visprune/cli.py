@@ -123,14 +123,18 @@ def tasks() -> None:
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="prefill, decode, or the name of a kernel.")],
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
+    ] = False,
 ) -> None:
     """Measure speed, once the results agree. Options after NAME go to that benchmark."""
-    found = _benchmarks()
+    found = _drawings() if draw else _benchmarks()
     if name not in found:
         raise ConfigError(
-            f"Unknown benchmark {name!r}.{did_you_mean(name, found)} Known: {', '.join(found)}."
+            f"Unknown {'drawing' if draw else 'benchmark'} {name!r}."
+            f"{did_you_mean(name, found)} Known: {', '.join(found)}."
         )
-    sys.argv = [f"visprune bench {name}", *context.args]
+    sys.argv = [f"visprune bench {'--draw ' * draw}{name}", *context.args]
     importlib.import_module(found[name]).main()
 
 
@@ -177,6 +181,12 @@ def _benchmarks() -> dict[str, str]:
         for path in sorted(root.glob("kernels/*/bench.py"))
     }
     return ours | kernels
+
+
+def _drawings() -> dict[str, str]:
+    """Return kernel name to the module that draws it: ``eval/draw_NAME.py``."""
+    paths = sorted((Path(__file__).parent / "eval").glob("draw_*.py"))
+    return {p.stem.removeprefix("draw_"): f"visprune.eval.{p.stem}" for p in paths}
 
 
 def _print_registry(registry: Registry) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +45,16 @@ def shape(name: str, key: str, t: Tensor | None, want: tuple[int, ...]) -> None:
     """Refuse a tensor of another shape; None passes."""
     if t is not None and tuple(t.shape) != want:
         raise ConfigError(f"{name}: {key} must have shape {list(want)}; got {list(t.shape)}.")
+
+
+def per_axis(
+    name: str, key: str, value: int | bool | Sequence[int | bool], rank: int, kind: type
+) -> list[int | bool]:
+    """One value for each axis from one value or a sequence of them."""
+    values = [value] * rank if isinstance(value, int) else list(value)
+    if len(values) != rank or not all(isinstance(x, kind) for x in values):
+        raise ConfigError(
+            f"{name}: {key} must be one {kind.__name__} or one for each of {rank} axes; "
+            f"got {value!r}."
+        )
+    return values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visprune.errors import ConfigError
 from visprune.kernels.neighborhood_attention import op as na_op
-from visprune.ops_check import choose, floating, shape
+from visprune.ops_check import choose, floating, per_axis, shape
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -86,7 +86,8 @@ def neighborhood_attention(
     extra = (additional_keys, additional_values)
     choice = choose(name, backend, q.device, lambda: na_op.why_not(q, k, v, rpb, *extra))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = na_op.neighborhood_attention(q, k, v, rpb, *extra, *window, scale, choice)
+    args = (*window, scale, return_lse, choice)
+    out, lse = na_op.neighborhood_attention(q, k, v, rpb, *extra, *args)
     return (out, lse) if return_lse else out
 
 
@@ -183,10 +184,10 @@ def _window(
         raise ConfigError(
             f"{name}: {key} must be {_LAYOUT}, at least one head and feature; got {list(t.shape)}."
         )
-    kernels = [int(x) for x in _per_axis(name, "kernel_size", kernel, len(space), int)]
-    strides = [int(x) for x in _per_axis(name, "stride", stride, len(space), int)]
-    dilations = [int(x) for x in _per_axis(name, "dilation", dilation, len(space), int)]
-    flags = [bool(x) for x in _per_axis(name, "is_causal", causal, len(space), bool)]
+    kernels = [int(x) for x in per_axis(name, "kernel_size", kernel, len(space), int)]
+    strides = [int(x) for x in per_axis(name, "stride", stride, len(space), int)]
+    dilations = [int(x) for x in per_axis(name, "dilation", dilation, len(space), int)]
+    flags = [bool(x) for x in per_axis(name, "is_causal", causal, len(space), bool)]
     for at, (length, ks, st, di) in enumerate(zip(space, kernels, strides, dilations, strict=True)):
         where = f"on axis {at} of {key} with {length} tokens"
         if not (2 <= ks <= length or ks == length == 1):
@@ -200,19 +201,6 @@ def _window(
                 f"dilation must be 1 to {length // ks}; got {di}."
             )
     return kernels, strides, dilations, flags
-
-
-def _per_axis(
-    name: str, key: str, value: int | bool | Sequence[int | bool], rank: int, kind: type
-) -> list[int | bool]:
-    """One value for each axis from one value or a sequence of them."""
-    values = [value] * rank if isinstance(value, int) else list(value)
-    if len(values) != rank or not all(isinstance(x, kind) for x in values):
-        raise ConfigError(
-            f"{name}: {key} must be one {kind.__name__} or one for each of {rank} axes; "
-            f"got {value!r}."
-        )
-    return values
 
 
 def _dtypes(name: str, **tensors: Tensor) -> None:

@@ -84,7 +84,8 @@ class Run:
         tile: queries per tile.
         span: keys per tile.
         starts: place of the first key of every tile.
-        classes: (lo, hi) ranges of tiles whose windows lie alike; their starts are ``tile`` apart.
+        pieces: (lo, hi, distance) ranges of tiles whose starts are evenly apart.
+        classes: (lo, hi) ranges of tiles whose windows lie alike in tile and span.
         offsets: int64 [classes, tile, span], bias index of every pair, 2 k - 1 for no neighbour.
         mask: fp32 [classes, tile, span], 0 for a neighbour, else -inf.
         near: int64 [classes, tile, k], where in the span each neighbour is; -1 for none.
@@ -97,6 +98,7 @@ class Run:
     tile: int
     span: int
     starts: tuple[int, ...]
+    pieces: tuple[tuple[int, int, int], ...]
     classes: tuple[tuple[int, int], ...]
     offsets: Tensor
     mask: Tensor
@@ -104,17 +106,20 @@ class Run:
 
 
 @lru_cache(maxsize=256)
-def runs(axis: Axis, target: int) -> tuple[Run, ...]:
-    """Cut an axis into tiles of about ``target`` queries, whole strides where that is possible.
+def runs(axis: Axis, target: int, wide: int) -> tuple[Run, ...]:
+    """Cut an axis into tiles of ``target`` to 2 ``target`` queries, equal ones if that can be.
 
+    From ``wide`` places on small tiles are best, which waste the fewest scores; below it large
+    ones, which are few. Tiles are whole strides where that is possible.
     Memory: a few classes of tile x span numbers; a pure function, so remembered.
     """
     found = []
     for group, groups, count in axis.groups():
         unit = axis.stride if axis.stride <= 2 * target else 1
-        units = -(-count // unit)
-        tiles = max(1, round(units * unit / target))
-        tile = -(-units // tiles) * unit
+        sizes = [n * unit for n in range(-(-target // unit), max(2 * target // unit, 1) + 1)]
+        sizes = sizes if count >= wide else sizes[::-1]
+        even = [n for n in sizes if count % n == 0]
+        tile = min(count, (even or sizes)[0])
         whole = count // tile
         cuts = [(0, tile, whole)] if whole else []
         if count % tile:
@@ -139,13 +144,21 @@ def _run(axis: Axis, group: int, groups: int, count: int, first: int, tile: int,
             classes.append((i, i + 1))
         else:
             classes[-1] = (classes[-1][0], i + 1)
+    pieces = [(0, 1, 0)]
+    for i in range(1, tiles):
+        lo, hi, apart = pieces[-1]
+        gap = starts[i] - starts[i - 1]
+        if hi - lo == 1 or gap == apart:
+            pieces[-1] = (lo, i + 1, gap)
+        else:
+            pieces.append((i, i + 1, 0))
     table = torch.tensor(patterns, device="cpu")  # [classes, tile, 3]
     low, high, shift = table[..., 0:1], table[..., 1:2], table[..., 2:3]
     place, k = torch.arange(span, device="cpu"), axis.kernel
     inside = (place >= low) & (place < high)
     near = low + torch.arange(k, device="cpu")
     return Run(
-        group, groups, axis.dilation, first, tile, span, starts, tuple(classes),
+        group, groups, axis.dilation, first, tile, span, starts, tuple(pieces), tuple(classes),
         (place + shift + k - 1).masked_fill(~inside, 2 * k - 1),
         torch.zeros(inside.shape, device="cpu").masked_fill(~inside, -math.inf),
         near.masked_fill(near >= high, -1),

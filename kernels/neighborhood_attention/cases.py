@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def _fused(
     grads: Sequence[str] = ("q", "k", "v")
     grads = (*grads, *(("rpb",) if bias else ()))
     grads = (*grads, *(("additional_keys", "additional_values") if extra else ()))
-    attend = _joined(op.neighborhood_attention), _joined(reference.neighborhood_attention)
+    fused = partial(op.neighborhood_attention, with_lse=True)
+    attend = _joined(fused), _joined(reference.neighborhood_attention)
     return Case(name, *attend, make, grads=tuple(grads))
 
 

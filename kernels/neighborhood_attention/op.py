@@ -48,6 +48,10 @@ def _impl(backend: str) -> Any:
     return torch_impl
 
 
+def _keeps_lse(asked: bool, alone: bool, backend: str) -> bool:
+    return asked or not alone or backend == "triton"
+
+
 # --- fused ----------------------------------------------------------------------------------------
 
 
@@ -64,13 +68,19 @@ def neighborhood_attention(
     dilation: Sequence[int],
     is_causal: Sequence[bool],
     scale: float,
+    with_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``q``, ``k``, ``v`` [B, *space, H, D] -> output [B, *space, H, Dv], LSE [B, *space, H]."""
+    """``q``, ``k``, ``v`` [B, *space, H, D] -> output [B, *space, H, Dv], LSE [B, *space, H].
+
+    Without ``with_lse`` the second is empty; the PyTorch path then saves the work (a fifth of a
+    short call), and needs none for its backward unless there are additional keys.
+    """
     layout = axis.layout(q.shape, kernel_size, stride, dilation, is_causal)
     alone = additional_keys is None or additional_values is None
+    with_lse = _keeps_lse(with_lse, alone, backend)
     dtype = q.dtype if alone else torch.promote_types(q.dtype, torch.float32)
-    out, lse = _impl(backend).forward(q, k, v, rpb, layout, scale, dtype)
+    out, lse = _impl(backend).forward(q, k, v, rpb, layout, scale, dtype, with_lse)
     if additional_keys is not None and additional_values is not None:
         extra = torch_impl.extra_forward(q, additional_keys, additional_values, scale)
         out, lse = torch_impl.merge(out, lse, *extra)
@@ -118,9 +128,15 @@ def neighborhood_attention_backward(
 
 
 @neighborhood_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Any, additional_keys: Any, additional_values: Any,
+    kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, with_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=dtype)
+    kept = _keeps_lse(with_lse, additional_keys is None, backend)
+    lse = q.new_empty(q.shape[:-1] if kept else (0,), dtype=dtype)
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
 
 @neighborhood_attention_backward.register_fake
@@ -135,7 +151,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.causal, ctx.scale, ctx.backend = inputs
+    *tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.causal, ctx.scale, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -151,7 +167,7 @@ def _backward(
     grads = neighborhood_attention_backward(grad_out, grad_lse, *tensors, *args)
     given = [*([True] * 3), rpb_grad, tensors[4] is not None, tensors[5] is not None]
     kept = [g if there else None for g, there in zip(grads, given, strict=True)]
-    return (*kept, *[None] * 6)
+    return (*kept, *[None] * 7)
 
 
 neighborhood_attention.register_autograd(_backward, setup_context=_setup)

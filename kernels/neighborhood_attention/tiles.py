@@ -10,17 +10,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from .axis import Layout, Run, product, runs
 
-MAX_HELD = 1 << 19  # numbers in a buffer of a part: fp32 2 MiB, about what a core keeps in cache
-TARGETS = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}  # queries per tile and axis, by number of axes
+MAX_HELD = 1 << 19  # numbers in a buffer of a part: fp32 2 MiB, about the cache of a core
+# By number of axes: queries per tile on an axis, and the length from which an axis counts as long.
+TARGETS = {1: (32, 128), 2: (4, 48), 3: (3, 16)}
 
 Ranges = tuple[tuple[int, int], ...]
+View = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,81 +34,93 @@ class Part:
         images: (lo, hi).
         tiles: (lo, hi) for each axis.
         heads: H.
-        cells: the part cut by class: the class on each axis, where its tiles are among the tiles
-            of this part, and its tiles as a part of their own.
     """
 
     runs: tuple[Run, ...]
     images: tuple[int, int]
     tiles: Ranges
     heads: int
-    cells: tuple[tuple[tuple[int, ...], tuple[slice, ...], Part], ...] = ()
 
-    @property
+    @cached_property
     def tile(self) -> int:
         """Queries per tile."""
         return product(run.tile for run in self.runs)
 
-    @property
+    @cached_property
     def span(self) -> int:
         """Keys per tile."""
         return product(run.span for run in self.runs)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """[tiles of each axis, images, groups of each axis, H]."""
         counts = (hi - lo for lo, hi in self.tiles)
         images = self.images[1] - self.images[0]
         return (*counts, images, *(run.groups for run in self.runs), self.heads)
 
+    @cached_property
+    def count(self) -> int:
+        """Tiles."""
+        return product(self.shape[: len(self.runs)])
+
+    @cached_property
+    def cells(self) -> tuple[tuple[tuple[int, ...], Ranges], ...]:
+        """The part cut by class: the class on each axis, and where its tiles are in this part."""
+        return tuple(_cuts(self, [[(*c, i) for i, c in enumerate(r.classes)] for r in self.runs]))
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Ranges], ...]:
+        """The part cut where spans are not evenly apart: distance on each axis, and where."""
+        return tuple(_cuts(self, [r.pieces for r in self.runs]))
+
     def queries(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """The tiles of ``t`` [B, *space, H, D] -> [tiles, images * groups * H, tile, D]."""
         size, strides, offset = _query_view(self, t.stride(), t.shape[-1])
         view = t.as_strided(size, strides, t.storage_offset() + offset)
         copy = torch.empty(size, dtype=dtype, device=t.device).copy_(view)
-        return copy.view(product(size[: len(self.runs)]), -1, self.tile, t.shape[-1])
+        return copy.view(self.count, -1, self.tile, t.shape[-1])
 
     def keys(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """The halos of ``t`` [B, *space, H, D] -> [tiles, images * groups * H, span, D]."""
         size = (*self.shape, *(run.span for run in self.runs), t.shape[-1])
         out = torch.empty(size, dtype=dtype, device=t.device)
-        at, strides = t.storage_offset(), t.stride()
-        for _, slices, cell in self.cells:
-            inner, step, offset = _key_view(cell, strides, t.shape[-1])
-            out[slices].copy_(t.as_strided(inner, step, at + offset))
-        return out.view(product(size[: len(self.runs)]), -1, self.span, t.shape[-1])
+        at = t.storage_offset()
+        for slices, (inner, strides, offset) in _key_views(self, t.stride(), t.shape[-1]):
+            out[slices].copy_(t.as_strided(inner, strides, at + offset))
+        return out.view(self.count, -1, self.span, t.shape[-1])
 
     def store(self, out: Tensor, tiles: Tensor) -> None:
         """Write the result of the tiles, [tiles, .., tile, D], to its place in ``out``."""
         size, strides, offset = _query_view(self, out.stride(), out.shape[-1])
         out.as_strided(size, strides, out.storage_offset() + offset).copy_(tiles.view(size))
 
-    def fold(self, out: Tensor, halos: Tensor) -> None:
-        """Add what each tile holds for its keys, [tiles, .., span, D], to ``out``.
+    def fold(self, outs: Sequence[Tensor], halos: Tensor) -> None:
+        """Add what each tile holds for its keys, [x, tiles, .., span, D], to the x ``outs``.
 
         Axis by axis, tile by tile: the order of the sums is fixed.
         """
-        rank = len(self.runs)
-        halos = halos.view(*self.shape, *(run.span for run in self.runs), out.shape[-1])
-        at = out.storage_offset() + self.images[0] * out.stride(0)
+        rank, out = len(self.runs), outs[0]
+        halos = halos.view(len(outs), *self.shape, *(r.span for r in self.runs), out.shape[-1])
+        at = self.images[0] * out.stride(0)
         for axis in reversed(range(rank)):
             run, (lo, hi) = self.runs[axis], self.tiles[axis]
             starts = run.starts[lo:hi]
             at += (run.group + run.step * starts[0]) * out.stride(1 + axis)
             if hi - lo == 1:
-                halos = halos.select(axis, 0)
+                halos = halos.select(1 + axis, 0)
                 continue
             dim = halos.ndim - 2 - rank + axis  # of the span, once the tiles are gone
-            size = [*halos.shape[:axis], *halos.shape[axis + 1 :]]
+            size = [*halos.shape[: 1 + axis], *halos.shape[2 + axis :]]
             size[dim] = starts[-1] + run.span - starts[0]
             whole = halos.new_zeros(size)
-            for i, start in enumerate(starts):
-                whole.narrow(dim, start - starts[0], run.span).add_(halos.select(axis, i))
+            for start, part in zip(starts, halos.unbind(1 + axis), strict=True):
+                whole.narrow(dim, start - starts[0], run.span).add_(part)
             halos = whole
         space = out.stride()[1:-2]
         last = [run.step * stride for run, stride in zip(self.runs, space, strict=True)]
         strides = (out.stride(0), *space, out.stride(-2), *last, out.stride(-1))
-        out.as_strided(halos.shape, strides, at).add_(halos)
+        for t, part in zip(outs, halos, strict=True):
+            t.as_strided(part.shape, strides, t.storage_offset() + at).add_(part)
 
     def by_class(self, table: Tensor) -> Tensor:
         """Spread [*classes, x, a, b] over the tiles -> [tiles, 1, a, b].
@@ -117,71 +131,69 @@ class Part:
         shared = table.shape[rank] == 1
         lead = self.shape[:rank] if shared else self.shape
         out = table.new_empty(*lead, *table.shape[-2:])
-        for where, slices, _ in self.cells:
-            out[slices] = table[where][0] if shared else table[where]
-        return out.view(product(self.shape[:rank]), -1, *table.shape[-2:])
+        for where, tiles in self.cells:
+            out[_slices(tiles)] = table[where][0] if shared else table[where]
+        return out.view(self.count, -1, *table.shape[-2:])
 
     def mask(self, like: Tensor) -> Tensor:
         """0 for a neighbour, -inf for none: [tiles, 1, tile, span]. Not to be written to."""
-        cells = tuple((where, cell.tiles) for where, _, cell in self.cells)
-        first = tuple(lo for lo, _ in self.tiles)
-        cuts = tuple(
-            (where, tuple((a - lo, b - lo) for (a, b), lo in zip(tiles, first, strict=True)))
-            for where, tiles in cells
-        )
-        return _mask(self.runs, cuts, like.dtype, like.device)
+        return _mask(self.runs, self.cells, like.dtype, like.device)
 
     def add_by_class(self, sums: Tensor, tiles: Tensor) -> None:
         """Add [tiles, .., a, b] over tiles, images and groups into ``sums`` [*classes, H, a, b]."""
         tiles = tiles.view(*self.shape, *tiles.shape[-2:])
-        for where, slices, _ in self.cells:
-            sums[where] += tiles[slices].sum(tuple(range(tiles.ndim - 3)))
+        for where, cell in self.cells:
+            sums[where] += tiles[_slices(cell)].sum(tuple(range(tiles.ndim - 3)))
 
 
-View = tuple[tuple[int, ...], tuple[int, ...], int]
+def _slices(ranges: Ranges) -> tuple[slice, ...]:
+    return tuple(slice(lo, hi) for lo, hi in ranges)
 
 
-@lru_cache(maxsize=8192)
+def _cuts(
+    part: Part, per_axis: Sequence[Sequence[tuple[int, int, int]]]
+) -> Iterator[tuple[tuple[int, ...], Ranges]]:
+    """Products of the rows (lo, hi, value) of each axis -> values, ranges counted in the part."""
+    kept = []
+    for rows, (lo, hi) in zip(per_axis, part.tiles, strict=True):
+        cut = [(max(a, lo) - lo, min(b, hi) - lo, value) for a, b, value in rows]
+        kept.append([row for row in cut if row[0] < row[1]])
+    for chosen in itertools.product(*kept):
+        yield tuple(value for _, _, value in chosen), tuple((a, b) for a, b, _ in chosen)
+
+
+@lru_cache(maxsize=4096)
 def _query_view(part: Part, strides: tuple[int, ...], dim: int) -> View:
     """Size, strides and offset of the tiles in a tensor [B, *space, H, D] with these strides."""
-    places = [run.first + lo * run.tile for run, (lo, _) in zip(part.runs, part.tiles, strict=True)]
-    return _view(part, strides, dim, places, [run.tile for run in part.runs])
-
-
-@lru_cache(maxsize=8192)
-def _key_view(cell: Part, strides: tuple[int, ...], dim: int) -> View:
-    """The same of the halos; those of one class are evenly apart, and overlap."""
-    places = [run.starts[lo] for run, (lo, _) in zip(cell.runs, cell.tiles, strict=True)]
-    return _view(cell, strides, dim, places, [run.span for run in cell.runs])
-
-
-def _view(
-    part: Part, strides: tuple[int, ...], dim: int, places: Sequence[int], inner: Sequence[int]
-) -> View:
-    lead, last = [], []
     offset = part.images[0] * strides[0]
-    for run, place, stride in zip(part.runs, places, strides[1:-2], strict=True):
-        offset += (run.group + run.step * place) * stride
+    lead, last = [], []
+    for run, (lo, _), stride in zip(part.runs, part.tiles, strides[1:-2], strict=True):
+        offset += (run.group + run.step * (run.first + lo * run.tile)) * stride
         lead.append(run.tile * run.step * stride)
         last.append(run.step * stride)
     steps = (*lead, strides[0], *strides[1:-2], strides[-2], *last, strides[-1])
-    return (*part.shape, *inner, dim), steps, offset
+    return (*part.shape, *(run.tile for run in part.runs), dim), steps, offset
 
 
-def _cells(part: Part) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], Part]]:
-    per_axis = []
-    for run, (lo, hi) in zip(part.runs, part.tiles, strict=True):
-        cut = [(c, max(a, lo), min(b, hi)) for c, (a, b) in enumerate(run.classes)]
-        per_axis.append([row for row in cut if row[1] < row[2]])
-    for chosen in itertools.product(*per_axis):
-        ranges = tuple((a, b) for _, a, b in chosen)
-        where = zip(ranges, part.tiles, strict=True)
-        slices = tuple(slice(a - lo, b - lo) for (a, b), (lo, _) in where)
-        yield (
-            tuple(c for c, _, _ in chosen),
-            slices,
-            Part(part.runs, part.images, ranges, part.heads),
-        )
+@lru_cache(maxsize=4096)
+def _key_views(
+    part: Part, strides: tuple[int, ...], dim: int
+) -> list[tuple[tuple[slice, ...], View]]:
+    """The same of the halos, piece by piece; halos overlap."""
+    rank, found = len(part.runs), []
+    last = [r.step * stride for r, stride in zip(part.runs, strides[1:-2], strict=True)]
+    for apart, ranges in part.pieces:
+        offset = part.images[0] * strides[0]
+        for run, (lo, _), (a, _), stride in zip(
+            part.runs, part.tiles, ranges, strides[1:-2], strict=True
+        ):
+            offset += (run.group + run.step * run.starts[lo + a]) * stride
+        lead = [gap * step for gap, step in zip(apart, last, strict=True)]
+        counts = [hi - lo for lo, hi in ranges]
+        size = (*counts, *part.shape[rank:], *(run.span for run in part.runs), dim)
+        steps = (*lead, strides[0], *strides[1:-2], strides[-2], *last, strides[-1])
+        found.append((_slices(ranges), (size, steps, offset)))
+    return found
 
 
 @lru_cache(maxsize=128)
@@ -193,8 +205,7 @@ def plan(
     A part is as many rows of tiles, and images, as keep its buffers below ``held`` numbers.
     """
     found = []
-    cuts = (runs(axis, target) for axis, target in zip(layout, TARGETS[len(layout)], strict=True))
-    for chosen in itertools.product(*cuts):
+    for chosen in itertools.product(*(runs(axis, *TARGETS[len(layout)]) for axis in layout)):
         counts = [len(run.starts) for run in chosen]
         tile, span = (product(getattr(r, x) for r in chosen) for x in ("tile", "span"))
         row = heads * span * max(tile, dim) * product(r.groups for r in chosen)
@@ -207,8 +218,7 @@ def plan(
             for b in range(0, batch, images)
             for r in range(0, counts[0], rows)
         ]
-        whole = (Part(p.runs, p.images, p.tiles, heads, tuple(_cells(p))) for p in parts)
-        found.append((chosen, tuple(whole)))
+        found.append((chosen, tuple(parts)))
     return tuple(found)
 
 
@@ -239,7 +249,7 @@ def _mask(
     counts = [max(tiles[axis][1] for _, tiles in cuts) for axis in range(len(chosen))]
     out = table.new_empty(*counts, *table.shape[-2:])
     for where, tiles in cuts:
-        out[tuple(slice(lo, hi) for lo, hi in tiles)] = table[where]
+        out[_slices(tiles)] = table[where]
     return out.view(-1, 1, *table.shape[-2:])
 
 

@@ -384,10 +384,10 @@ def _run_keys(
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, layout: Layout, scale: float,
-    dtype: torch.dtype,
+    out_dtype: torch.dtype, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, *space, H, Dv] in ``dtype`` and LSE [B, *space, H] in fp32."""
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=dtype, device=q.device)
+    """Output [B, *space, H, Dv] in ``out_dtype`` and LSE [B, *space, H] in fp32, always."""
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     _run_queries(0, q, k, v, q, rpb, lse, lse, out, layout, scale)
     return out, lse

@@ -55,7 +55,7 @@ def test_any_window_equals_the_dense_reference(
         patch.setattr(tiles, "MAX_HELD", held)
         for call in (
             lambda: reference.neighborhood_attention(*tensors, *params, 0.6),
-            lambda: op.neighborhood_attention(*tensors, *params, 0.6, "torch"),
+            lambda: op.neighborhood_attention(*tensors, *params, 0.6, True, "torch"),
         ):
             out, lse = call()
             loss = (out * noise[0]).sum() + (lse * noise[1]).sum()
@@ -187,7 +187,7 @@ def test_memory_is_linear_in_the_tokens() -> None:
         q = seeded(1, length, length, 2, 32)
         layout = axis.layout(q.shape, [7, 7], [1, 1], [1, 1], [False, False])
         with Allocations() as seen:
-            out, lse = torch_impl.forward(q, q, q, None, layout, 0.2, q.dtype)
+            out, lse = torch_impl.forward(q, q, q, None, layout, 0.2, q.dtype, False)
             args = (out, None, q, q, q, None, out, lse, layout, 0.2, False, False)
             torch_impl.backward(*args)
         measured.append((seen.total, seen.largest))
@@ -239,7 +239,9 @@ def test_opcheck() -> None:
     rpb = seeded(2, 5, 7).requires_grad_()
     more = [seeded(1, 2, 2, 4, seed=5 + i).requires_grad_() for i in range(2)]
     window = ([3, 4], [1, 2], [1, 1], [False, True])
-    torch.library.opcheck(op.neighborhood_attention, (q, k, v, rpb, *more, *window, 0.5, "torch"))
+    torch.library.opcheck(
+        op.neighborhood_attention, (q, k, v, rpb, *more, *window, 0.5, False, "torch")
+    )
     torch.library.opcheck(op.na_qk, (q, k, rpb, *window, 0.5, "torch"))
     weights = seeded(1, 5, 6, 2, 12).requires_grad_()
     torch.library.opcheck(op.na_av, (weights, v, *window, "torch"))

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time neighborhood attention beside dense SDPA and compiled ``flex_attention``.
+
+``visprune bench neighborhood_attention``: values and gradients must agree with the reference
+first. ``--csv FILE`` adds rows with machine, versions, date and command; on a CUDA machine they
+hold the floor too: bytes over bandwidth, operations over rate (``--bandwidth``, ``--rate``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.exc import InductorError
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from visprune.kernels.common import timing
+
+from . import cases, op, reference
+
+Row = dict[str, object]
+Call = Callable[[], object]
+GPU_SHAPES = tuple(
+    cases.Shape(f"gpu_{length}_k{kernel}_d{dim}", length, 256 // dim, (1,), dim, kernel)
+    for length in (56, 64, 128)
+    for kernel in (7, 13)
+    for dim in (32, 64, 128)
+)
+
+
+def _ours(shape: cases.Shape, dilation: int, qkv: list[Tensor], backend: str) -> Call:
+    window = ([shape.kernel] * 2, [1, 1], [dilation] * 2, [False, False])
+    args = (*qkv, None, None, None, *window, shape.dim**-0.5, False, backend)
+    return lambda: op.neighborhood_attention(*args)[0]
+
+
+def _dense(qkv: list[Tensor]) -> Call:
+    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv)
+    return lambda: scaled_dot_product_attention(q, k, v)
+
+
+def _flex(shape: cases.Shape, dilation: int, qkv: list[Tensor], tile: int = 8) -> Call:
+    """Compiled flex attention over tokens in tiles, dilation groups in the batch.
+
+    A block of 64 tokens is then one tile, as in natten's flex backend: raster order would waste
+    most of each block. The reordering is not timed.
+    """
+    side = -(-shape.length // (tile * dilation)) * tile  # places of a group, padded to tiles
+
+    def permuted(t: Tensor) -> Tensor:
+        pad = side * dilation - shape.length
+        t = torch.nn.functional.pad(t, (0, 0, 0, 0, 0, pad, 0, pad))
+        n = side // tile
+        t = t.view(len(t), n, tile, dilation, n, tile, dilation, *t.shape[-2:])
+        t = t.permute(0, 3, 6, 7, 1, 4, 2, 5, 8)  # B, groups, H, tiles, places, D
+        return t.reshape(-1, t.shape[3], side * side, t.shape[-1]).detach()
+
+    lengths = [-(-(shape.length - g) // dilation) for g in range(dilation)]
+    count = torch.tensor(lengths, device=qkv[0].device)
+    k, n = shape.kernel, side // tile
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        group = b % (dilation * dilation)
+        inside = None
+        for axis_group, shift, fine in ((group // dilation, n, tile), (group % dilation, 1, 1)):
+            a, c = (i // tile**2 // shift % n * tile + i % tile**2 // fine % tile for i in (q, kv))
+            last = count[axis_group] - k
+            start = torch.minimum((a - k // 2).clamp(min=0), last)
+            here = (c >= start) & (c < start + k)
+            inside = here if inside is None else inside & here
+        assert inside is not None
+        return inside
+
+    leaves = [permuted(t).requires_grad_(t.requires_grad) for t in qkv]
+    batch, size = len(leaves[0]), side * side
+    device = str(qkv[0].device)
+    mask = create_block_mask(seen, batch, None, size, size, device=device, BLOCK_SIZE=64)
+    torch._dynamo.reset()  # one kernel for one shape, not a slower one for all
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def call() -> Any:
+        return attend(leaves[0], leaves[1], leaves[2], block_mask=mask)
+
+    call.leaves = leaves  # type: ignore[attr-defined]
+    return call
+
+
+def _with_backward(call: Call, leaves: list[Tensor]) -> Call:
+    def both() -> None:
+        out: Any = call()
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return both
+
+
+def _agrees(shape: cases.Shape, dilation: int, qkv: list[Tensor], backend: str) -> bool:
+    """Values and gradients against the reference, in fp32, on a picture of at most 28 tokens."""
+    length = min(shape.length, 28)
+    small = [t[:, :length, :length].detach().float().requires_grad_() for t in qkv]
+    step = min(dilation, length // shape.kernel)
+    window = ([shape.kernel] * 2, [1, 1], [step] * 2, [False, False])
+    args = (*small, None, None, None, *window, shape.dim**-0.5)
+    results = []
+    for out in (reference.neighborhood_attention(*args)[0],
+                op.neighborhood_attention(*args, False, backend)[0]):  # fmt: skip
+        results.append([out, *torch.autograd.grad(out.square().sum(), small)])
+    close = (torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*results, strict=True))
+    return all(close)
+
+
+def _times(calls: dict[str, Call], rounds: int, clock: str) -> dict[str, object]:
+    """Median milliseconds of each contestant; a refusal of flex by its class."""
+    refused: dict[str, object] = {}
+    for name in list(calls):
+        try:
+            calls[name]()
+        except (
+            NotImplementedError,
+            InductorError,
+            torch._dynamo.exc.TorchDynamoException,
+        ) as error:
+            refused[name] = f"no: {type(error).__name__}"
+            del calls[name]
+    medians = timing.summary(timing.interleaved(calls, rounds, clock=clock), "dense")
+    return {name: value["ms"] for name, value in medians.items()} | refused
+
+
+def _measured(
+    shape: cases.Shape, dilation: int, direction: str, flex: bool, rounds: int, clock: str,
+    device: str, dtype: torch.dtype, backend: str,
+) -> Row:  # fmt: skip
+    gen = torch.Generator().manual_seed(0)
+    size = (1, shape.length, shape.length, shape.heads, shape.dim)
+    grad = direction != "forward"
+    qkv = [torch.randn(size, generator=gen).to(device, dtype).requires_grad_(grad) for _ in "qkv"]
+    row: Row = {"case": f"{shape.length}²", "H": shape.heads, "d": shape.dim, "k": shape.kernel}
+    row |= {"dilation": dilation, "direction": direction}
+    row["agree"] = _agrees(shape, dilation, qkv, backend)
+    if not row["agree"]:
+        return row | dict.fromkeys(("dense ms", "flex ms", "ms", "dense / ours"), "-")
+    calls = {"dense": _dense(qkv), "ours": _ours(shape, dilation, qkv, backend)}
+    refused = grad and device == "cpu"  # torch: "does not support backward on CPU"
+    if flex and not refused:
+        calls["flex"] = _flex(shape, dilation, qkv)
+    if grad:
+        leaves = {name: getattr(call, "leaves", qkv) for name, call in calls.items()}
+        calls = {name: _with_backward(call, leaves[name]) for name, call in calls.items()}
+    ms = _times(calls, rounds, clock)
+    row |= {
+        "dense ms": ms["dense"],
+        "flex ms": ms.get("flex", "no backward" if refused else "-"),
+        "ms": ms["ours"],
+    }
+    row["dense / ours"] = float(str(ms["dense"])) / float(str(ms["ours"]))
+    return row
+
+
+def floor(row: Row, width: int, bandwidth: float, rate: float) -> dict[str, object]:
+    """Least milliseconds: tensors moved once (GB/s), the neighbours' products done (TFLOP/s)."""
+    n, h, d = int(str(row["case"])[:-1]) ** 2, int(str(row["H"])), int(str(row["d"]))
+    products, tensors = (2, 4) if row["direction"] == "forward" else (7, 12)
+    moved = tensors * n * h * d * width / bandwidth / 1e6
+    worked = products * 2 * n * h * d * int(str(row["k"])) ** 2 / rate / 1e9
+    return {"floor bytes ms": moved, "floor operations ms": worked}
+
+
+def run(
+    rounds: int = 5,
+    threads: int = 2,
+    shapes: Iterable[cases.Shape] = cases.BENCH_SHAPES,
+    clock: str = "wall",
+    flex: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Row]:
+    """One row per shape, dilation and direction; times are missing where results disagree."""
+    backend = "triton" if device == "cuda" else "torch"
+    with timing.threads(threads):
+        return [
+            _measured(shape, dilation, direction, flex, rounds, clock, device, dtype, backend)
+            for shape in shapes
+            for dilation in shape.dilations
+            for direction in ("forward", "forward + backward")
+        ]
+
+
+def _write(path: Path, rows: list[Row], device: str) -> None:
+    """Append the rows with what a reader needs to repeat them."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    about: Row = {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
+    about |= {"date": datetime.date.today().isoformat(), "command": " ".join(sys.argv)}
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *about])
+        if fresh:
+            writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
+
+
+def main() -> int:
+    """Print the table; exit 1 if any result disagrees."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20 if cuda else 5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
+    parser.add_argument("--sides", type=int, nargs="+", help="sides of the pictures; default all")
+    parser.add_argument("--csv", type=Path, help="file to add the rows to")
+    parser.add_argument("--bandwidth", type=float, help="GB/s of the device, for the floor")
+    parser.add_argument("--rate", type=float, help="TFLOP/s of the device, for the floor")
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    shapes = GPU_SHAPES if on_gpu else cases.BENCH_SHAPES
+    shapes = tuple(s for s in shapes if not args.sides or s.length in args.sides)
+    rows = run(args.rounds, args.threads, shapes, args.clock, not args.no_flex, args.device, dtype)
+    if args.bandwidth and args.rate:
+        rows = [row | floor(row, dtype.itemsize, args.bandwidth, args.rate) for row in rows]
+    print(timing.table(rows))
+    about = f"torch {torch.__version__}, {args.threads} CPU threads, {args.rounds} rounds"
+    print(f"{about}, {args.clock} time, {dtype}, on {args.device}")
+    if args.csv:
+        _write(args.csv, rows, args.device)
+    return int(not all(row["agree"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
