@@ -16,6 +16,8 @@ _LAZY = {
     "list_methods": "visprune.catalog",
     "list_models": "visprune.catalog",
     "encode_images": "visprune.sharing",
+    "load_pretrained": "visprune.saved",
+    "save_pretrained": "visprune.saved",
     "Budget": "visprune.budget",
     "Stage": "visprune.budget",
     "Needs": "visprune.needs",
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from visprune.catalog import get_method as get_method
     from visprune.catalog import list_methods as list_methods
     from visprune.catalog import list_models as list_models
+    from visprune.saved import load_pretrained as load_pretrained
+    from visprune.saved import save_pretrained as save_pretrained
 
 
 def __getattr__(name: str) -> Any:

@@ -104,9 +104,10 @@ def methods() -> None:
 @app.command()
 def models() -> None:
     """List the model families that can be pruned, one line each."""
-    from visprune.catalog import adapters
+    from visprune.catalog import adapters, towers
 
     _print_registry(adapters)
+    _print_registry(towers)
 
 
 @app.command()
@@ -142,15 +143,20 @@ def bench(
 def train(
     config: Annotated[Path, typer.Argument(help="A recipe, such as configs/train/NAME.yaml.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and weights.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's; keys dotted."),
+    ] = None,
     override: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE in place of the recipe's; repeat.")
+        list[str] | None, typer.Option("--set", help="The same as an option; repeat it.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train by a recipe."""
     from visprune.train import train as run_training
 
-    run_training(config, out, overrides=_overrides(override or []), resume=resume)
+    pairs = [*(overrides or []), *(override or [])]
+    run_training(config, out, overrides=_overrides(pairs), resume=resume)
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
@@ -161,11 +167,11 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
-            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}; such as decoder.steps=100.")
+            raise ConfigError(f"Expected KEY=VALUE, got {pair!r}; such as decoder.steps=100.")
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {pair!r}: the value is not YAML ({error}).") from error
+            raise ConfigError(f"{pair!r}: the value is not YAML ({error}).") from error
     return values
 
 

@@ -15,7 +15,9 @@ _VOCABULARY = (
     *("trace", "cost"),
 )
 
-_MACHINE = ("apply", "catalog", "forward", "stages", "outputs", "plan", "run_cost", "sharing")
+_MACHINE = (
+    *("apply", "catalog", "forward", "stages", "outputs", "plan", "run_cost", "saved", "sharing"),
+)
 
 # Longest prefix wins. A new module in visprune/ needs a row: decide where it stands. Parts of a
 # module that grew too long stand with it: `cost_macs` with `cost`.
@@ -35,7 +37,7 @@ LAYERS = {
 
 # From a layer to the layers that it may import; a row that names itself may look sideways.
 ALLOWED = {
-    "cli": {"top", "eval", "train", "apply", "methods", "backbones", "ops", "vocabulary"},
+    "cli": {"cli", "top", "eval", "train", "apply", "methods", "backbones", "ops", "vocabulary"},
     "top": {"eval", "train", "apply", "methods", "backbones", "ops", "vocabulary"},
     "train": {"top", "train", "eval", "apply", "methods", "backbones", "ops", "vocabulary"},
     "eval": {"top", "eval", "apply", "methods", "backbones", "ops", "vocabulary"},
@@ -54,7 +56,7 @@ OWNERS = {
     "timm": {"backbones", "eval", "train"},
     "open_clip": {"backbones", "eval", "train"},
     "accelerate": {"backbones", "eval", "train"},
-    "peft": {"eval", "train"},
+    "peft": {"backbones", "eval", "train"},
     "datasets": {"eval", "train"},
     "matplotlib": {"eval", "train"},
     "torchmetrics": {"eval", "train"},

@@ -13,7 +13,7 @@ from torch import Tensor
 import visprune
 from tests.towers import oracle, small
 from visprune.errors import UnsupportedModel
-from visprune.methods.dynamicvit import DynamicViT
+from visprune.methods.dynamicvit import DynamicViT, Predictor
 
 
 def test_in_training_a_dropped_patch_is_no_key() -> None:
@@ -42,6 +42,17 @@ def test_in_training_a_dropped_patch_is_no_key() -> None:
         want = model.norm(oracle.hidden_tokens(model, x, keep))
     there = torch.nn.functional.pad(keep[-1], (1, 0), value=True)
     oracle.assert_close(got[there].detach(), want[there])
+
+
+def test_a_picture_without_any_patch_is_finite() -> None:
+    predictor = Predictor(8)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    policy = torch.tensor([[0.0] * 5, [1.0, 0.0, 1.0, 0.0, 0.0]], requires_grad=True)
+    scores = predictor(x, policy)
+    torch.testing.assert_close(scores.exp().sum(-1), torch.ones(2, 5))
+    scores[..., 0].sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
 
 
 def by_hand(model: Any, x: Tensor, policy: Tensor, first: int) -> Tensor:

@@ -49,7 +49,9 @@ class Predictor(nn.Module):
         x = self.in_conv(x)
         own, shared = x.chunk(2, dim=-1)
         there = policy[..., None].to(x.dtype)
-        shared = (shared * there).sum(1, keepdim=True) / there.sum(1, keepdim=True)
+        # A draw in training may leave a picture no patch at all.
+        count = there.sum(1, keepdim=True).clamp_min(1.0)
+        shared = (shared * there).sum(1, keepdim=True) / count
         return self.out_conv(torch.cat([own, shared.expand_as(own)], dim=-1))
 
 

@@ -4,6 +4,6 @@
 ``train(config_path, out, overrides, resume)`` is what ``visprune train`` calls.
 """
 
-from visprune.train.runner import train
+from visprune.train.start import train
 
 __all__ = ["train"]

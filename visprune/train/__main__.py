@@ -9,7 +9,7 @@ import sys
 import yaml
 
 from visprune.errors import VispruneError
-from visprune.train.runner import train
+from visprune.train.start import train
 
 
 def main(argv: list[str] | None = None) -> int:

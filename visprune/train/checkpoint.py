@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,10 +33,32 @@ def save_checkpoint(
         tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, info)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], info: dict[str, Any]) -> None:
+    """Replace a safetensors file: on disk there is the old or the new one, whole, at any moment.
+
+    Args:
+        path: File to replace.
+        tensors: Its tensors.
+        info: What JSON can hold.
+
+    Raises:
+        ConfigError: It cannot be written (a full disk ...). The old file is as it was.
+    """
     fresh = path.with_suffix(".partial")
-    save_file(tensors, fresh, metadata={"info": json.dumps(info)})
-    os.replace(fresh, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(ready, fresh, metadata={"info": json.dumps(info)})
+        with fresh.open("rb") as file:  # a rename may reach the disk before the data does
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, SafetensorError) as error:
+        fresh.unlink(missing_ok=True)
+        left = "The one before it is whole." if path.is_file() else "There was none before."
+        raise ConfigError(f"Cannot write the checkpoint {path}: {error}. {left}") from error
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pruned model as a folder: the model in its library's layout, the method beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from visprune.apply import Run, prune
+from visprune.apply_vit import ViTRun
+from visprune.backbones.storage import read_model, write_model
+from visprune.errors import ConfigError
+
+__all__ = ["METHOD_FILE", "load_pretrained", "read_method", "save_pretrained"]
+
+METHOD_FILE, LEARNED_FILE = "visprune.json", "visprune.safetensors"
+
+
+def save_pretrained(
+    run: Run | ViTRun | nn.Module,
+    folder: str | Path,
+    *,
+    processor: Any = None,
+    model: nn.Module | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Path:
+    """Write a model and the method that is in force on it.
+
+    The folder is one that ``from_pretrained`` of transformers or ``timm.create_model("local-dir:
+    FOLDER", pretrained=True)`` reads, and that can be uploaded to the Hub as it is; they load the
+    model without the method. ``visprune.json`` holds the method and its parameters,
+    ``visprune.safetensors`` what it has learned. An existing folder is replaced in one step, once
+    everything is written.
+
+    Args:
+        run: What :func:`visprune.prune` returned, or a model without a method.
+        folder: Where to.
+        processor: A processor to save beside it (transformers).
+        model: What to save in place of the run's model, such as the PEFT model around it.
+        model_args: What a timm model was created with beside its name (timm before 1.0.30).
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnsupportedModel: The model is neither of transformers nor of timm.
+        ConfigError: The folder cannot be written; what was there before is whole.
+    """
+    target = Path(folder)
+    method = None if isinstance(run, nn.Module) else run.method
+    inner = run if isinstance(run, nn.Module) else (model or run.adapter.model)
+    learned = getattr(run, "learned", None) if method is not None else None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        fresh.chmod(0o755)
+    except OSError as error:
+        raise ConfigError(f"Cannot write {str(target)!r}: {error.strerror or error}.") from error
+    try:
+        _write_without(learned, inner, fresh, model_args)
+        if processor is not None:
+            processor.save_pretrained(fresh)
+        if method is not None:
+            content = {"visprune": version("visprune"), "method": method.to_dict()}
+            (fresh / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if learned is not None:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in learned.state_dict().items()}
+            save_file(tensors, fresh / LEARNED_FILE)
+        _swap(fresh, target)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot write {str(target)!r}: {why}. What was there is whole.") from (
+            error
+        )
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+def load_pretrained(folder: str | Path, **options: Any) -> tuple[nn.Module, Run | ViTRun | None]:
+    """Load what :func:`save_pretrained` wrote, with the method in force.
+
+    Args:
+        folder: The folder, or the name of a repository on the Hub.
+        **options: Passed on to the model's library (``dtype`` ...).
+
+    Returns:
+        The model in evaluation mode, and the run that prunes it; ``None`` where the folder names no
+        method.
+
+    Raises:
+        ConfigError: There is no such folder, or what it holds cannot be used.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        path = _from_hub(str(folder))
+    model, method = read_model(path, **options), read_method(path)
+    if method is None:
+        return model, None
+    run = prune(model, method.pop("method"), **method)
+    learned = getattr(run, "learned", None)
+    if learned is not None:
+        if not (path / LEARNED_FILE).is_file():
+            raise ConfigError(f"{str(path)!r} lacks {LEARNED_FILE}, what its method has learned.")
+        try:
+            learned.load_state_dict(load_file(path / LEARNED_FILE))
+        except (RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"{path / LEARNED_FILE} does not fit the method: {error}") from error
+    return model, run
+
+
+def read_method(folder: str | Path) -> dict[str, Any] | None:
+    """The method of a folder as ``{"method": name, **parameters}``; ``None`` where it names none.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    path = Path(folder) / METHOD_FILE
+    if not path.is_file():
+        return None
+    try:
+        method = json.loads(path.read_text(encoding="utf-8"))["method"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: expected {{'method': {{...}}}}.") from error
+    return dict(method)
+
+
+def _write_without(
+    learned: nn.Module | None, model: nn.Module, folder: Path, model_args: dict[str, Any] | None
+) -> None:
+    """Write a model without the method's own modules, which its library does not know."""
+    modules: dict[str, Any] = model._modules
+    name = next((key for key, part in modules.items() if part is learned), None)
+    if learned is not None and name is not None:
+        del modules[name]
+    try:
+        write_model(model, folder, model_args=model_args)
+    finally:
+        if learned is not None and name is not None:
+            modules[name] = learned
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Put a finished folder in the place of another one."""
+    old = fresh.with_name(f"{fresh.name}-old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(fresh, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{name!r} is neither a folder nor a repository that can be had from the Hub: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
