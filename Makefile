@@ -18,7 +18,7 @@ JOBS ?= 2
 ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench browser clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -57,6 +57,14 @@ check: $(STAMP) ## lint, format, types, and who may import whom
 
 bench: $(STAMP) ## measure prefill speed; others: .venv/bin/visprune bench --help
 	@$(BIN)/visprune bench prefill
+
+browser: ## install Debian's Chromium, which the tests of the report's page drive (root or sudo)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && exit; \
+	  command -v apt-get >/dev/null || { echo "There is no apt-get here; install chromium and" \
+	    "chromedriver by other means." >&2; exit 1; }; \
+	  root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -qq -y \
+	    --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null
 
 clean: ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(OUT)

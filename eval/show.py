@@ -171,7 +171,13 @@ def _target(out: str | Path) -> Path:
 
 def _method(name: str, num_keep: int) -> PruningMethod:
     """Build the method; one without a budget (keep_all) is given none."""
-    fields = {field.name for field in dataclasses.fields(method_registry.get(name))}
+    kind = method_registry.get(name)
+    if kind.only_in_towers:
+        raise ConfigError(
+            f"{name} acts inside an image encoder; visprune.eval.show_vit.show_vit draws what it "
+            f"keeps and merges there. Here: a method that acts behind the encoder, such as todre."
+        )
+    fields = {field.name for field in dataclasses.fields(kind)}
     return get_method(name, **({"num_keep": num_keep} if "num_keep" in fields else {}))
 
 

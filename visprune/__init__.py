@@ -16,6 +16,7 @@ _LAZY = {
     "list_methods": "visprune.catalog",
     "list_models": "visprune.catalog",
     "encode_images": "visprune.sharing",
+    "evaluate": "visprune.eval.evaluate",
     "load_pretrained": "visprune.saved",
     "save_pretrained": "visprune.saved",
     "Budget": "visprune.budget",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from visprune.catalog import get_method as get_method
     from visprune.catalog import list_methods as list_methods
     from visprune.catalog import list_models as list_models
+    from visprune.eval.evaluate import evaluate as evaluate
     from visprune.saved import load_pretrained as load_pretrained
     from visprune.saved import save_pretrained as save_pretrained
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from visprune import __version__
+from visprune.cli_eval import compare, evaluate
 from visprune.errors import ConfigError, VispruneError, did_you_mean
 from visprune.registry import Registry
 
@@ -91,6 +92,27 @@ def show(
     from visprune.eval.show import show as draw
 
     draw(picture, question=question, method=method, num_keep=num_keep, out=out, model=model)
+
+
+app.command("eval")(evaluate)
+app.command()(compare)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder that `visprune eval` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to.", show_default="RESULTS/report")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Samples of each task that the page lets you look at.")
+    ] = 60,
+) -> None:
+    """Make tables (Markdown, CSV, LaTeX) and one HTML page from the records of a folder."""
+    from visprune.eval.report import write_report
+
+    for path in write_report(results, out, samples=samples).values():
+        typer.echo(path)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,10 +90,14 @@ def paired(predictions: Sequence[str], references: Sequence[Any]) -> list[tuple[
 
 
 def references_of(reference: Any) -> tuple[str, ...]:
-    """Return the reference texts of a text, a list of texts, or a ``Sample``."""
+    """Return the reference texts of a text, a list of texts, or a ``Sample``.
+
+    The list may be VQA's own, of ``{"answer": text, "answer_confidence": ..., "answer_id": ...}``.
+    """
     if isinstance(reference, str):
         return (reference,)
-    return tuple(getattr(reference, "answers", reference))
+    found = getattr(reference, "answers", reference)
+    return tuple(item["answer"] if isinstance(item, Mapping) else item for item in found)
 
 
 def check_variant(metric: str, option: str, value: str, allowed: Sequence[str]) -> None:

@@ -249,9 +249,9 @@ class DataTask(Task):
             raise ConfigError(f"{self.name}: {name} ({split}): {error}") from error
         except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
             offline = [key for key in _OFFLINE if os.environ.get(key, "0") not in ("", "0")]
-            why = f"{offline[0]} is set and the cache does not hold it." if offline else ""
+            why = f" {offline[0]} is set and the cache does not hold it." if offline else ""
             raise ConfigError(
-                f"{self.name}: cannot load {name} ({split}): {error}. {why} Where there is a "
+                f"{self.name}: cannot load {name} ({split}): {error}.{why} Where there is a "
                 f"network, `hf download --repo-type dataset {self.HUB} --local-dir DIR`, then "
                 f"data=DIR. {self._help}"
             ) from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +109,7 @@ def _among(record: Scored, k: int) -> bool:
 
 def _class_numbers(folders: Sequence[str]) -> dict[str, int]:
     """Return the number of each class folder: ImageNet's own where folders are its synsets."""
-    from timm.data import ImageNetInfo
-
-    synsets = {
-        name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())
-    }
+    synsets = _synsets()
     known = [name for name in folders if name in synsets]
     if known and len(known) != len(folders):
         strange = sorted(set(folders) - set(known))
@@ -121,6 +118,14 @@ def _class_numbers(folders: Sequence[str]) -> dict[str, int]:
             f"{', '.join(strange[:5])}."
         )
     return synsets if known else {name: number for number, name in enumerate(sorted(folders))}
+
+
+@functools.cache
+def _synsets() -> dict[str, int]:
+    from timm.data import ImageNetInfo
+
+    names = ImageNetInfo("imagenet-1k").label_names()
+    return {name: number for number, name in enumerate(names)}
 
 
 @torch.inference_mode()

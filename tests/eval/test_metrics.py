@@ -50,6 +50,11 @@ def test_vqa_official_compares_unanimous_answers_as_they_are() -> None:
     assert vqa_accuracy("Yes", ["yes"] * 9 + ["no"], "official") == 1.0
 
 
+def test_vqa_takes_annotations_as_they_are_published() -> None:
+    people = [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    assert _score(VQAAccuracy(), ["red", "blue"], [people, people])["score"] == 50.0
+
+
 def test_vqa_none_is_zero_and_lets_stays() -> None:
     assert NORMALISERS["official"]("none") == "0"
     assert NORMALISERS["official"]("lets go, dont") == "lets go don't"

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import hypothesis
+import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from tests.eval.hub_fixtures import HUB, write_hub
 from tests.eval.task_fixtures import LOCAL, dump, dump_lines, save
@@ -98,6 +101,30 @@ def test_the_right_answer_scores_full(roots: dict[tuple[str, str], Path], name: 
     metric.update(["?"] * len(samples), samples)
     # POPE's own parser takes silence for yes: F1 66.7.
     assert metric.compute()["score"] < (67 if name == "pope" else 1)
+
+
+_OUTPUTS = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(["", "\n", "yes", "No.", "B", "(c) x", "[1,2,3,4]", "[9,9,1,1]", "1 2 3", "٣"]),
+    st.lists(st.integers(-(10**400), 10**400), min_size=4, max_size=4).map(str),
+)
+
+
+@pytest.mark.parametrize("name", DATA_TASKS)
+def test_any_output_gets_a_score(roots: dict[tuple[str, str], Path], name: str) -> None:
+    task = _task(name, roots["files", name])
+    samples = list(task.samples())
+
+    @hypothesis.given(text=_OUTPUTS)
+    def check(text: str) -> None:
+        for sample in samples:
+            parsed = task.parse(text, sample)
+            assert (parsed.answer is None) == (parsed.rule == "")
+            assert 0.0 <= task.score(sample, parsed) <= 1.0
+        figures = task.aggregate([_record(task, sample, text) for sample in samples])
+        assert all(np.isfinite(value) for value in figures.values())
+
+    check()
 
 
 def test_a_data_set_saved_to_disk_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare two runs on the same questions: a paired bootstrap and McNemar's test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visprune.errors import ConfigError, did_you_mean
+from visprune.eval.records import Cell, Record
+from visprune.eval.results import ResultsFolder
+from visprune.eval.stats import PairedDifference, paired_bootstrap
+
+__all__ = ["Comparison", "compare", "mcnemar", "to_text"]
+
+_RIGHT = 0.5  # a fractional score counts as right from here on, for McNemar's test alone
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A on one task.
+
+    Attributes:
+        task: the task, with what tells it from others of its name.
+        first: what A is called.
+        second: what B is called.
+        samples: questions that both answered.
+        pictures: distinct pictures among them.
+        left_out: questions that one of them has no answer to (an error, or no record).
+        first_score: mean score of A on the common questions, in percent.
+        second_score: the same of B.
+        difference: B minus A, in percent points, with its 95 % interval over pictures.
+        only_first: questions that A alone has right.
+        only_second: questions that B alone has right.
+        p_value: of McNemar's exact test, two-sided.
+        fractional: some scores are neither 0 nor 1; the test counts 0.5 and more as right.
+    """
+
+    task: str
+    first: str
+    second: str
+    samples: int
+    pictures: int
+    left_out: int
+    first_score: float
+    second_score: float
+    difference: PairedDifference
+    only_first: int
+    only_second: int
+    p_value: float
+    fractional: bool
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value of McNemar's exact test.
+
+    Under the hypothesis that both are equally good, each question that only one of them has right
+    falls to either with probability one half; questions on which they agree say nothing.
+
+    Args:
+        only_first: questions that the first alone has right.
+        only_second: questions that the second alone has right.
+    """
+    total, least = only_first + only_second, min(only_first, only_second)
+    if total == 0:
+        return 1.0
+    # Terms relative to the largest, so that thousands of questions do not overflow.
+    logs = [math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1)
+            for k in range(least + 1)]  # fmt: skip
+    top = max(logs)
+    tail = math.log(sum(math.exp(x - top) for x in logs)) + top - total * math.log(2.0)
+    return min(1.0, 2.0 * math.exp(tail))
+
+
+def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Comparison]:
+    """Compare two runs, task by task, seeds pooled.
+
+    Args:
+        first: ``RESULTS`` or ``RESULTS:METHOD``, a results folder and what its tables call a method
+            (``"out:todre 64"``).
+        second: the same. Where neither names a method, all that both folders have are compared;
+            where only one does, the other folder's method of the same name.
+        resamples: of the bootstrap.
+
+    Raises:
+        ConfigError: no such folder or method, or no question that both answered.
+    """
+    (left, left_label), (right, right_label) = _split(first), _split(second)
+    pairs = _pairs(left, left_label or None, right, right_label or None)
+    if Path(left.path) == Path(right.path) and all(a == b for a, b in pairs):
+        raise ConfigError(
+            f"Both sides are the same run. Name two methods, such as "
+            f"'{left.path}:{next(iter(_labels(left)))}' and another of: {', '.join(_labels(left))}."
+        )
+    found = []
+    for a, b in pairs:
+        tasks = {**_by_task(left, a)}
+        others = _by_task(right, b)
+        for task in tasks:
+            if task in others:
+                names = (_title(left, a, right), _title(right, b, left))
+                made = _compare(task, names, tasks[task], others[task], resamples)
+                found += [made] if made is not None else []
+    if not found:
+        raise ConfigError(
+            f"{first!r} and {second!r} have no question in common that both answered. Compare runs "
+            f"of the same task with the same options."
+        )
+    return found
+
+
+def _split(text: str) -> tuple[ResultsFolder, str]:
+    if Path(text).is_dir():
+        return ResultsFolder(text), ""
+    folder, _, label = text.rpartition(":")
+    return ResultsFolder(folder or text), label if folder else ""
+
+
+def _labels(folder: ResultsFolder) -> list[str]:
+    return list(dict.fromkeys(cell.label for cell in folder.cells().values()))
+
+
+def _pairs(
+    left: ResultsFolder, a: str | None, right: ResultsFolder, b: str | None
+) -> list[tuple[str, str]]:
+    """The methods to compare with each other."""
+    for folder, label in ((left, a), (right, b)):
+        if label is not None and label not in _labels(folder):
+            raise ConfigError(
+                f"{str(folder.path)!r} has no method {label!r}."
+                f"{did_you_mean(label, _labels(folder))} It has: {', '.join(_labels(folder))}."
+            )
+    if a is not None or b is not None:
+        one, other = (a or b or ""), (b or a or "")
+        return _pairs(left, one, right, other) if a is None or b is None else [(one, other)]
+    common = [label for label in _labels(left) if label in _labels(right)]
+    if not common:
+        raise ConfigError(
+            f"{str(left.path)!r} and {str(right.path)!r} have no method of the same name; name one "
+            f"of each: {left.path}:METHOD. There are {', '.join(_labels(left))}, and "
+            f"{', '.join(_labels(right))}."
+        )
+    return [(label, label) for label in common]
+
+
+def _by_task(folder: ResultsFolder, label: str) -> dict[str, dict[tuple[int, str], Record]]:
+    """Records of a method by task (with options), then by seed and sample."""
+    found: dict[str, dict[tuple[int, str], Record]] = {}
+    for cell in folder.cells().values():
+        if cell.label == label:
+            records = found.setdefault(_task_title(cell), {})
+            for record in folder.records(cell.id):
+                records[cell.seed, record.sample] = record
+    return found
+
+
+def _task_title(cell: Cell) -> str:
+    left_out = ("task", "seed", "limit")  # what samples two limits share are the same samples
+    options = {k: v for k, v in cell.task.items() if k not in left_out and v is not None}
+    return f"{cell.task.get('task')} ({', '.join(f'{k}={v}' for k, v in options.items())})"
+
+
+def _title(folder: ResultsFolder, label: str, other: ResultsFolder) -> str:
+    return label if folder.path == other.path else f"{folder.path}:{label}"
+
+
+def _compare(
+    task: str, names: tuple[str, str], first: Mapping[Any, Record], second: Mapping[Any, Record],
+    resamples: int,
+) -> Comparison | None:  # fmt: skip
+    """B against A on the questions of one task that both answered."""
+    both = [name for name in sorted(first) if name in second]
+    pairs = [(first[name], second[name]) for name in both]
+    for a, b in pairs:
+        if (a.question, a.answers) != (b.question, b.answers):
+            raise ConfigError(
+                f"{names[0]} and {names[1]} asked different questions under the name "
+                f"{a.sample!r}; they cannot be compared."
+            )
+    scored = [(a, b) for a, b in pairs if a.score is not None and b.score is not None]
+    if not scored:
+        return None
+    one = [float(a.score or 0.0) for a, _ in scored]
+    two = [float(b.score or 0.0) for _, b in scored]
+    clusters = [a.cluster or a.sample for a, _ in scored]
+    paired = paired_bootstrap(two, one, clusters, resamples=resamples)
+    right = [(x >= _RIGHT, y >= _RIGHT) for x, y in zip(one, two, strict=True)]
+    only = sum(x and not y for x, y in right), sum(y and not x for x, y in right)
+    return Comparison(
+        task=task,
+        first=names[0],
+        second=names[1],
+        samples=len(scored),
+        pictures=len(set(clusters)),
+        left_out=len({*first, *second}) - len(scored),
+        first_score=100 * sum(one) / len(one),
+        second_score=100 * sum(two) / len(two),
+        difference=PairedDifference(100 * paired.delta, 100 * paired.low, 100 * paired.high),
+        only_first=only[0],
+        only_second=only[1],
+        p_value=mcnemar(*only),
+        fractional=any(x not in (0.0, 1.0) for x in (*one, *two)),
+    )
+
+
+def to_text(comparisons: Sequence[Comparison]) -> str:
+    """The comparisons for people, a few lines each."""
+    parts = []
+    for x in comparisons:
+        diff = x.difference
+        lines = [
+            f"{x.task}: A = {x.first}, B = {x.second}",
+            f"  {x.samples} samples of {x.pictures} pictures that both answered"
+            + (f" ({x.left_out} left out)" if x.left_out else ""),
+            f"  A {x.first_score:.2f} %, B {x.second_score:.2f} %, B - A = {diff.delta:+.2f} "
+            f"points [{diff.low:+.2f}, {diff.high:+.2f}] (95 %, paired bootstrap over pictures)",
+            f"  right in A alone: {x.only_first}, in B alone: {x.only_second}; McNemar's exact "
+            f"test: p = {x.p_value:.3g}"
+            + (" (scores of 0.5 and more count as right)" if x.fractional else ""),
+        ]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``visprune.evaluate`` and ``visprune eval``: a study from arguments, run, and its table."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from visprune.errors import ConfigError
+from visprune.eval.dry_run import plan_study, print_plan
+from visprune.eval.environment import set_threads
+from visprune.eval.models import EvalModel, ModelSpec
+from visprune.eval.progress import Progress, Silent
+from visprune.eval.records import Record
+from visprune.eval.results import ResultsFolder
+from visprune.eval.runner import process_number, run_study
+from visprune.eval.study import Study, build_study, read_study
+from visprune.method import PruningMethod
+
+__all__ = ["Evaluation", "evaluate", "run_command"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation gave.
+
+    Attributes:
+        rows: one per method at a budget and task, seeds pooled: ``model``, ``task``, ``label``,
+            ``method``, ``num_keep``, ``control``, ``n``, ``errors``, ``score`` with ``low`` and
+            ``high`` (95 %), ``delta`` to the untouched model (paired) with ``delta_low`` and
+            ``delta_high``, ``tokens`` (mean over layers), ``gflops``, ``kv_bytes``, ``agreement``
+            and ``unparsed`` (shares).
+        table: the same as text (Markdown), with everything that was measured.
+        folder: the results folder; ``None`` if it was temporary.
+        records: every record, where the folder was temporary.
+    """
+
+    rows: list[dict[str, Any]]
+    table: str
+    folder: Path | None = None
+    records: list[Record] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        return self.table
+
+
+def evaluate(
+    model: Any,
+    processor: Any = None,
+    *,
+    tasks: Sequence[Any] | Any = "embedded",
+    methods: Sequence[str | Mapping[str, Any] | PruningMethod] | str | PruningMethod = (),
+    budgets: Sequence[Any] = (),
+    out: str | Path | None = None,
+    limit: int | None = None,
+    seeds: Sequence[int] | int = 0,
+    controls: bool | Sequence[str] = True,
+    batch_size: int = 1,
+    prompt_style: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    speed: bool | Mapping[str, Any] = False,
+    name: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate a model under methods and controls, on the same questions.
+
+    Args:
+        model: a loaded transformers vision-language model, a timm vision transformer, or the name
+            of a model (see ``visprune eval --help``).
+        processor: of a loaded transformers model.
+        tasks: names of tasks, mappings with ``task`` and options, or built tasks.
+        methods: names, mappings with ``method`` and parameters, or built methods.
+        budgets: of the methods: numbers of tokens, or fractions that stay.
+        out: results folder, to be gone on with after a stop; ``None``: a temporary one.
+        limit: samples of each task; ``None``: all.
+        seeds: of question sets and random draws.
+        controls: the untouched model, keep_all, random, uniform, pool and no_image beside the
+            methods; or a list of some of them.
+        batch_size: samples asked together.
+        prompt_style: ``"llava15"``, ``"chat"`` or ``"plain"``; ``None``: as the model likes it.
+        generation: options of ``generate`` in place of greedy search.
+        speed: also measure latency by part: ``True``, or options of
+            :class:`visprune.eval.study.SpeedPlan`.
+        name: what tables call the model.
+        progress: show bars on the terminal.
+
+    Returns:
+        An :class:`Evaluation`.
+
+    Raises:
+        ConfigError: a name or value is not allowed, or ``out`` holds another study.
+
+    Example:
+        >>> visprune.evaluate(model, processor, tasks=["embedded"], methods=["todre"],
+        ...                   budgets=[64], limit=200)  # doctest: +SKIP
+    """
+    loaded = None if isinstance(model, str) else _loaded(model, processor, name)
+    spec = ModelSpec(model if isinstance(model, str) else loaded.name if loaded else "")
+    study = build_study(
+        {
+            "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,
+            "limit": limit, "seeds": seeds, "controls": controls, "batch_size": batch_size,
+            "prompt_style": prompt_style, "generation": generation or {},
+            "pictures": out is not None, "speed": speed,
+        }
+    )  # fmt: skip
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="visprune-eval-"))
+    try:
+        with _shown(progress) as bars:
+            options: dict[str, Any] = {} if loaded is None else {"loader": lambda _: loaded}
+            results = run_study(study, folder, progress=bars, **options)
+            _measure(study, results, bars, **options)
+        rows, table = summarize(results)
+        kept = [] if out is not None else results.records()
+        return Evaluation(rows, table, folder if out is not None else None, kept)
+    finally:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _loaded(model: Any, processor: Any, name: str | None) -> EvalModel:
+    """The loaded model as one that the runner can ask."""
+    if processor is not None:
+        from visprune.eval.models_vlm import VLM
+
+        return VLM(model, processor, name=name)
+    from visprune.eval.models_vit import TimmClassifier
+
+    return TimmClassifier(model, name=name)
+
+
+def _shown(progress: bool) -> Any:
+    rank = process_number()[0]
+    return Progress(Console(stderr=True)) if progress and rank == 0 else nullcontext(Silent())
+
+
+def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
+    """Rows for programs and a table for people, from the records alone."""
+    from visprune.eval.report.average import averages
+    from visprune.eval.report.build import build_tables
+    from visprune.eval.report.results import read_results
+    from visprune.eval.report.tables import to_markdown
+
+    tables = build_tables(read_results(folder.path), resamples=1000)
+    rows = []
+    for table in tables:
+        for row in table.rows:
+            score, delta = row.score or (None,) * 3, row.delta or (None,) * 3
+            flops = row.cost.total_flops
+            rows.append(
+                {
+                    "model": table.model, "task": table.task, "label": row.arm.label,
+                    "method": row.arm.method, "num_keep": row.arm.num_keep,
+                    "control": row.arm.control, "n": row.n, "errors": sum(row.errors.values()),
+                    "score": score[0], "low": score[1], "high": score[2],
+                    "delta": delta[0], "delta_low": delta[1], "delta_high": delta[2],
+                    "tokens": row.cost.tokens, "gflops": None if flops is None else flops / 1e9,
+                    "kv_bytes": row.cost.kv_bytes, "agreement": row.agreement,
+                    "unparsed": row.unparsed / row.n if row.n else None,
+                }
+            )  # fmt: skip
+    models = dict.fromkeys(table.model for table in tables)
+    means = {model: averages([t for t in tables if t.model == model]) for model in models}
+    return rows, to_markdown(tables, {model: found for model, found in means.items() if found})
+
+
+def run_command(
+    path: Path | None, out: Path | None, changes: Mapping[str, Any], *,
+    dry_run: bool, retry_errors: bool, threads: int | None, answers: Path | None,
+) -> None:  # fmt: skip
+    """What ``visprune eval`` does: a study of a file, of flags, or of a file changed by flags.
+
+    Raises:
+        ConfigError: neither a study nor a model and a task, or whatever :func:`run_study` raises.
+    """
+    if path is None and not (changes.get("models") and changes.get("tasks")):
+        raise ConfigError(
+            "visprune eval takes a study (configs/studies/NAME.yaml), or --model and --task, such "
+            "as --model embedded --task embedded."
+        )
+    study = build_study(changes) if path is None else read_study(path, changes)
+    rank, world, _ = process_number()
+    if threads is not None:
+        set_threads(threads)
+    console = Console()
+    if dry_run:
+        if rank == 0:
+            print_plan(console, plan_study(study, out), processes=world)
+        return
+    if out is None:
+        raise ConfigError("visprune eval writes into a folder; name it with --out DIR.")
+    with _shown(True) as bars:
+        folder = run_study(study, out, retry_errors=retry_errors, progress=bars)
+        if rank:
+            return
+        _measure(study, folder, bars)
+    print_rows(console, summarize(folder)[0])
+    if answers is not None:
+        _write_answers(folder, answers)
+    console.print(
+        f"Records: {folder.path}. A page with charts and pictures: visprune report {folder.path}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what matters of the rows, a table per model and task."""
+    for name in dict.fromkeys((row["model"], row["task"]) for row in rows):
+        table = Table(box=box.SIMPLE_HEAD, title=f"{name[0]}: {name[1]}", title_justify="left")
+        table.add_column("method", overflow="fold")
+        for column in ("score", "95 %", "vs untouched", "tokens", "GFLOPs", "KV MiB", "errors"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            if (row["model"], row["task"]) == name:
+                table.add_row(row["label"], *_cells(row))
+        Console(width=max(100, console.width), file=console.file).print(table)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def number(key: str, form: str, factor: float = 1.0) -> str:
+        return "" if row[key] is None else format(row[key] * factor, form)
+
+    delta = number("delta", "+.1f")
+    if delta and row["delta_low"] is not None:
+        delta += f" [{row['delta_low']:+.1f}, {row['delta_high']:+.1f}]"
+    between = f"{row['low']:.1f} - {row['high']:.1f}" if row["low"] is not None else ""
+    return [
+        number("score", ".1f"), between, delta, number("tokens", ".1f"), number("gflops", ".3g"),
+        number("kv_bytes", ".2f", 2**-20), str(row["errors"]),
+    ]  # fmt: skip
+
+
+def _measure(study: Study, folder: ResultsFolder, bars: Silent, **options: Any) -> None:
+    if study.speed is None:
+        return
+    from visprune.eval.speed import measure_study
+
+    measure_study(study, folder, progress=bars, **options)
+
+
+def _write_answers(folder: ResultsFolder, target: Path) -> None:
+    """LLaVA's answer files, one per cell."""
+    from visprune.eval.environment import writable_folder
+    from visprune.eval.llava_files import write_answers
+
+    writable_folder(target)
+    for cell in folder.cells().values():
+        records = folder.records(cell.id)
+        name = f"{cell.task['task']} {cell.label} seed {cell.seed} {cell.id[:6]}.jsonl"
+        name = name.replace(" ", "_").replace("/", "_").replace("%", "percent")
+        if records:
+            write_answers(target / name, records, f"{cell.model['name']} {cell.label}")

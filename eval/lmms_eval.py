@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pruned model for lmms-eval, without a fork of it.
+
+::
+
+    python -m lmms_eval --model visprune --tasks gqa
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=todre,num_keep=64
+
+in one line, after ``pip install "visprune[lmms-eval]"``.
+
+Method and parameters are model arguments and come from nowhere else, since lmms-eval's response
+cache knows a model by its name and ``model_args`` alone: a setting from an environment variable or
+a patch would be answered with another run's answers. Prompts are lmms-eval's, in the model's own
+chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from transformers import GenerationConfig
+
+from visprune.apply import prune
+from visprune.catalog import get_method
+from visprune.errors import ConfigError, UnsupportedModel
+from visprune.eval.models import NONE, ModelSpec
+from visprune.eval.models_vlm import VLM
+from visprune.eval.models_vlm import load as load_vlm
+from visprune.eval.runner import process_number
+
+__all__ = ["Visprune"]
+
+# What lmms-eval says for "greedy", in words that generate() complains about.
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+
+class Visprune(lmms):
+    """A transformers vision-language model under a method.
+
+    Args:
+        pretrained: ``embedded``, a folder, or a name on the Hub.
+        method: a name of ``visprune methods``; ``none`` for the untouched model.
+        batch_size: questions asked together.
+        device: torch device; ``None``: a GPU of this process, else the CPU.
+        dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
+        attn_implementation: attention of transformers; ``None``: its own choice.
+        revision: of the Hub.
+        max_batch_size: ignored; lmms-eval passes it to every model.
+        **params: parameters of the method, ``num_keep=64`` among them.
+
+    Raises:
+        ConfigError: an unknown model, method or parameter.
+        UnsupportedModel: the model lacks what the method needs.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "embedded",
+        method: str = NONE,
+        batch_size: int | str | None = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        max_batch_size: int | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        try:
+            self.batch_size_per_gpu = int(batch_size or 1)
+        except ValueError as error:
+            raise ConfigError(f"batch_size is a number, got {batch_size!r}.") from error
+        if method == NONE and params:
+            raise ConfigError(f"method={NONE} takes no parameters, got {', '.join(params)}.")
+        self._rank, self._world_size, local = process_number()
+        # lmms-eval's own default device is the first GPU, also for the second process.
+        wanted = "auto" if device in (None, "", "cuda", "cuda:0") else str(device)
+        spec = ModelSpec(
+            pretrained, dtype=dtype, device=wanted, attention=attn_implementation, revision=revision
+        )
+        self.vlm: VLM = load_vlm(spec, local)
+        self.run = None
+        if method != NONE:
+            self.run = prune(self.vlm.model, get_method(method, **params))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.vlm.model.device
+
+    @property
+    def batch_size(self) -> int:
+        """Questions asked together."""
+        return self.batch_size_per_gpu
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Answer requests, in their order; those with the same options are batched."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[-4], sort_keys=True), []).append(number)
+        answers: dict[int, GenerationResult] = {}
+        for options, numbers in groups.items():
+            for start in range(0, len(numbers), self.batch_size):
+                batch = numbers[start : start + self.batch_size]
+                made = self._answer([requests[i] for i in batch], json.loads(options))
+                answers.update(zip(batch, made, strict=True))
+        return [answers[number] for number in range(len(requests))]
+
+    @torch.inference_mode()
+    def _answer(self, requests: Sequence[Any], options: dict[str, Any]) -> list[GenerationResult]:
+        """Ask one batch."""
+        processor = self.vlm.processor
+        texts, images = [], []
+        for request in requests:
+            # (ctx,) doc_to_messages, generation options, document, task, split
+            to_messages, _, document, task, split = request.args[-5:]
+            messages = ChatMessages(messages=to_messages(self.task_dict[task][split][document]))
+            pictures, videos, sounds = messages.extract_media()
+            if videos or sounds:
+                raise UnsupportedModel(f"{task} has video or audio; visprune reads pictures here.")
+            texts.append(
+                processor.apply_chat_template(
+                    messages.to_hf_messages(), tokenize=False, add_generation_prompt=True
+                )
+            )
+            images.append([picture.convert("RGB") for picture in pictures])
+        inputs = processor(
+            text=texts, images=images if any(images) else None, padding=True,
+            padding_side="left", return_tensors="pt",
+        )  # fmt: skip
+        inputs = inputs.to(self.device, dtype=self.vlm.dtype)
+        ids = self.vlm.model.generate(**inputs, **_generation(options))
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        said = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        until = options.get("until") or []
+        results = []
+        for text, context, row in zip(said, texts, new.cpu(), strict=True):
+            answer = _cut(text, [until] if isinstance(until, str) else until).strip()
+            count = self.vlm.length(row, {})
+            results.append(
+                GenerationResult(text=answer, token_counts=TokenCounts(output_tokens=count))
+            )
+            self.cache_hook.add_partial("generate_until", (context, options), answer)
+        return results
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered: say so instead of scoring what was not asked."""
+        raise UnsupportedModel("visprune answers generate_until tasks; choose those of a task.")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered."""
+        raise UnsupportedModel("visprune answers one round of generate_until.")
+
+
+def _generation(options: dict[str, Any]) -> dict[str, Any]:
+    """lmms-eval's options as those of ``generate``; temperature 0 is greedy search."""
+    known = GenerationConfig()  # tasks also pass options for other models, and `until`
+    kept = {k: v for k, v in options.items() if hasattr(known, k) and v is not None}
+    sample = bool(kept.pop("do_sample", False)) and float(kept.get("temperature", 1.0)) > 0.0
+    if not sample:
+        kept = {k: v for k, v in kept.items() if k not in _SAMPLING}
+    return {"max_new_tokens": 1024, "num_beams": 1, **kept, "do_sample": sample}
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops."""
+    found = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(found)] if found else text

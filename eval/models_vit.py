@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image classifiers: timm models, and open_clip models zero-shot; they answer class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visprune.apply import prune
+from visprune.cost import Cost
+from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
+from visprune.eval.kept import bits_of
+from visprune.eval.models import (
+    NO_IMAGE,
+    NONE,
+    Answerer,
+    Choice,
+    EvalModel,
+    ModelSpec,
+    Output,
+    Request,
+    offline,
+    weights_hash,
+)
+from visprune.eval.tasks.base import PromptStyle, Task
+from visprune.eval.tasks.imagenet import ranking_text, zero_shot_classifier
+from visprune.method import PruningMethod
+
+__all__ = ["Classifier", "TimmClassifier", "ZeroShot", "load"]
+
+
+class Classifier:
+    """A model that ranks classes.
+
+    Args:
+        name: what tables call it.
+        tower: the vision transformer that methods act on.
+        transform: makes a picture the input ``[3, H, W]``.
+        about: what identifies it beside name, weights and dtype.
+    """
+
+    generates = False
+    style: PromptStyle = "plain"
+
+    def __init__(
+        self, name: str, tower: nn.Module, transform: Callable[[Any], Tensor], about: dict[str, Any]
+    ) -> None:
+        self.name, self.tower, self.transform, self._about = name, tower, transform, about
+        self._weights = weights_hash(tower)
+        first = next(tower.parameters())
+        self.device, self.dtype = first.device, first.dtype
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model; see :class:`visprune.eval.models.EvalModel`."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"name": self.name, "weights": self._weights, "dtype": dtype, **self._about}
+
+    def refusal(self, choice: Choice, task: Task) -> str | None:
+        """Why it cannot run a method or a task, or ``None``."""
+        if task.generates:
+            return f"{task.name} wants answers in words; {self.name} gives class numbers."
+        if choice == NO_IMAGE:
+            return "Without the picture an image classifier has no input."
+        if isinstance(choice, PruningMethod):
+            try:
+                prune(self.tower, choice).remove()
+            except (ConfigError, UnsupportedModel) as error:
+                return str(error)
+        return None
+
+    def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing is generated."""
+        return {}
+
+    @contextmanager
+    def answering(
+        self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
+    ) -> Iterator[Answerer]:
+        """Attach a method for as long as the context lasts."""
+        if isinstance(choice, PruningMethod):
+            with prune(self.tower, choice) as run:
+                yield lambda requests: self._answer(requests, run)
+        elif choice == NONE:
+            yield lambda requests: self._answer(requests, None)
+        else:
+            raise ConfigError(f"{choice!r} is no method.{did_you_mean(choice, (NONE,))}")
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Class scores ``[B, C]`` of pictures ``[B, 3, H, W]``."""
+        return self.tower(pixels)
+
+    @torch.inference_mode()
+    def _answer(self, requests: Sequence[Request], run: Any) -> list[Output]:
+        pictures = [self.transform(request.image) for request in requests]
+        pixels = torch.stack(pictures).to(self.device, self.dtype)
+        texts = ranking_text(self.logits(pixels).float())
+        if run is None:
+            tokens, macs = self._whole
+            return [Output(text, tokens=tokens, macs=macs) for text in texts]
+        cost: Cost = run.cost()
+        share = {part: value // cost.samples for part, value in cost.parts.items()}
+        trace = run.trace
+        return [
+            Output(text, tokens=count, macs=share, kept=self._kept(trace, row))
+            for row, (text, count) in enumerate(zip(texts, trace.mean_tokens, strict=True))
+        ]
+
+    @cached_property
+    def _whole(self) -> tuple[float | None, dict[str, int] | None]:
+        """Tokens and multiply-adds of the untouched model, where an adapter can count them."""
+        try:
+            with prune(self.tower, "keep_all") as run:
+                cost: Cost = run.cost()
+                height, width = run.adapter.default_grid()
+        except (ConfigError, UnsupportedModel):
+            return None, None
+        return float(height * width), {**cost.parts, "selection": 0}
+
+    def _kept(self, trace: Any, row: int) -> dict[str, Any] | None:
+        """Patches that a final slot stands for."""
+        grids: list[tuple[int, int, int]] = list(trace.grids[row])
+        if len(grids) != 1 or grids[0][0] != 1:
+            return None
+        _, height, width = grids[0]
+        alive = torch.zeros(height * width, dtype=torch.bool)
+        index = trace.kept[row].cpu()
+        alive[index[index >= 0]] = True
+        return {"grid": [height, width], "kept": bits_of(alive.reshape(height, width))}
+
+
+class TimmClassifier(Classifier):
+    """A timm model with a head.
+
+    Args:
+        model: the model; its ``pretrained_cfg`` says how pictures are prepared.
+        name: what tables call it; ``None``: timm's name.
+    """
+
+    def __init__(self, model: Any, *, name: str | None = None) -> None:
+        from timm.data import create_transform, resolve_model_data_config
+
+        config = resolve_model_data_config(model)
+        transform = create_transform(**config, is_training=False)
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        about = {"data": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
+        super().__init__(
+            name or str(cfg.get("architecture") or type(model).__name__),
+            model.eval(),
+            transform,
+            about,
+        )
+
+
+class ZeroShot(Classifier):
+    """An open_clip model that compares a picture with the names of classes.
+
+    The classifier is made once, from the untouched text tower: methods act on the image tower.
+
+    Args:
+        model: the model.
+        transform: its transform for evaluation.
+        classifier: ``[d, C]``, see :func:`visprune.eval.tasks.imagenet.zero_shot_classifier`.
+        name: what tables call it.
+    """
+
+    def __init__(
+        self, model: Any, transform: Callable[[Any], Tensor], classifier: Tensor, *, name: str
+    ) -> None:
+        about = {"classes": classifier.shape[1], "classifier": _hash(classifier)}
+        super().__init__(name, model.visual, transform, about)
+        self.model, self.classifier = model, classifier
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Cosines to the class texts."""
+        return self.model.encode_image(pixels, normalize=True) @ self.classifier.to(self.dtype)
+
+
+def _hash(tensor: Tensor) -> str:
+    holder = nn.Module()
+    holder.register_buffer("classifier", tensor)
+    return weights_hash(holder)
+
+
+def load(spec: ModelSpec, library: str, name: str, local_rank: int = 0) -> EvalModel:
+    """Load a timm or open_clip model by name.
+
+    Raises:
+        ConfigError: the library does not know it, or its weights cannot be had.
+    """
+    device = spec.torch_device(local_rank)
+    dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    return (_timm if library == "timm" else _open_clip)(spec, name, device, dtype)
+
+
+def _timm(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
+    import timm
+
+    import visprune.backbones.vit  # noqa: F401 - registers our architectures in timm
+
+    try:
+        model = timm.create_model(
+            name, pretrained=spec.checkpoint is None, checkpoint_path=spec.checkpoint or ""
+        )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise _cannot(spec, "timm", name, timm.list_models(), error) from error
+    return TimmClassifier(model.to(device, dtype), name=spec.name)
+
+
+def _open_clip(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
+    import open_clip
+
+    architecture, _, tag = name.partition("/")
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=spec.checkpoint or tag or None, device=device
+        )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise _cannot(spec, "open_clip", architecture, open_clip.list_models(), error) from error
+    model = model.eval().to(dtype)
+    tokenizer = open_clip.get_tokenizer(architecture)
+    classifier = zero_shot_classifier(model, tokenizer, device=device)
+    return ZeroShot(model, transform, classifier, name=spec.name)
+
+
+def _cannot(
+    spec: ModelSpec, library: str, name: str, known: Sequence[str], error: Exception
+) -> ConfigError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    hint = did_you_mean(name, known) if name not in known else ""
+    away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() else ""
+    return ConfigError(f"{library} cannot make {spec.name!r}: {first}.{hint}{away}")

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision-language models of transformers, asked through their processor and ``generate``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.apply import Run
+from visprune.catalog import find_adapter, unwrap
+from visprune.cost import Cost
+from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
+from visprune.eval import prompts
+from visprune.eval.environment import quiet_loading
+from visprune.eval.kept import kept_map
+from visprune.eval.models import (
+    EMBEDDED,
+    NO_IMAGE,
+    NONE,
+    Answerer,
+    Choice,
+    ModelSpec,
+    Output,
+    Request,
+    offline,
+    weights_hash,
+)
+from visprune.eval.records import canonical
+from visprune.eval.tasks.base import PromptStyle, Task
+from visprune.method import PruningMethod
+from visprune.run_cost import prompt_costs, sample_costs
+
+__all__ = ["VLM", "load"]
+
+_PLAIN = "USER: <image>\n{prompt} ASSISTANT:"
+# Fields of a generation config that say nothing about the answers, or that greedy search ignores.
+_SILENT = ("transformers_version", "_from_model_config", "max_new_tokens", "max_length",
+           "do_sample", "temperature", "top_p", "top_k", "num_beams")  # fmt: skip
+
+
+class VLM:
+    """A transformers model with its processor.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        name: what it is called in tables.
+        template: markup around a prompt; see :class:`visprune.eval.models.ModelSpec`.
+        style: how questions are put; ``None``: by family.
+    """
+
+    generates = True
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str | None = None,
+        template: str | None = None,
+        style: PromptStyle | None = None,
+    ) -> None:
+        self.model, self.processor, self.template = model, processor, template
+        # A folder's name alone: where it lies is nobody's business, and differs between machines.
+        self.name = name or Path(model.config._name_or_path).name or type(model).__name__
+        self.family = str(model.config.model_type)
+        llava = self.family in ("llava", "llava_next")
+        self.style: PromptStyle = style or ("llava15" if llava else "chat")
+        self._weights = weights_hash(model)
+        try:
+            self.adapter = find_adapter(model)
+        except UnsupportedModel as error:
+            self.adapter, self._no_adapter = None, str(error)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model; see :class:`visprune.eval.models.EvalModel`."""
+        config = unwrap(self.model).generation_config.to_diff_dict()
+        processor = self.processor.to_dict() if hasattr(self.processor, "to_dict") else {}
+        for volatile in ("name_or_path", "processor_class", "auto_map"):
+            processor.pop(volatile, None)
+        return {
+            "name": self.name,
+            "family": self.family,
+            "weights": self._weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": str(self.model.config._attn_implementation),
+            "template": self.template,
+            "processor": hashlib.sha256(canonical(_plain(processor))).hexdigest()[:16],
+            "generation_config": _plain({k: v for k, v in config.items() if k not in _SILENT}),
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def refusal(self, choice: Choice, task: Task) -> str | None:
+        """Why it cannot run a method or a task, or ``None``."""
+        if not task.generates:
+            return f"{task.name} wants class numbers; {self.name} answers with text."
+        if isinstance(choice, str):
+            return None
+        if self.adapter is None:
+            return self._no_adapter
+        try:
+            Run(self.adapter, choice).remove()
+        except (ConfigError, UnsupportedModel) as error:
+            return str(error)
+        return None
+
+    def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Greedy, as long as the task asks for, unless the study says otherwise."""
+        greedy = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "num_beams": 1}
+        return {**greedy, **options}
+
+    @contextmanager
+    def answering(
+        self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
+    ) -> Iterator[Answerer]:
+        """Attach a method for as long as the context lasts."""
+
+        def ask(run: Run | None) -> Answerer:
+            return lambda requests: self._answer(requests, run, style, dict(generation))
+
+        if isinstance(choice, PruningMethod):
+            with Run(find_adapter(self.model), choice) as run:
+                yield ask(run)
+        elif choice in (NONE, NO_IMAGE):
+            yield ask(None)
+        else:
+            hint = did_you_mean(choice, (NONE, NO_IMAGE))
+            raise ConfigError(f"{choice!r} is no method.{hint}")
+
+    # One batch -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _answer(
+        self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
+    ) -> list[Output]:
+        inputs = self.inputs(requests, style)
+        pictured = all(request.image is not None for request in requests)
+        layouts = self._layouts(inputs) if pictured else []
+        ids = self.model.generate(**inputs, **generation)
+        new = ids[:, inputs["input_ids"].shape[1] :].cpu()
+        counts = [self.length(row, generation) for row in new]
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        costs: list[Cost | None] = [None] * len(requests)
+        tokens: list[float | None] = [None] * len(requests)
+        if run is not None:
+            costs, tokens = [*sample_costs(run, new_tokens=counts)], [*run.trace.mean_tokens]
+        elif self.adapter is not None:
+            costs = [*prompt_costs(self.adapter, inputs, layouts, new_tokens=counts)]
+            seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
+            tokens = [float(count) for count in seen]
+        kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]
+        return [
+            Output(
+                text=texts[i].strip(),
+                tokens=tokens[i],
+                macs=None if (cost := costs[i]) is None else cost.parts,
+                kv_bytes=None if cost is None else cost.kv_bytes,
+                new_tokens=counts[i],
+                kept=kept[i],
+            )
+            for i in range(len(requests))
+        ]
+
+    def _kept(
+        self, run: Run | None, layouts: Sequence[Any], row: int, request: Request
+    ) -> dict[str, Any] | None:
+        """Kept patches, and the part of the picture that the model saw where it was cropped."""
+        found = kept_map(run, layouts, row) if run is not None else None
+        crop: Any = getattr(self.processor, "image_processor", None)
+        if found is None or request.image is None or not getattr(crop, "do_center_crop", False):
+            return found
+        width, height = request.image.size
+        edge = min(width, height)
+        size, shortest = crop.crop_size, crop.size.get("shortest_edge") or edge
+        parts = (size["width"] * edge / shortest / width, size["height"] * edge / shortest / height)
+        box = [*(0.5 - part / 2 for part in parts), *(0.5 + part / 2 for part in parts)]
+        whole = all(abs(part - 1.0) < 1e-6 for part in parts)
+        return found if whole else {**found, "box": [round(x, 6) for x in box]}
+
+    def inputs(self, requests: Sequence[Request], style: str) -> dict[str, Any]:
+        """What the model takes for these requests, padded on the left, on its device."""
+        texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
+        images = [[request.image] for request in requests if request.image is not None]
+        made = self.processor(
+            text=texts,
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(made.to(self.model.device, dtype=self.dtype))
+
+    def markup(self, prompt: str, style: str, *, picture: bool) -> str:
+        """Put a prompt between the words that the model was trained to see around it."""
+        template = self.template
+        if template is None and style == "llava15" and self.family == "llava":
+            template = prompts.VICUNA_V1
+        if template is None and getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}] * picture + [{"type": "text", "text": prompt}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        template = template or _PLAIN
+        if not picture:
+            template = template.replace("<image>\n", "").replace("<image>", "")
+        return template.replace("<image>", _image_token(self.processor)).replace("{prompt}", prompt)
+
+    def _layouts(self, inputs: Mapping[str, Any]) -> list[Any]:
+        if self.adapter is None:
+            return []
+        pictures = self.adapter.pictures(dict(inputs), "image")
+        for picture in pictures:
+            picture.pixels = None
+        return self.adapter.layouts(dict(inputs), {"image": pictures})
+
+    def length(self, row: Tensor, generation: Mapping[str, Any]) -> int:
+        """Tokens up to the first end, which counts."""
+        end = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = [end] if isinstance(end, int) else list(end or ())
+        hits = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
+        return int(hits[0]) + 1 if len(hits) else len(row)
+
+
+def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
+    """Load the embedded model, a folder's, or the Hub's.
+
+    Raises:
+        ConfigError: there is no such model, it is not there offline, or it is of another kind.
+    """
+    device = spec.torch_device(local_rank)
+    if spec.name == EMBEDDED:
+        from visprune.backbones.vlm import embedded
+
+        with quiet_loading():
+            dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+            model, processor = embedded.load(dtype)
+        if spec.attention is not None:
+            model.set_attn_implementation(spec.attention)
+        return VLM(model.to(device), processor, name=EMBEDDED, template=spec.template or _PLAIN,
+                   style="plain")  # fmt: skip
+    model, processor = _from_transformers(spec)
+    return VLM(model.eval().to(device), processor, name=spec.name, template=spec.template)
+
+
+def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    here = Path(spec.name).is_dir()
+    if not here and "/" not in spec.name:
+        raise ConfigError(
+            f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
+            f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
+            f"timm:NAME, open_clip:NAME, or {EMBEDDED!r}."
+        )
+    options: dict[str, Any] = {"dtype": spec.dtype, "local_files_only": here or offline()}
+    if spec.attention is not None:
+        options["attn_implementation"] = spec.attention
+    if spec.revision is not None:
+        options["revision"] = spec.revision
+    common = {k: v for k, v in options.items() if k in ("local_files_only", "revision")}
+    try:
+        processor = AutoProcessor.from_pretrained(spec.name, **common, **spec.processor)
+        model = AutoModelForImageTextToText.from_pretrained(spec.name, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() and not here else ""
+        raise ConfigError(
+            f"transformers cannot load a vision-language model and its processor from "
+            f"{spec.name!r}: {first}.{away}"
+        ) from error
+    return model, processor
+
+
+def _image_token(processor: Any) -> str:
+    return str(getattr(processor, "image_token", "<image>"))
+
+
+def _plain(value: Any) -> Any:
+    """JSON values alone: keys as text, what JSON has not as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

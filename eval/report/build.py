@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From runs to tables: which of them make one row, and which rows one table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from visprune.eval.report.cost import pareto
+from visprune.eval.report.estimate import Draws, Scorer
+from visprune.eval.report.floors import majority_floor
+from visprune.eval.report.results import UNTOUCHED, Line, Results, Run, canonical
+from visprune.eval.report.rows import Arm, Row, Table, build_row
+
+__all__ = ["arm_of", "build_tables"]
+
+_KINDS = 24  # columns of a breakdown; what is rarer goes into one more
+
+
+def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Table]:
+    """Return one table for each model and task, in the order in which they come."""
+    models = _titles([run.cell.model for run in results.runs], "name")
+    tasks = _titles([_task(run) for run in results.runs], "task")
+    settings: dict[str, dict[str, list[Run]]] = {}
+    for run in results.runs:
+        by_model = settings.setdefault(canonical([_task(run), run.cell.generation]), {})
+        by_model.setdefault(models[canonical(run.cell.model)], []).append(run)
+    tables = []
+    for by_model in settings.values():
+        runs = [run for group in by_model.values() for run in group]
+        draws = Draws(
+            [line.cluster for run in runs for line in run.lines.values()],
+            resamples=resamples, seed=seed,
+        )  # fmt: skip
+        for model, group in by_model.items():
+            tables.append(_table(model, tasks[canonical(_task(group[0]))], group, draws))
+    order = list(dict.fromkeys(table.task for table in tables))
+    names = list(models.values())
+    return sorted(tables, key=lambda table: (names.index(table.model), order.index(table.task)))
+
+
+def _task(run: Run) -> dict[str, Any]:
+    """The task and how it was put, without the seed: seeds are pooled."""
+    task = {name: value for name, value in run.cell.task.items() if name != "seed"}
+    return {**task, "prompt_style": run.cell.prompt_style}
+
+
+def _titles(abouts: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:
+    """Return a title for each distinct description: its name, and what tells it from namesakes."""
+    distinct = {canonical(about): about for about in abouts}
+    titles = {}
+    for key, about in distinct.items():
+        same = [other for other in distinct.values() if other.get(name) == about.get(name)]
+        fields = {field for other in same for field in other}
+        differ = [
+            field for field in sorted(fields)
+            if len({canonical(other.get(field)) for other in same}) > 1
+        ]  # fmt: skip
+        words = [f"{field}={about.get(field)}" for field in differ]
+        titles[key] = " ".join([str(about.get(name)), *words])
+    return titles
+
+
+def arm_of(run: Run, model: str) -> Arm:
+    """Return the arm that a run belongs to; runs that differ in their seed alone share it."""
+    parameters = {k: v for k, v in run.cell.method.items() if k not in ("method", "seed")}
+    label = run.cell.label or run.method
+    return Arm(
+        model=model,
+        label="untouched" if label == UNTOUCHED else label,
+        method=run.method,
+        num_keep=run.cell.num_keep,
+        control=bool(run.cell.control),
+        parameters=canonical(parameters),
+    )
+
+
+def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
+    scorer = Scorer(runs[0].cell.task, draws, list(runs[0].lines.values()))
+    arms: dict[Arm, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(arm_of(run, model), []).append(run)
+    whole: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.method == UNTOUCHED:
+            whole.setdefault(run.task, []).append(run)
+    samples = {(run.task, name): line for run in runs for name, line in run.lines.items()}
+    kinds = dict(Counter(line.kind for line in samples.values()).most_common())
+    shown = list(kinds)[:_KINDS] if len(kinds) > 1 else []
+    rows = [build_row(arm, group, whole, scorer, shown) for arm, group in arms.items()]
+    pareto(rows)
+    about = {name: value for name, value in runs[0].cell.task.items() if name != "seed"}
+    return Table(
+        model=model, task=title, about=about, prompt_style=runs[0].cell.prompt_style,
+        metric=getattr(scorer.task, "metric_name", "score"),
+        unit="%" if all(row.score is None or row.score[0] <= 100 for row in rows) else "points",
+        mean=scorer.mean, rows=rows, samples=len(samples),
+        pictures=len({line.cluster for line in samples.values()}), kinds=kinds,
+        floor=majority_floor(scorer, [line for (task, _), line in samples.items()
+                                      if task == runs[0].task]),
+        notes=_notes(rows, scorer, whole, samples),
+    )  # fmt: skip
+
+
+def _notes(
+    rows: Sequence[Row],
+    scorer: Scorer,
+    whole: Mapping[str, Sequence[Run]],
+    samples: Mapping[Any, Line],
+) -> list[str]:
+    notes = [scorer.problem] if scorer.problem else []
+    if not whole:
+        notes.append("No untouched run of this model and task: there is nothing to compare with.")
+    asked = {row.arm.label: row.n / len(row.seeds) for row in rows}
+    most = max(asked.values())
+    short = [f"{label} ({n:g})" for label, n in asked.items() if n < most]
+    if short:
+        notes.append(f"Incomplete, fewer than {most:g} samples: {', '.join(short)}.")
+    pictures = len({line.cluster for line in samples.values()})
+    if pictures < 30:
+        notes.append(f"Few pictures ({pictures}): a bootstrap interval is then too narrow.")
+    return notes

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an arm cost: operations and bytes from its records, time from its measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from visprune.eval.report.results import NO_IMAGE, Line, Run
+
+if TYPE_CHECKING:
+    from visprune.eval.report.rows import Row
+
+__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Cost", "cost_of", "on_front", "pareto"]
+
+FLOP_PARTS = ("vision", "projector", "selection", "prefill", "decode", "lm_head")
+TIME_PARTS = ("vision_ms", "selection_ms", "prefill_ms", "decode_ms_per_token", "total_ms")
+# What a plot may put on its x axis; the front is marked on each.
+AXES = ("flops", "total_ms", "prefill_ms", "tokens", "kv_bytes")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Means over the records of an arm, and medians of its measurements.
+
+    Attributes:
+        tokens: visual tokens in the mean over layers.
+        flops: by part, per sample, two per multiply-add; empty: not counted.
+        kv_bytes: keys and values in the cache.
+        new_tokens: tokens generated.
+        speed: by batch size, then by part: median, q1, q3 (milliseconds).
+        measured: the rest of the measurement: rounds, attention, threads, device, environment.
+    """
+
+    tokens: float | None
+    flops: Mapping[str, float]
+    kv_bytes: float | None
+    new_tokens: float | None
+    speed: Mapping[str, Mapping[str, tuple[float, float, float]]]
+    measured: Mapping[str, Any]
+
+    @property
+    def total_flops(self) -> float | None:
+        """Sum of all parts."""
+        return sum(self.flops.values()) if self.flops else None
+
+    def time(self, part: str, batch: str = "1") -> tuple[float, float, float] | None:
+        """Median and quartiles of a part, or None where it was not measured."""
+        return self.speed.get(batch, {}).get(part)
+
+    def on(self, axis: str) -> float | None:
+        """The cost on one of :data:`AXES`."""
+        if axis == "flops":
+            return self.total_flops
+        if axis in ("tokens", "kv_bytes"):
+            return self.tokens if axis == "tokens" else self.kv_bytes
+        measured = self.time(axis)
+        return measured[0] if measured else None
+
+
+def cost_of(lines: Sequence[Line], runs: Sequence[Run]) -> Cost:
+    """Average the records of an arm and take the first measurement among its runs."""
+    macs = [line.macs for line in lines if line.macs]
+    parts = [*FLOP_PARTS, *sorted({name for found in macs for name in found} - {*FLOP_PARTS})]
+    flops = {
+        part: 2 * float(np.mean([found.get(part, 0.0) for found in macs]))
+        for part in parts if any(part in found for found in macs)
+    }  # fmt: skip
+    measured = next((run.speed for run in runs if run.speed), {})
+    return Cost(
+        tokens=_mean([line.tokens for line in lines]),
+        flops=flops,
+        kv_bytes=_mean([line.kv_bytes for line in lines]),
+        new_tokens=_mean([line.new_tokens for line in lines]),
+        speed=_speed(measured.get("batch")),
+        measured={name: value for name, value in measured.items() if name != "batch"},
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _speed(batches: Any) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Read ``{"1": {"vision_ms": {"median", "q1", "q3"}, ...}}``; what is malformed is left out."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for size, parts in batches.items() if isinstance(batches, dict) else ():
+        for part, value in parts.items() if isinstance(parts, dict) else ():
+            ends = value if isinstance(value, dict) else {"median": value}
+            median = ends.get("median")
+            if not isinstance(median, int | float) or isinstance(median, bool):
+                continue
+            quartiles = [
+                float(x) if isinstance(x := ends.get(name), int | float) else float(median)
+                for name in ("q1", "q3")
+            ]
+            found.setdefault(str(size), {})[part] = (float(median), quartiles[0], quartiles[1])
+    return found
+
+
+def pareto(rows: Sequence[Row]) -> None:
+    """Mark on every axis the rows that no other beats; without a picture there is no contest."""
+    seeing = [row for row in rows if row.arm.method != NO_IMAGE]
+    for axis in AXES:
+        points = [
+            (cost, row.score[0], row)
+            for row in seeing if row.score is not None and (cost := row.cost.on(axis)) is not None
+        ]  # fmt: skip
+        plain = [(cost, score) for cost, score, _ in points]
+        for cost, score, row in points:
+            if on_front((cost, score), plain):
+                row.pareto.append(axis)
+
+
+def on_front(point: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:
+    """Return whether no other (cost, score) is as good in both and better in one."""
+    cost, score = point
+    return not any(c <= cost and s >= score and (c < cost or s > score) for c, s in points)

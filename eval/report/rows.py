@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of every table: one per method at a budget (an arm) on a task, seeds pooled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from visprune.eval.report.cost import Cost, cost_of
+from visprune.eval.report.estimate import Scorer, interval, ratio
+from visprune.eval.report.results import UNTOUCHED, Line, Run
+
+__all__ = ["Arm", "Figure", "Row", "Table", "build_row"]
+
+Figure = tuple[float, float, float]  # value, lower end, upper end
+
+OTHER = "(other kinds)"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at a budget, on a model.
+
+    Attributes:
+        model: name of the model, told apart from others of that name.
+        label: what the study calls it.
+        method: its name; ``"none"`` for the untouched model.
+        num_keep: its budget in tokens; ``None``: it has none.
+        control: whether it stands there to be beaten.
+        parameters: everything the method was given, its seed left out.
+    """
+
+    model: str
+    label: str
+    method: str
+    num_keep: float | None
+    control: bool
+    parameters: str
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it is the model without a method."""
+        return self.method == UNTOUCHED
+
+
+@dataclass
+class Row:
+    """What one arm did on one task. Scores and differences are in the unit of the task.
+
+    Attributes:
+        arm: which one.
+        seeds: the seeds that were pooled.
+        n: records.
+        pictures: distinct pictures among them.
+        score: with its interval; errors left out.
+        score_errors_wrong: errors scored 0.
+        delta: paired difference to the untouched model, on the samples that both answered.
+        paired: how many those were.
+        agreement: share of them with the same answer as the untouched model ("loyalty").
+        errors: count by type.
+        unparsed: records without an error whose answer no rule could read.
+        yes_rate: share of "yes" among answers to yes-no questions; ``None``: there were none.
+        yes_wanted: the share that the references hold.
+        spread: standard deviation of the score over seeds; ``None`` for one seed.
+        figures: all that the task reports, mean over seeds.
+        cost: operations, tokens, bytes, measured time.
+        kinds: by kind of question: n, score, delta (both with interval).
+        pareto: the costs at which no other arm scores higher for less.
+        published: numbers from papers for this arm and task.
+    """
+
+    arm: Arm
+    seeds: list[int]
+    n: int
+    pictures: int
+    score: Figure | None
+    score_errors_wrong: float | None
+    delta: Figure | None
+    paired: int
+    agreement: float | None
+    errors: dict[str, int]
+    unparsed: int
+    yes_rate: float | None
+    yes_wanted: float | None
+    spread: float | None
+    figures: dict[str, float]
+    cost: Cost
+    kinds: dict[str, dict[str, Any]]
+    runs: list[Run]
+    pareto: list[str] = field(default_factory=list)
+    published: list[dict[str, Any]] = field(default_factory=list)
+    relative: np.ndarray | None = None  # replicates of score / untouched score, for the average
+
+    @property
+    def answered(self) -> int:
+        """Records without an error."""
+        return self.n - sum(self.errors.values())
+
+
+@dataclass
+class Table:
+    """All arms of one model on one task.
+
+    Attributes:
+        model: as in :class:`Arm`.
+        task: title of the task.
+        about: ``task.to_dict()`` without the seed.
+        prompt_style: how prompts were worded.
+        metric: name of the metric.
+        unit: ``"%"`` or ``"points"``.
+        mean: whether the score is a mean over samples.
+        rows: untouched first, then controls, then methods.
+        samples: distinct samples.
+        pictures: distinct pictures.
+        kinds: samples by kind, commonest first.
+        floor: score of the commonest answer of each kind, which needs neither picture nor model.
+        notes: what a reader must know.
+    """
+
+    model: str
+    task: str
+    about: Mapping[str, Any]
+    prompt_style: str
+    metric: str
+    unit: str
+    mean: bool
+    rows: list[Row]
+    samples: int
+    pictures: int
+    kinds: dict[str, int]
+    floor: float | None
+    notes: list[str]
+
+
+def build_row(
+    arm: Arm,
+    runs: list[Run],
+    whole: Mapping[str, Sequence[Run]],
+    scorer: Scorer,
+    kinds: Sequence[str],
+) -> Row:
+    """Summarise the runs of one arm on one task.
+
+    Args:
+        arm: which one.
+        runs: one per seed.
+        whole: the untouched model's runs, by task.
+        scorer: of the task.
+        kinds: to break down by; what is rarer goes into one more.
+    """
+    lines = [line for run in runs for line in run.lines.values()]
+    scored = _figures(runs, scorer, errors_count=False)
+    strict = [found["score"] for found in _figures(runs, scorer, errors_count=True)]
+    values = [found["score"] for found in scored]
+    both = _both(runs, whole)
+    score, delta, relative = _estimates(arm, runs, lines, both, scored, scorer)
+    yes_rate, yes_wanted = _yes(lines)
+    names = dict.fromkeys(name for found in scored for name in found)
+    return Row(
+        arm=arm, seeds=[run.cell.seed for run in runs], n=len(lines),
+        pictures=len({line.cluster for line in lines}), score=score,
+        score_errors_wrong=float(np.mean(strict)) if strict else None, delta=delta,
+        paired=len(both),
+        agreement=float(np.mean([_same(a, b) for a, b in both])) if both else None,
+        errors=dict(Counter(line.error for line in lines if line.error is not None).most_common()),
+        unparsed=sum(line.answer is None and line.error is None for line in lines),
+        yes_rate=yes_rate, yes_wanted=yes_wanted,
+        spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        figures={n: float(np.mean([found[n] for found in scored if n in found])) for n in names},
+        cost=cost_of(lines, runs), kinds=_kinds(lines, both, arm, scorer, kinds), runs=runs,
+        relative=relative,
+    )  # fmt: skip
+
+
+def _figures(runs: Sequence[Run], scorer: Scorer, *, errors_count: bool) -> list[dict[str, float]]:
+    """What the task reports of each run that has a score."""
+    every = [scorer.figures(list(run.lines.values()), errors_count=errors_count) for run in runs]
+    return [found for found in every if "score" in found]
+
+
+def _both(runs: Sequence[Run], whole: Mapping[str, Sequence[Run]]) -> list[tuple[Line, Line]]:
+    """Pairs of lines of the same sample, ours and the untouched model's, both with a score."""
+    pairs = []
+    for run in runs:
+        base = _base(run, whole.get(run.task, ()))
+        pairs += [(line, base[name]) for name, line in run.lines.items() if name in base]
+    return [(a, b) for a, b in pairs if a.score is not None and b.score is not None]
+
+
+def _base(run: Run, whole: Sequence[Run]) -> Mapping[str, Line]:
+    """Lines of the untouched model: of the same seed, else (it draws nothing) of the first."""
+    same = [base for base in whole if base.cell.seed == run.cell.seed]
+    return (same or list(whole))[0].lines if whole else {}
+
+
+def _yes(lines: Sequence[Line]) -> tuple[float | None, float | None]:
+    """Share of "yes" among the answers to yes-no questions, and among their references."""
+    asked = [line for line in lines if _yes_no(line)]
+    said = [line.answer.strip().lower() == "yes" for line in asked if line.answer is not None]
+    wanted = [line.answers[0].strip().lower() == "yes" for line in asked]
+    return float(np.mean(said)) if said else None, float(np.mean(wanted)) if wanted else None
+
+
+def _estimates(
+    arm: Arm, runs: Sequence[Run], lines: Sequence[Line], both: Sequence[tuple[Line, Line]],
+    scored: Sequence[Mapping[str, float]], scorer: Scorer,
+) -> tuple[Figure | None, Figure | None, np.ndarray | None]:  # fmt: skip
+    """Return score, paired difference, and replicates of the score relative to the untouched."""
+    if not scored:
+        return None, None, None
+    if scorer.mean:
+        value = 100.0 * float(np.mean([line.score for line in lines if line.score is not None]))
+        draws = scorer.replicates(lines)
+    else:
+        value = float(np.mean([found["score"] for found in scored]))
+        draws = np.mean([scorer.replicates(list(run.lines.values())) for run in runs], axis=0)
+    score = (value, *scorer.interval(lines, draws))
+    if not both:
+        return score, None, None
+    ours, theirs = _paired(both, scorer)
+    base = scorer.figures([b for _, b in both]) if len(runs) == 1 or scorer.mean else {}
+    mine = scorer.figures([a for a, _ in both]) if base else {}
+    change = mine["score"] - base["score"] if base else float(np.nanmean(ours - theirs))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = 100.0 * ours / theirs
+    if arm.untouched:
+        return score, None, relative
+    return score, (change, *interval(ours - theirs)), relative
+
+
+def _paired(both: Sequence[tuple[Line, Line]], scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
+    """Return replicates of both sides over the same samples, ``[R]`` each."""
+    return scorer.replicates([a for a, _ in both]), scorer.replicates([b for _, b in both])
+
+
+def _kinds(
+    lines: Sequence[Line], both: Sequence[tuple[Line, Line]], arm: Arm, scorer: Scorer,
+    shown: Sequence[str],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Return the mean score (percent) and the paired difference by kind, each with interval."""
+    if not shown:
+        return {}
+    group: dict[str, list[Line]] = {}
+    pair: dict[str, list[tuple[str, float | None]]] = {}
+    for line in lines:
+        group.setdefault(line.kind if line.kind in shown else OTHER, []).append(line)
+    for a, b in both:
+        name = a.kind if a.kind in shown else OTHER
+        change = (a.score or 0.0) - (b.score or 0.0)
+        pair.setdefault(name, []).append((a.cluster, change))
+    names = [name for name in (*shown, OTHER) if name in group]
+    columns = [scorer.totals([(x.cluster, x.score) for x in group[name]]) for name in names]
+    columns += [scorer.totals(pair.get(name, [])) for name in names]
+    values = np.concatenate(columns, axis=1)  # [C, 4 * kinds]
+    point, draws = ratio(values.sum(0)), ratio(scorer.draws.sums(values))
+    found = {}
+    for number, name in enumerate(names):
+        other = number + len(names)
+        found[name] = {
+            "n": len(group[name]),
+            "score": (float(point[number]), *scorer.interval(group[name], draws[:, number])),
+            "delta": None if arm.untouched or name not in pair
+            else (float(point[other]), *interval(draws[:, other])),
+        }  # fmt: skip
+    return found
+
+
+def _same(ours: Line, theirs: Line) -> bool:
+    if ours.answer is None or theirs.answer is None:
+        return ours.answer is theirs.answer and ours.text == theirs.text
+    return ours.answer == theirs.answer
+
+
+def _yes_no(line: Line) -> bool:
+    return bool(line.answers) and {answer.strip().lower() for answer in line.answers} <= {
+        "yes", "no",
+    }  # fmt: skip

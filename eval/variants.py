@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a study's tables: methods at budgets, and the controls that every table carries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visprune.catalog import get_method
+from visprune.catalog import methods as method_registry
+from visprune.errors import BudgetError, ConfigError, did_you_mean
+from visprune.eval.models import NO_IMAGE, NONE, Choice
+from visprune.eval.records import canonical
+from visprune.method import PruningMethod
+
+__all__ = ["CONTROLS", "Variant", "expand", "listed"]
+
+CONTROLS = (NONE, "keep_all", "random", "uniform", "pool", NO_IMAGE)
+_BASELINES = (NONE, NO_IMAGE)
+_NEED_BUDGET = ("random", "uniform", "pool")
+_BUDGETS = ("num_keep", "keep_ratio", "r")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the tables: a method at a budget.
+
+    Attributes:
+        label: what tables call it.
+        choice: the method, ``"none"`` or ``"no_image"``.
+        num_keep: its budget, where that is a number of tokens.
+        control: it is a control.
+        seeded: random draws follow the study's seed.
+    """
+
+    label: str
+    choice: Choice
+    num_keep: int | None = None
+    control: bool = False
+    seeded: bool = False
+
+    def at(self, seed: int) -> Choice:
+        """The method with the study's seed, if it draws."""
+        if self.seeded and isinstance(self.choice, PruningMethod):
+            return dataclasses.replace(self.choice, seed=seed)  # type: ignore[call-arg]
+        return self.choice
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, method and parameters among them."""
+        head = {"label": self.label, "num_keep": self.num_keep, "control": self.control}
+        return {**head, **method_dict(self.choice)}
+
+
+def method_dict(choice: Choice) -> dict[str, Any]:
+    """What a cell holds of a method."""
+    return {"method": choice} if isinstance(choice, str) else choice.to_dict()
+
+
+def listed(what: str, value: Any) -> list[Any]:
+    """One value or several, as a list.
+
+    Raises:
+        ConfigError: a seed that is no whole number from 0.
+    """
+    if value is None:
+        return []
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if several else [value]
+    if what == "seeds" and any(type(seed) is not int or seed < 0 for seed in values):
+        raise ConfigError(f"seeds are whole numbers from 0, got {values}.")
+    return values
+
+
+def expand(methods: Any, budgets: Any, controls: Any = True) -> list[Variant]:
+    """Set every method and control at every budget that it takes.
+
+    Args:
+        methods: names, mappings with ``method`` and parameters (``label`` and ``budgets`` among
+            them), or built methods.
+        budgets: numbers of tokens, fractions that stay, or mappings such as ``{"r": 13}``.
+        controls: ``True`` for all of :data:`CONTROLS`, or a list of them. The untouched model comes
+            first, the blind one last.
+
+    Raises:
+        ConfigError: an unknown name or parameter, or a budget out of range.
+    """
+    wanted = list(CONTROLS if controls is True or controls is None else controls or ())
+    for name in wanted:
+        if name not in CONTROLS:
+            hint = did_you_mean(str(name), CONTROLS)
+            raise ConfigError(f"Unknown control {name!r}.{hint} Controls: {', '.join(CONTROLS)}.")
+    shared = [_budget(budget) for budget in listed("budgets", budgets)]
+    asked: list[Variant] = []
+    for entry in listed("methods", methods):
+        asked += _expand(entry, shared, control=False)
+    # Controls stand at every budget that a method stands at.
+    bracket = {
+        canonical(budget): budget for budget in (*shared, *map(_own_budget, asked)) if budget
+    }
+    found: list[Variant] = []
+    for name in wanted:
+        if name not in _NEED_BUDGET or bracket:
+            found += _expand(name, bracket.values(), control=True)
+    blind = [variant for variant in found if variant.choice == NO_IMAGE]
+    found = [variant for variant in found if variant.choice != NO_IMAGE] + asked + blind
+    # A control that is also listed as a method is one row.
+    unique: dict[tuple[str, bytes], Variant] = {}
+    for variant in found:
+        unique.setdefault((variant.label, canonical(method_dict(variant.choice))), variant)
+    return list(unique.values())
+
+
+def _expand(entry: Any, budgets: Iterable[dict[str, Any]], control: bool) -> list[Variant]:
+    """One entry at each budget that it takes."""
+    if isinstance(entry, PruningMethod):
+        return [_variant(entry, _budget_text(entry), None, control, seeded=False)]
+    options = {"method": entry} if isinstance(entry, str) else dict(entry)
+    name, label = options.pop("method", None), options.pop("label", None)
+    own = options.pop("budgets", None)
+    if name is None:
+        raise ConfigError(f"A method is a name, or a mapping with 'method': {entry!r}.")
+    if name in _BASELINES:
+        return [Variant(label or name, name, control=name != NONE)]
+    fields = {f.name for f in dataclasses.fields(method_registry.get(name))}
+    seeded = "seed" in fields and "seed" not in options
+    control = control or name in CONTROLS
+    taken = [*budgets] if own is None else [_budget(budget) for budget in listed("budgets", own)]
+    fitting = [budget for budget in taken if set(budget) <= fields and not set(budget) & {*options}]
+    if any(key in options for key in _BUDGETS) or not fitting:
+        fitting = [{}]
+    methods: dict[bytes, PruningMethod] = {}
+    for budget in fitting:
+        method = _build(name, options, budget)
+        methods.setdefault(canonical(method.to_dict()), method)
+    return [
+        _variant(method, _budget_text(method), label, control, seeded=seeded)
+        for method in methods.values()
+    ]
+
+
+def _build(name: str, options: dict[str, Any], budget: dict[str, Any]) -> PruningMethod:
+    """The method at a budget; without one where its options leave no place for it."""
+    try:
+        return get_method(name, **options, **budget)
+    except BudgetError:
+        if not budget:
+            raise
+        try:
+            return get_method(name, **options)
+        except BudgetError:
+            pass
+        raise
+
+
+def _budget(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(
+            f"A budget is a number of tokens (64), a fraction that stays (0.25), or a mapping such "
+            f"as {{r: 13}}; got {value!r}."
+        )
+    return {"num_keep": value} if isinstance(value, int) else {"keep_ratio": value}
+
+
+def _own_budget(variant: Variant) -> dict[str, Any]:
+    """The budget that a variant stands at."""
+    values = {name: getattr(variant.choice, name, None) for name in _BUDGETS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _budget_text(method: PruningMethod) -> str:
+    """``"64"``, ``"25 %"``, ``"r=13"``, or nothing."""
+    values = [getattr(method, name, None) for name in _BUDGETS]
+    if values[0] is not None:
+        return str(values[0])
+    if values[1] is not None:
+        return f"{100 * float(values[1]):g} %"
+    return "" if values[2] is None else f"r={values[2]}"
+
+
+def _variant(
+    method: PruningMethod, budget: str, label: str | None, control: bool, *, seeded: bool
+) -> Variant:
+    name = f"{label or method.name} {budget}".strip()
+    num_keep = getattr(method, "num_keep", None)
+    return Variant(name, method, num_keep, control or method.name in CONTROLS, seeded)

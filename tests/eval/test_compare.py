@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two runs side by side: pairing, McNemar's test, and what cannot be compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.eval.instant import Instant, Tiling, instant_study, loader
+from visprune.errors import ConfigError
+from visprune.eval.compare import compare, mcnemar, to_text
+from visprune.eval.runner import run_study
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second"), [(0, 0), (1, 0), (0, 5), (3, 7), (10, 10), (2, 30)]
+)
+def test_mcnemar_is_the_binomial_test(only_first: int, only_second: int) -> None:
+    n, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    assert mcnemar(only_first, only_second) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_mcnemar_of_many_questions() -> None:
+    assert mcnemar(20_000, 20_000) == pytest.approx(1.0)
+    # scipy.stats.binomtest(4900, 10000).pvalue
+    assert mcnemar(4900, 5100) == pytest.approx(0.04659, rel=1e-3)
+    assert 0.0 <= mcnemar(0, 50_000) < 1e-300
+
+
+class Wrong(Instant):
+    """Also wrong at every fifth question."""
+
+    def _answer(self, requests):  # type: ignore[no-untyped-def]
+        outputs = super()._answer(requests)
+        for number, request in enumerate(requests):
+            if int(request.sample.id.split("/")[1]) % 5 == 0:
+                object.__setattr__(outputs[number], "text", "9")
+        return outputs
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str, str]:
+    """Two folders; the second model is wrong more often, and failed once."""
+    study = instant_study(task=Tiling(limit=70), methods=["todre"], budgets=[4], seeds=[0, 1])
+    for name, model in (("a", Instant()), ("b", Wrong(failing=(3,)))):
+        run_study(study, tmp_path / name, loader=loader(model))
+    return str(tmp_path / "a"), str(tmp_path / "b")
+
+
+def test_two_folders_are_compared_method_by_method(folders: tuple[str, str]) -> None:
+    first, second = compare(*folders, resamples=200)
+    assert (first.first, second.second) == (f"{folders[0]}:none", f"{folders[1]}:todre 4")
+    for found in (first, second):
+        # 2 seeds x 70 questions; question 3 failed in both seeds
+        assert (found.samples, found.left_out, found.pictures) == (138, 2, 48)
+        # wrong in A: every 7th (10 of 70); in B also every 5th (14, 2 of them in both)
+        assert found.first_score == pytest.approx(100 * (69 - 10) / 69)
+        assert found.second_score == pytest.approx(100 * (69 - 10 - 12) / 69)
+        assert (found.only_first, found.only_second) == (24, 0)
+        assert found.p_value == pytest.approx(2 / 2**24)
+        assert found.difference.delta == pytest.approx(-100 * 24 / 138)
+        assert found.difference.low <= found.difference.delta <= found.difference.high < 0
+    text = to_text([first])
+    assert "138 samples of 48 pictures that both answered (2 left out)" in text
+    assert "right in A alone: 24, in B alone: 0" in text
+
+
+def test_two_methods_of_one_folder(folders: tuple[str, str]) -> None:
+    (found,) = compare(f"{folders[0]}:none", f"{folders[0]}:todre 4", resamples=100)
+    assert (found.first, found.second) == ("none", "todre 4")
+    assert found.difference.delta == 0.0
+    assert found.p_value == 1.0
+
+
+def test_what_cannot_be_compared_is_named(folders: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no method 'todre 5'. Did you mean 'todre 4'"):
+        compare(f"{folders[0]}:todre 5", folders[1])
+    with pytest.raises(ConfigError, match="Both sides are the same run"):
+        compare(folders[0], folders[0])
+    with pytest.raises(ConfigError, match="not there"):
+        compare(folders[0], str(tmp_path / "absent"))
+    run_study(
+        instant_study(task=Tiling(limit=9, words="letter")), tmp_path / "c",
+        loader=loader(Instant()),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="no question in common"):
+        compare(f"{folders[0]}:none", str(tmp_path / "c"))

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real models through the runner: batches, costs, kept patches, the command line, processes."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import visprune
+from tests import tiny
+from tests.eval.small import small_embedded
+from visprune import cli
+from visprune.errors import ConfigError, UnsupportedModel
+from visprune.eval import models_vlm
+from visprune.eval.evaluate import Evaluation, run_command
+from visprune.eval.models import ModelSpec, Output, Request, load_model, weights_hash
+from visprune.eval.models_vlm import VLM
+from visprune.eval.results import ResultsFolder
+from visprune.eval.study import build_study
+from visprune.eval.tasks.embedded.task import EmbeddedTask
+
+SCRIPTS = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    torch.set_num_threads(1)
+    model, processor = small_embedded()
+    return VLM(model, processor, name="small", style="plain", template=models_vlm._PLAIN)
+
+
+def requests(count: int, *, pictures: bool = True) -> list[Request]:
+    task = EmbeddedTask(limit=count)
+    return [
+        Request(sample, task.prompt(sample, "plain"), sample.image() if pictures else None)
+        for sample in task.samples()
+    ]
+
+
+def answers(vlm: VLM, choice: Any, asked: list[Request], size: int) -> list[Output]:
+    task = EmbeddedTask()
+    found: list[Output] = []
+    with vlm.answering(choice, task, "plain", vlm.generation(task, {})) as answerer:
+        for start in range(0, len(asked), size):
+            found += answerer(asked[start : start + size])
+    return found
+
+
+CHOICES: list[Any] = ["none", "no_image", "keep_all", "todre", "fastv", "pool", "random"]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_batch_answers_as_each_question_alone(vlm: VLM, choice: str) -> None:
+    method: Any = choice
+    if choice not in ("none", "no_image"):
+        budget = {} if choice == "keep_all" else {"num_keep": 30}
+        method = visprune.get_method(choice, **budget)
+    asked = requests(6, pictures=choice != "no_image")
+    lengths = {len(vlm.processor.tokenizer(request.prompt)["input_ids"]) for request in asked}
+    assert len(lengths) > 1  # so that a batch is padded
+    alone, together = answers(vlm, method, asked, 1), answers(vlm, method, asked, 6)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.new_tokens, one.tokens) == (
+            other.text, other.new_tokens, other.tokens,
+        )  # fmt: skip
+        assert (one.kv_bytes, one.kept) == (other.kv_bytes, other.kept)
+        assert one.macs is not None
+        assert other.macs is not None
+        # A method that reads attention also reads the padding of its batch.
+        costs = [{k: v for k, v in x.macs.items() if k != "selection"} for x in (one, other)]
+        assert costs[0] == costs[1]
+
+
+def test_the_untouched_model_costs_what_keep_all_costs_and_answers_the_same(vlm: VLM) -> None:
+    asked = requests(3)
+    whole = answers(vlm, "none", asked, 1)
+    kept = answers(vlm, visprune.get_method("keep_all"), asked, 1)
+    for one, other in zip(whole, kept, strict=True):
+        assert (one.text, one.tokens, one.macs, one.kv_bytes) == (
+            other.text, other.tokens, other.macs, other.kv_bytes,
+        )  # fmt: skip
+    blind = answers(vlm, "no_image", requests(3, pictures=False), 1)[0]
+    assert blind.macs is not None
+    assert (blind.tokens, blind.macs["vision"], blind.macs["selection"]) == (0.0, 0, 0)
+    assert 0 < blind.macs["prefill"] < (whole[0].macs or {})["prefill"]
+
+
+def test_costs_and_kept_patches_are_those_of_the_run(vlm: VLM) -> None:
+    asked = requests(1)
+    (output,) = answers(vlm, visprune.get_method("todre", num_keep=30), asked, 1)
+    with visprune.prune(vlm.model, "todre", num_keep=30) as run:
+        inputs = vlm.inputs(asked, "plain")
+        ids = vlm.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        cost = run.cost(new_tokens=ids.shape[1] - inputs["input_ids"].shape[1])
+        indices = run.trace.kept[0].tolist()
+    assert output.macs == cost.parts
+    assert output.kv_bytes == cost.kv_bytes
+    assert output.kept is not None
+    assert output.kept["grid"] == [24, 24]
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(output.kept["kept"]), np.uint8))
+    assert np.flatnonzero(bits).tolist() == sorted(indices)
+    assert len(indices) == 30
+
+
+def test_evaluate_gives_rows_a_table_and_a_folder(vlm: VLM, tmp_path: Path) -> None:
+    result = visprune.evaluate(
+        vlm.model, vlm.processor, tasks="embedded", methods=["todre"], budgets=[40, 0.5], limit=3,
+        prompt_style="plain", progress=False, out=tmp_path, name="small",
+    )  # fmt: skip
+    labels = {row["label"] for row in result.rows}
+    assert {"todre 40", "todre 50 %", "random 40", "pool 50 %", "keep_all", "no_image"} <= labels
+    row = next(row for row in result.rows if row["label"] == "todre 40")
+    assert (row["n"], row["errors"], row["tokens"]) == (3, 0, 40.0)
+    assert row["gflops"] > 0
+    assert "todre 40" in str(result)
+    assert result.folder == tmp_path
+    assert len(ResultsFolder(tmp_path).records()) == 3 * len(ResultsFolder(tmp_path).cells())
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 1  # three questions, one picture
+
+
+def test_evaluate_without_a_folder_leaves_none(vlm: VLM) -> None:
+    result = visprune.evaluate(
+        vlm.model, vlm.processor, limit=2, controls=["none"], progress=False, prompt_style="plain"
+    )
+    assert isinstance(result, Evaluation)
+    assert result.folder is None
+    assert [record.error for record in result.records] == [None, None]
+
+
+def test_a_vision_transformer_ranks_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=3, depth=3, embed_dim=24, num_heads=2, img_size=64
+    )
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
+    drawn = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = drawn.integers(0, 255, (70, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "val" / name / f"{number}.png")
+    out = tmp_path / "out"
+    result = visprune.evaluate(
+        model, tasks={"task": "imagenet", "data": str(tmp_path)}, methods=["tome", "todre"],
+        budgets=[{"r": 2}, {"num_keep": 8}], progress=False, batch_size=4, out=out, name="vit",
+    )  # fmt: skip
+    rows = {row["label"]: row for row in result.rows}
+    assert rows["tome r=2"]["n"] == 6
+    assert rows["tome r=2"]["tokens"] < 16.0 == rows["keep_all"]["tokens"]
+    assert rows["tome r=2"]["gflops"] < rows["keep_all"]["gflops"]
+    cells = {cell.label: cell for cell in ResultsFolder(out).cells().values()}
+    assert "projector" in (cells["todre 8"].refused or "")
+    assert "no input" in (cells["no_image"].refused or "")
+    record = ResultsFolder(out).records(cells["none"].id)[0]
+    with torch.inference_mode():
+        from timm.data import create_transform, resolve_model_data_config
+
+        transform = create_transform(**resolve_model_data_config(model), is_training=False)
+        picture = Image.open(tmp_path / "val" / record.sample).convert("RGB")
+        ranked = model.eval()(transform(picture)[None])[0].argsort(descending=True)
+    assert record.text == " ".join(map(str, ranked.tolist()))
+    same = {r.sample: r.text for r in ResultsFolder(out).records(cells["keep_all"].id)}
+    assert same[record.sample] == record.text
+
+
+def test_the_markup_follows_style_template_and_family(vlm: VLM) -> None:
+    assert vlm.markup("q?", "plain", picture=True) == "USER: <image>\nq? ASSISTANT:"
+    assert vlm.markup("q?", "plain", picture=False) == "USER: q? ASSISTANT:"
+    other = VLM(vlm.model, vlm.processor)
+    vicuna = other.markup("q?", "llava15", picture=True)
+    assert vicuna.startswith("A chat between a curious user")
+    assert vicuna.endswith("USER: <image>\nq? ASSISTANT:")
+    templated = other.markup("q?", "chat", picture=True)
+    assert templated == other.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q?"}]}],
+        add_generation_prompt=True,
+    )
+    braces = vlm.markup("{prompt} <image>", "plain", picture=False)
+    assert braces == "USER: {prompt} <image> ASSISTANT:"
+
+
+def test_weights_are_told_apart_by_their_values() -> None:
+    one, other = tiny.build("llava"), tiny.build("llava")
+    assert weights_hash(one) == weights_hash(other)
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    assert weights_hash(one) != weights_hash(other)
+    assert weights_hash(tiny.build("llava").to(torch.bfloat16)) != weights_hash(one)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("embeded", "no model 'embeded'. Did you mean 'embedded'"),
+        ("somebody/missing-model", "cannot load.*HF_HUB_OFFLINE"),
+        ("tim:vit_tiny", "Did you mean 'timm'"),
+        ("timm:vit_tiny_patch16_225", "Did you mean 'vit_tiny_patch16_224'"),
+        ("open_clip:ViT-B-33", "Did you mean 'ViT-B-32'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load_model(name)
+
+
+def test_model_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'float32'"):
+        ModelSpec("embedded", dtype="float33")
+    with pytest.raises(ConfigError, match="Unknown device"):
+        load_model(ModelSpec("embedded", device="gpu9"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU"):
+            load_model(ModelSpec("embedded", device="cuda:0"))
+
+
+def test_a_model_without_an_adapter_answers_untouched_only(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(model: Any) -> Any:
+        raise UnsupportedModel("It has no adapter.")
+
+    monkeypatch.setattr(models_vlm, "find_adapter", none)
+    other = VLM(vlm.model, vlm.processor, style="plain", template=models_vlm._PLAIN)
+    assert other.refusal(visprune.get_method("keep_all"), EmbeddedTask()) == "It has no adapter."
+    assert other.refusal("none", EmbeddedTask()) is None
+    (output,) = answers(other, "none", requests(1), 1)
+    assert output.macs is None
+    assert output.tokens is None
+
+
+def test_a_dry_run_lists_counts_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    changes = {
+        "models": ["embedded", "somebody/elsewhere"], "tasks": ["embedded"], "limit": 2,
+        "methods": ["todre"], "budgets": [16], "controls": ["none"],
+    }  # fmt: skip
+    options: dict[str, Any] = {"retry_errors": False, "threads": None, "answers": None}
+    run_command(None, out, changes, dry_run=True, **options)
+    said = capsys.readouterr().out
+    assert "todre 16" in said
+    assert "4 cells, 8 samples to ask" in said
+    assert "no estimate for somebody/elsewhere" in said
+    assert not out.exists()
+
+
+def test_flags_alone_must_name_a_model_and_a_task() -> None:
+    options: dict[str, Any] = {"retry_errors": False, "threads": None, "answers": None}
+    with pytest.raises(ConfigError, match="--model embedded --task embedded"):
+        run_command(None, None, {"models": ["embedded"]}, dry_run=False, **options)
+    changes = {"models": ["embedded"], "tasks": ["embedded"]}
+    with pytest.raises(ConfigError, match="--out DIR"):
+        run_command(None, None, changes, dry_run=False, **options)
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch(tmp_path: Path) -> None:
+    """The command line in two processes on the CPU: one folder, each sample once, one table."""
+    out = tmp_path / "out"
+    words = [
+        str(SCRIPTS / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        str(SCRIPTS / "visprune"), "eval", "--model", "embedded", "--task", "embedded",
+        "--method", "todre", "--num-keep", "32", "--no-controls", "--limit", "12", "--out",
+        str(out), "--answers", str(tmp_path / "answers"), "--threads", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=500, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = ResultsFolder(out)
+    seen = [values["sample"] for values in folder.lines()]
+    assert len(seen) == len(set(seen)) == 12
+    ranks = sorted((e["rank"], e["processes"]) for e in folder.environments().values())
+    assert ranks == [(0, 2), (1, 2)]
+    assert done.stdout.count("todre 32") == 1  # one table, of rank 0
+    assert len(list((tmp_path / "answers").glob("*.jsonl"))) == 1
+
+
+def test_a_picture_that_is_cropped_says_which_part_was_seen(vlm: VLM) -> None:
+    (request,) = requests(1)
+    assert request.image is not None
+    method = visprune.get_method("pool", num_keep=16)
+    (square,) = answers(vlm, method, [request], 1)
+    wide = Request(request.sample, request.prompt, request.image.resize((400, 100)))
+    (cut,) = answers(vlm, method, [wide], 1)
+    assert square.kept is not None
+    assert cut.kept is not None
+    assert "box" not in square.kept
+    assert cut.kept["box"] == [0.375, 0.0, 0.625, 1.0]  # the middle quarter of the width
+
+
+def test_a_folder_of_a_timm_model_is_an_image_classifier(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded = load_model(str(tmp_path))
+    assert not loaded.generates
+    assert loaded.describe()["weights"] == weights_hash(model)
+
+
+def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "visprune.eval.evaluate.run_command", lambda *args, **options: seen.append((args, options))
+    )
+    words = (
+        "eval s.yaml --model embedded --task embedded --task-option limit=3 --method todre "
+        "--method fastv --num-keep 64 --keep-ratio 0.5 --limit 9 --seed 1 --seed 2 --no-controls "
+        "--attention eager --max-new-tokens 5 --dry-run --out o"
+    )
+    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+    ((path, out, changes), options) = seen[0]
+    assert (path, out, options["dry_run"]) == (Path("s.yaml"), Path("o"), True)
+    assert changes == {
+        "models": [{"name": "embedded", "dtype": "auto", "device": "auto", "attention": "eager"}],
+        "tasks": [{"task": "embedded", "limit": 3}],
+        "methods": ["todre", "fastv"],
+        "budgets": [64, 0.5],
+        "limit": 9,
+        "seeds": [1, 2],
+        "controls": False,
+        "generation": {"max_new_tokens": 5},
+    }
+    build_study(changes)
+
+
+def test_the_command_asks_times_prints_and_writes_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {
+        "models": ["embedded"], "tasks": ["embedded"], "limit": 2, "methods": ["todre"],
+        "budgets": [16], "controls": ["none"],
+        "speed": {"rounds": 1, "warmup": 0, "batches": [1], "new_tokens": 2},
+    }  # fmt: skip
+    run_command(
+        None, tmp_path / "out", changes, dry_run=False, retry_errors=False, threads=None,
+        answers=tmp_path / "answers",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "todre 16" in said
+    assert "visprune report" in said
+    assert len(ResultsFolder(tmp_path / "out").speed()) == 2
+    answers_files = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert [name.split("_seed")[0] for name in answers_files] == [
+        "embedded_none", "embedded_todre_16",
+    ]  # fmt: skip

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner: every sample once, errors as records, another study refused, batches that stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.eval.instant import Instant, Tiling, instant_study, loader
+from visprune.errors import ConfigError
+from visprune.eval import record_files
+from visprune.eval.progress import Silent
+from visprune.eval.results import ResultsFolder
+from visprune.eval.runner import run_study
+from visprune.eval.study import Study
+
+
+def run(study: Study, out: Path, model: Instant | None = None, **options: Any) -> ResultsFolder:
+    return run_study(study, out, loader=loader(model or Instant()), **options)
+
+
+def lines(folder: ResultsFolder) -> list[tuple[str, str]]:
+    return [(values["cell"], values["sample"]) for values in folder.lines()]
+
+
+def test_every_sample_of_every_cell_has_one_record(tmp_path: Path) -> None:
+    study = instant_study(
+        limit=10, methods=["todre", "fastv"], budgets=[4, 8], seeds=[0, 1], controls=True
+    )
+    folder = run(study, tmp_path)
+    cells = folder.cells()
+    # none, keep_all, no_image and five methods at two budgets; two seeds
+    assert len(cells) == 2 * (3 + 5 * 2)
+    assert list(cells) == folder.study["cells"]
+    assert sorted(lines(folder)) == sorted(
+        (cell.id, f"{cell.seed}/{i}") for cell in cells.values() for i in range(10)
+    )
+    record = folder.records(next(iter(cells)))[3]
+    assert (record.sample, record.text, record.answer, record.score) == ("0/3", "3", "3", 1.0)
+    assert (record.kind, record.cluster, record.meta) == ("odd", "0/1", {"number": 3})
+    assert record.macs == {"vision": 5, "prefill": 103}
+    assert folder.picture(record.picture) is not None
+    assert record.env in folder.environments()
+
+
+def test_random_draws_follow_the_seed_and_others_do_not(tmp_path: Path) -> None:
+    study = instant_study(limit=2, methods=["random", "uniform"], budgets=[4], seeds=[0, 7])
+    cells = run(study, tmp_path).cells().values()
+    seeds = [cell.method["seed"] for cell in cells if cell.label == "random 4"]
+    assert seeds == [0, 7]
+    assert [cell.task["seed"] for cell in cells if cell.label == "random 4"] == [0, 7]
+
+
+def test_a_second_run_asks_nothing(tmp_path: Path) -> None:
+    run(instant_study(), tmp_path)
+    before = lines(ResultsFolder(tmp_path))
+    again = Instant()
+    folder = run(instant_study(), tmp_path, again)
+    assert not again.asked
+    assert lines(folder) == before
+
+
+def test_a_corrupt_picture_and_a_failing_model_become_records(tmp_path: Path) -> None:
+    study = instant_study(task=Tiling(limit=9, broken=(4,)), batch_size=3)
+    folder = run(study, tmp_path, Instant(failing=(7,)))
+    records = {record.sample: record for record in folder.records()}
+    assert len(records) == 9
+    failed = {name: record.error for name, record in records.items() if record.error}
+    assert failed == {
+        "0/4": {
+            "type": "SampleError",
+            "message": "The picture cannot be read: pictures/broken.jpg.",
+        },
+        "0/7": {"type": "RuntimeError", "message": "The shapes of question 7 do not fit."},
+    }
+    assert all(records[name].score is None for name in failed)
+    assert records["0/6"].score is not None  # it was in the batch with 7
+
+
+def test_errors_are_asked_again_only_on_request(tmp_path: Path) -> None:
+    study = instant_study(limit=6)
+    run(study, tmp_path, Instant(failing=(2,)))
+    mended = Instant()
+    folder = run(study, tmp_path, mended)
+    assert not mended.asked
+    assert folder.records()[2].error is not None
+    folder = run(study, tmp_path, mended, retry_errors=True)
+    assert mended.asked == [["0/2"]]
+    assert folder.records()[2].error is None
+
+
+def test_a_score_out_of_range_and_a_failing_parser_are_errors_too(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Odd(Tiling):
+        def score(self, sample: Any, parsed: Any) -> float:
+            return {"0/1": 2.0, "0/2": float("nan")}.get(sample.id) or 1 / (sample.id != "0/3")
+
+    folder = run(instant_study(task=Odd(limit=5)), tmp_path)
+    errors = [record.error["type"] if record.error else None for record in folder.records()]
+    assert errors == [None, "ConfigError", "ConfigError", "ZeroDivisionError", None]
+    assert folder.records()[1].text == "1"  # what the model said is kept
+
+
+def test_another_study_is_refused_and_one_that_extends_it_is_not(tmp_path: Path) -> None:
+    small = instant_study(methods=["todre"], budgets=[4])
+    run(small, tmp_path)
+    before = lines(ResultsFolder(tmp_path))
+    for other in (
+        instant_study(methods=["fastv"], budgets=[4]),
+        instant_study(methods=["todre"], budgets=[8]),
+        instant_study(methods=["todre"], budgets=[4], limit=23),
+        instant_study(methods=["todre"], budgets=[4], generation={"max_new_tokens": 9}),
+    ):
+        with pytest.raises(ConfigError, match=r"holds another study.*Use another folder"):
+            run(other, tmp_path)
+    assert lines(ResultsFolder(tmp_path)) == before
+    large = instant_study(methods=["todre", "fastv"], budgets=[4, 8], batch_size=5)
+    model = Instant()
+    folder = run(large, tmp_path, model)
+    assert sum(map(len, model.asked)) == 3 * 24  # what was there is not asked again
+    assert len(lines(folder)) == len(set(lines(folder))) == 5 * 24
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    run(instant_study(), tmp_path)
+    with pytest.raises(ConfigError, match=r"another 'instant': weights differ"):
+        run(instant_study(), tmp_path, Instant(weights="1" * 16))
+
+
+def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
+    folder = run(instant_study(limit=4), tmp_path / "a")
+
+    class Same(Tiling):  # a task that calls other questions the same
+        def to_dict(self) -> dict[str, Any]:
+            return {**super().to_dict(), "words": "number"}
+
+    study = instant_study(task=Same(limit=4, words="changed"))
+    with pytest.raises(ConfigError, match="answer to another question"):
+        run(study, folder.path)
+
+
+def test_a_method_that_the_model_cannot_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    study = instant_study(limit=4, methods=["visionzip", "todre"], budgets=[4])
+    folder = run(study, tmp_path, progress=Heard())
+    refused = [cell for cell in folder.cells().values() if cell.refused]
+    assert [(cell.label, cell.refused) for cell in refused] == [
+        ("visionzip 4", "It has no class token.")
+    ]
+    assert not folder.records(refused[0].id)
+    assert said == ["left out: tiling: visionzip 4: It has no class token."]
+
+
+def test_batches_are_cut_from_all_samples_not_from_those_that_are_missing(tmp_path: Path) -> None:
+    study = instant_study(limit=8, batch_size=4)
+    folder = run(study, tmp_path)
+    path = folder.record_files()[0]
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:2]) + kept[2][:30])
+    model = Instant()
+    folder = run(study, tmp_path, model)
+    assert model.asked == [["0/0", "0/1", "0/2", "0/3"], ["0/4", "0/5", "0/6", "0/7"]]
+    assert sorted(name for _, name in lines(folder)) == [f"0/{i}" for i in range(8)]
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = instant_study(limit=40)
+    real, room = os.write, 9000
+
+    def full(file: int, data: Any) -> int:
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = real(file, bytes(data)[:room])
+        room -= count
+        return count
+
+    monkeypatch.setattr(record_files.os, "write", full)
+    with pytest.raises(ConfigError, match="disk is full"):
+        run(study, tmp_path)
+    monkeypatch.undo()
+    safe = len(ResultsFolder(tmp_path).records())
+    assert 5 < safe < 40
+    model = Instant()
+    folder = run(study, tmp_path, model)
+    assert sum(map(len, model.asked)) == 40 - safe
+    assert len(lines(folder)) == len(set(lines(folder))) == 40
+
+
+def test_progress_counts_every_sample_once(tmp_path: Path) -> None:
+    run(instant_study(limit=10), tmp_path)
+
+    class Counting(Silent):
+        total, done = 0, 0
+
+        def plan(self, total: int, done: int) -> None:
+            self.total, self.done = total, done
+
+        def advance(self, count: int) -> None:
+            self.done += count
+
+    shown = Counting()
+    study = instant_study(limit=10, methods=["todre"], budgets=[4], batch_size=4)
+    run(study, tmp_path, progress=shown)
+    assert (shown.total, shown.done) == (20, 20)
+
+
+def test_the_folder_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="Cannot write into"):
+        run(instant_study(), tmp_path / "file")

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies: what a YAML becomes, and what is refused with a hint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visprune.errors import ConfigError
+from visprune.eval.models import ModelSpec
+from visprune.eval.study import SpeedPlan, Study, build_study, read_study
+from visprune.methods.fastv import FastV
+
+
+def study(**keys: Any) -> Study:
+    return build_study({"models": "embedded", "tasks": "embedded", **keys})
+
+
+def labels(made: Study, *, controls: bool = True) -> list[str]:
+    return [v.label for v in made.variants if controls or not v.control]
+
+
+def test_methods_stand_at_every_budget_and_controls_beside_them() -> None:
+    made = study(methods=["todre", "fastv"], budgets=[64, 0.25])
+    assert labels(made) == [
+        "none", "keep_all", "random 64", "random 25 %", "uniform 64", "uniform 25 %", "pool 64",
+        "pool 25 %", "todre 64", "todre 25 %", "fastv 64", "fastv 25 %", "no_image",
+    ]  # fmt: skip
+    assert [v.num_keep for v in made.variants][8:10] == [64, None]
+    assert labels(made, controls=False) == ["none", *labels(made)[8:12]]
+
+
+def test_controls_stand_where_methods_with_budgets_of_their_own_stand() -> None:
+    made = study(methods=[{"method": "fastv", "num_keep": 30, "layer": 3}])
+    assert {"random 30", "pool 30", "fastv 30"} <= set(labels(made))
+    made = study(methods=[{"method": "fastv", "budgets": [8, 16]}])
+    assert {"random 8", "random 16", "fastv 8", "fastv 16"} <= set(labels(made))
+    assert labels(study()) == ["none", "keep_all", "no_image"]
+    assert labels(study(controls=["random"], budgets=[5])) == ["random 5"]
+
+
+def test_budgets_go_to_the_methods_that_take_them() -> None:
+    made = study(methods=["tome", "todre"], budgets=[{"r": 4}, 32], controls=False)
+    assert next(label for label in labels(made) if label.startswith("tome")) == "tome r=4"
+    assert [label for label in labels(made) if label.startswith("todre")] == ["todre 32"]
+    late = study(methods=[{"method": "todre", "stage1": False}], budgets=[32, 64], controls=False)
+    assert labels(late) == ["todre"]
+
+
+def test_built_objects_are_taken_as_they_are() -> None:
+    made = build_study(
+        {"models": [ModelSpec("embedded")], "tasks": study().tasks, "methods": [FastV(num_keep=9)]}
+    )
+    assert "fastv 9" in labels(made)
+
+
+def test_one_name_for_two_methods_is_refused_and_labels_tell_them_apart() -> None:
+    two = [{"method": "fastv", "layer": 2}, {"method": "fastv", "layer": 3}]
+    with pytest.raises(ConfigError, match="Two methods are called 'fastv 8'"):
+        study(methods=two, budgets=[8])
+    two[1]["label"] = "fastv, layer 3"
+    assert "fastv, layer 3 8" in labels(study(methods=two, budgets=[8]))
+
+
+def test_a_control_that_is_also_listed_is_one_row() -> None:
+    assert labels(study(methods=["random"], budgets=[8])).count("random 8") == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"method": ["todre"]}, "no 'method'. Did you mean 'methods'"),
+        ({"methods": ["todr"], "budgets": [8]}, "Did you mean 'todre'"),
+        ({"methods": [{"method": "todre", "num_kep": 3}]}, "Did you mean 'num_keep'"),
+        ({"methods": [{"label": "x"}]}, "mapping with 'method'"),
+        ({"methods": ["todre"]}, "Exactly|exactly one"),
+        ({"methods": ["todre"], "budgets": ["many"]}, "A budget is a number"),
+        ({"methods": ["todre"], "budgets": [1.5]}, "fraction"),
+        ({"tasks": ["embeded"]}, "Did you mean 'embedded'"),
+        ({"tasks": [{"task": "embedded", "splt": "x"}]}, "Did you mean 'split'"),
+        ({"tasks": [{"limit": 3}]}, "mapping with 'task'"),
+        ({"tasks": []}, "no tasks"),
+        ({"models": [{"name": "embedded", "dtpe": "x"}]}, "Did you mean 'dtype'"),
+        ({"models": [{"dtype": "auto"}]}, "needs a name"),
+        ({"seeds": [-1]}, "whole numbers from 0"),
+        ({"controls": ["keepall"]}, "Did you mean 'keep_all'"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"prompt_style": "llava"}, "Did you mean 'llava15'"),
+        ({"speed": {"round": 3}}, "Did you mean 'rounds'"),
+        ({"speed": {"batches": []}}, "speed takes"),
+        ({"published": {"rows": {"none": [1, 2]}, "columns": ["gqa"]}}, "2 numbers for 1"),
+        ({"published": {"row": {}, "rows": {}}}, "Did you mean 'rows'"),
+    ],
+)
+def test_mistakes_are_named(keys: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        study(**keys)
+
+
+def test_limits_and_seeds_reach_the_tasks() -> None:
+    made = study(tasks=["embedded", {"task": "embedded", "limit": 7}], limit=5, seeds=[0, 3])
+    assert [task.limit for task in made.tasks] == [5, 7]
+    assert made.seeds == (0, 3)
+    assert study(speed=True).speed == SpeedPlan()
+
+
+def test_the_resolved_study_is_json_and_builds_the_same_again() -> None:
+    made = study(methods=["todre"], budgets=[8], seeds=[1], speed={"rounds": 3})
+    resolved = json.loads(json.dumps(made.to_dict()))
+    again = build_study(
+        {
+            "models": resolved["models"],
+            "tasks": resolved["tasks"],
+            "methods": [
+                {k: v for k, v in row.items() if k not in ("label", "control") and v is not None}
+                for row in resolved["methods"]
+            ],
+            "seeds": resolved["seeds"],
+            "speed": resolved["speed"],
+            "controls": False,
+        }
+    )
+    assert [v.choice for v in again.variants] == [v.choice for v in made.variants]
+    assert (again.tasks, again.models, again.speed) == (made.tasks, made.models, made.speed)
+
+
+def test_a_file_is_read_safely(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("models: [embedded]\ntasks: [embedded]\nlimit: 3\n")
+    made = read_study(path, {"limit": 4})
+    assert (made.name, made.tasks[0].limit) == ("mine", 4)
+    for text, match in (
+        ("models: [", "is not YAML"),
+        ("- a", "no mapping"),
+        ("models: !!python/object:os.system x", "is not YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            read_study(path)
+    with pytest.raises(ConfigError, match="There is no study"):
+        read_study(tmp_path / "absent.yaml")
+
+
+def test_published_tables_become_rows() -> None:
+    made = study(
+        published={
+            "source": "a paper, table 1",
+            "model": "m",
+            "columns": ["gqa", "mme/perception"],
+            "rows": {"none": [62.0, 1510.7], "todre 64": ["-", 1464.4]},
+        }
+    )
+    rows = made.published["rows"]
+    assert rows[1] == {
+        "model": "m", "label": "none", "task": "mme", "metric": "perception", "score": 1510.7,
+    }  # fmt: skip
+    assert [(row["label"], row["task"]) for row in rows] == [
+        ("none", "gqa"), ("none", "mme"), ("todre 64", "mme"),
+    ]  # fmt: skip
+
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_shipped_studies_are_sound(path: Path) -> None:
+    """Every published number stands beside a row and a task of its study."""
+    made = read_study(path)
+    assert {v.label for v in made.variants} >= {"none", "keep_all"}
+    assert made.speed is not None
+    if path.stem == "embedded":
+        return
+    assert made.status == "not run here"
+    assert "Not run here." in path.read_text(encoding="utf-8").split("\n\n")[0]
+    found = {v.label for v in made.variants}
+    tasks = {task.name for task in made.tasks}
+    for row in made.published.get("rows", ()):
+        assert row["label"] in found
+        assert row["task"] in tasks
+        assert row["model"] in {spec.name for spec in made.models}

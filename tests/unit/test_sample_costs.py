@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The price of each sample of a batch, with a method and without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import visprune
+from tests import tiny
+from visprune.catalog import find_adapter
+from visprune.errors import ConfigError
+from visprune.run_cost import prompt_costs, sample_costs
+
+ROWS: list[list[Any]] = [[3, "a", 5], [2, "b", 12]]
+
+
+def priced(model: Any, inputs: dict[str, Any], method: str, **params: Any) -> tuple[Any, Any]:
+    """(costs per sample as if alone, cost of the padded batch)."""
+    with visprune.prune(model, method, **params) as run, torch.no_grad():
+        model(**inputs)
+        return sample_costs(run, new_tokens=[3, 1]), run.cost(new_tokens=3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_untouched_model_costs_what_keep_all_costs(family: str) -> None:
+    model = tiny.build(family)
+    inputs = tiny.inputs(family, ROWS)
+    kept, _ = priced(model, inputs, "keep_all")
+    adapter = find_adapter(model)
+    layouts = adapter.layouts(inputs, {"image": adapter.pictures(inputs, "image")})
+    assert prompt_costs(adapter, inputs, layouts, new_tokens=[3, 1]) == kept
+    assert kept[0].decode > 0 == kept[1].decode
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+def test_a_sample_in_a_padded_batch_costs_what_it_costs_alone(family: str, method: str) -> None:
+    model = tiny.build(family)
+    together, padded = priced(model, tiny.inputs(family, ROWS), method, num_keep=4)
+    for number, row in enumerate(ROWS):
+        with visprune.prune(model, method, num_keep=4) as run, torch.no_grad():
+            model(**tiny.inputs(family, [row]))
+            (alone,) = sample_costs(run, new_tokens=[(3, 1)[number]])
+        for part in ("vision", "projector", "prefill", "lm_head", "decode"):
+            assert together[number].parts[part] == alone.parts[part]
+        assert together[number].kv_bytes == alone.kv_bytes
+    assert sum(cost.kv_bytes for cost in together) < padded.kv_bytes  # padding is stored
+    assert sum(cost.prefill for cost in together) == padded.prefill  # but belongs to nobody
+
+
+def test_a_text_prompt_needs_no_layouts() -> None:
+    model = tiny.build("llava")
+    (cost,) = prompt_costs(
+        find_adapter(model), {"input_ids": torch.ones(1, 7, dtype=torch.long)}, [], new_tokens=[1]
+    )
+    assert cost.vision == cost.projector == cost.selection == cost.decode == 0
+    assert cost.prefill > 0
+
+
+def test_counts_for_another_number_of_samples_are_refused() -> None:
+    model = tiny.build("llava")
+    inputs = tiny.inputs("llava", ROWS)
+    with visprune.prune(model, "uniform", num_keep=4) as run, torch.no_grad():
+        model(**inputs)
+        with pytest.raises(ConfigError, match="one count for each of the 2 samples, got 1"):
+            sample_costs(run, new_tokens=[1])
+    with pytest.raises(ConfigError, match="one count for each of the 2 samples, got 3"):
+        prompt_costs(find_adapter(model), inputs, [], new_tokens=[1, 1, 1])
