@@ -32,7 +32,7 @@ class Slow(Instant):
     """Takes a moment for each batch, so that a kill can fall anywhere."""
 
     def _answer(self, requests: Sequence[Request]) -> list[Output]:
-        time.sleep(0.002)
+        time.sleep(0.006)
         return super()._answer(requests)
 
 
@@ -118,7 +118,7 @@ def test_killed_again_and_again(tmp_path: Path, expected: list[dict[str, Any]], 
     assert len(counts) == 240
     assert set(counts.values()) == {1}
     assert table(folder) == expected
-    assert kills >= 8
+    assert kills >= 4
 
 
 def test_what_a_crashed_process_left_is_taken_by_the_others(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
@@ -221,3 +222,20 @@ def test_the_folder_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="Cannot write into"):
         run(instant_study(), tmp_path / "file")
+
+
+def test_a_failing_device_stops_the_run_and_keeps_what_was_answered(tmp_path: Path) -> None:
+    """Every later sample would fail too: one clear end, not a thousand records of one error."""
+
+    class Broken(Instant):
+        def _answer(self, requests: Any) -> Any:
+            if requests[0].sample.id == "0/5":
+                raise torch.AcceleratorError("device-side assert triggered", 710)
+            return super()._answer(requests)
+
+    study = instant_study(limit=9)
+    with pytest.raises(torch.AcceleratorError):
+        run(study, tmp_path, Broken())
+    assert [r.sample for r in ResultsFolder(tmp_path).records()] == [f"0/{i}" for i in range(5)]
+    folder = run(study, tmp_path)
+    assert len(folder.records()) == 9
