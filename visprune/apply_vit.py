@@ -12,8 +12,8 @@ from visprune.cost import Cost
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.forward_tower import TowerPass
 from visprune.method import PruningMethod
-from visprune.plan_tower import make_tower_plan, step
 from visprune.plan_cost import tower_cost
+from visprune.plan_tower import make_tower_plan, step
 from visprune.stages_tower import TowerReducer
 from visprune.trace_vit import ViTTrace
 

@@ -20,8 +20,8 @@ from visprune.cost import Cost
 from visprune.errors import ConfigError
 from visprune.forward import Forward
 from visprune.method import PruningMethod
-from visprune.plan_tower import TowerPlan
 from visprune.plan_cost import tower_cost
+from visprune.plan_tower import TowerPlan
 from visprune.selection import Selection
 from visprune.stages import Step, shorten
 from visprune.stages_tower import TowerReducer

@@ -159,6 +159,14 @@ def test_two_separate_runs_on_one_folder_share_the_work(
     assert len(folder.record_files()) == 2
 
 
+def wait_for(out: Path, count: int) -> None:
+    """Wait until there are so many records."""
+    end = time.monotonic() + 120
+    while sum(path.read_bytes().count(b"\n") for path in out.glob("records*.jsonl")) < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_process_waits_for_what_another_holds_and_takes_it_when_that_dies(
     tmp_path: Path, expected: list[dict[str, Any]]
 ) -> None:
@@ -172,9 +180,10 @@ def test_a_process_waits_for_what_another_holds_and_takes_it_when_that_dies(
 
     stuck = FORK.Process(target=work, args=(tmp_path, 0, 1, 1, Stuck(failing=(17,))))
     stuck.start()
-    time.sleep(0.3)
+    wait_for(tmp_path, 30)  # samples 0 to 29; the first process now holds 30
     (other,) = start(tmp_path, 1)
-    other.join(1.0)
+    wait_for(tmp_path, 240 - 1)
+    other.join(0.5)
     assert other.is_alive()  # everything else is done; it waits
     folder = ResultsFolder(tmp_path)
     assert len(folder.records()) == 240 - 1
