@@ -95,10 +95,9 @@ def expand(methods: Any, budgets: Any, controls: Any = True) -> list[Variant]:
     asked: list[Variant] = []
     for entry in listed("methods", methods):
         asked += _expand(entry, shared, control=False)
-    # Controls stand at every budget that a method stands at.
-    bracket = {
-        canonical(budget): budget for budget in (*shared, *map(_own_budget, asked)) if budget
-    }
+    # Controls stand at the study's budgets; without any, where the methods' own are.
+    stands = shared or [budget for budget in map(_own_budget, asked) if budget]
+    bracket = {canonical(budget): budget for budget in stands if budget}
     found: list[Variant] = []
     for name in wanted:
         if name not in _NEED_BUDGET or bracket:
