@@ -63,8 +63,9 @@ browser: ## install Debian's Chromium, which the tests of the report's page driv
 	  command -v apt-get >/dev/null || { echo "There is no apt-get here; install chromium and" \
 	    "chromedriver by other means." >&2; exit 1; }; \
 	  root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	  $$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -qq -y \
-	    --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null
+	  bounds="-o Acquire::http::Timeout=20 -o Acquire::Retries=1 -o DPkg::Lock::Timeout=60"; \
+	  $$root apt-get $$bounds update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get $$bounds \
+	    install -qq -y --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null
 
 clean: ## remove .venv, caches and what the demo wrote
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(OUT)
