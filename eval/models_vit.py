@@ -30,6 +30,7 @@ from visprune.eval.models import (
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.imagenet import ranking_text, zero_shot_classifier
 from visprune.method import PruningMethod
+from visprune.saved import read_learned
 
 __all__ = ["Classifier", "TimmClassifier", "ZeroShot", "load"]
 
@@ -51,6 +52,7 @@ class Classifier:
         self, name: str, tower: nn.Module, transform: Callable[[Any], Tensor], about: dict[str, Any]
     ) -> None:
         self.name, self.tower, self.transform, self._about = name, tower, transform, about
+        self.learned: Mapping[str, Tensor] | None = None
         self._weights = weights_hash(tower)
         first = next(tower.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -68,10 +70,39 @@ class Classifier:
             return "Without the picture an image classifier has no input."
         if isinstance(choice, PruningMethod):
             try:
-                prune(self.tower, choice).remove()
+                self._attach(choice).remove()
             except (ConfigError, UnsupportedModel) as error:
                 return str(error)
         return None
+
+    def _attach(self, choice: PruningMethod) -> Any:
+        """Prune the tower, with what the method of its folder has learned.
+
+        Raises:
+            ConfigError: the method wants a predictor, and the model came without one that fits.
+            UnsupportedModel: the method does not act on this model.
+        """
+        run = prune(self.tower, choice)
+        try:
+            if run.learned is not None:
+                self._teach(run.learned, choice.name)
+        except ConfigError:
+            run.remove()
+            raise
+        return run
+
+    def _teach(self, module: nn.Module, method: str) -> None:
+        if self.learned is None:
+            raise ConfigError(
+                f"{method} chooses by a predictor that is learned, and {self.name} comes without "
+                f"one. Train it (`visprune train`) and evaluate the folder that comes out."
+            )
+        try:
+            module.load_state_dict(dict(self.learned))
+        except RuntimeError as error:
+            raise ConfigError(f"What {self.name} has learned does not fit {method}: {error}") from (
+                error
+            )
 
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing is generated."""
@@ -83,7 +114,7 @@ class Classifier:
     ) -> Iterator[Answerer]:
         """Attach a method for as long as the context lasts."""
         if isinstance(choice, PruningMethod):
-            with prune(self.tower, choice) as run:
+            with self._attach(choice) as run:
                 yield lambda requests: self._answer(requests, run)
         elif choice == NONE:
             yield lambda requests: self._answer(requests, None)
@@ -139,21 +170,29 @@ class TimmClassifier(Classifier):
     Args:
         model: the model; its ``pretrained_cfg`` says how pictures are prepared.
         name: what tables call it; ``None``: timm's name.
+        learned: state dict of the predictor that was trained with it.
     """
 
-    def __init__(self, model: Any, *, name: str | None = None) -> None:
+    def __init__(
+        self, model: Any, *, name: str | None = None, learned: Mapping[str, Tensor] | None = None
+    ) -> None:
         from timm.data import create_transform, resolve_model_data_config
 
         config = resolve_model_data_config(model)
         transform = create_transform(**config, is_training=False)
         cfg = getattr(model, "pretrained_cfg", None) or {}
-        about = {"data": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}}
+        about: dict[str, Any] = {
+            "data": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+        }
         super().__init__(
             name or str(cfg.get("architecture") or type(model).__name__),
             model.eval(),
             transform,
             about,
         )
+        if learned is not None:
+            self.learned = learned
+            about["learned"] = _hash(*learned.values())
 
 
 class ZeroShot(Classifier):
@@ -180,9 +219,10 @@ class ZeroShot(Classifier):
         return self.model.encode_image(pixels, normalize=True) @ self.classifier.to(self.dtype)
 
 
-def _hash(tensor: Tensor) -> str:
+def _hash(*tensors: Tensor) -> str:
     holder = nn.Module()
-    holder.register_buffer("classifier", tensor)
+    for number, tensor in enumerate(tensors):
+        holder.register_buffer(f"tensor{number}", tensor)
     return weights_hash(holder)
 
 
@@ -208,7 +248,11 @@ def _timm(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) 
         )
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise _cannot(spec, "timm", name, timm.list_models(), error) from error
-    return TimmClassifier(model.to(device, dtype), name=spec.name)
+    return TimmClassifier(
+        model.to(device, dtype),
+        name=spec.name,
+        learned=read_learned(name.removeprefix("local-dir:")) if ":" in name else None,
+    )
 
 
 def _open_clip(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:

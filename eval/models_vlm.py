@@ -108,6 +108,8 @@ class VLM:
             return None
         if self.adapter is None:
             return self._no_adapter
+        if choice.build_learned(self.adapter.spec) is not None:
+            return f"{choice.name} chooses by a predictor that is learned; {self.name} has none."
         try:
             Run(self.adapter, choice).remove()
         except (ConfigError, UnsupportedModel) as error:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from visprune.eval.prompts import check_style
 from visprune.eval.published import read_published
 from visprune.eval.tasks.base import Task, get_task
 from visprune.eval.variants import Variant, expand, listed
+from visprune.saved import read_method
 
 __all__ = ["SpeedPlan", "Study", "build_study", "read_study"]
 
@@ -141,10 +142,10 @@ def build_study(raw: Mapping[str, Any]) -> Study:
     """Build a study from the keys of its YAML.
 
     ``models``, ``methods`` and ``tasks`` are lists of names, of mappings with options, or of built
-    objects; ``budgets`` (numbers of tokens, fractions, or mappings such as ``{r: 13}``) go to every
-    method that takes such a one and names none itself; ``limit`` goes to every task without one;
-    ``controls`` is ``true`` (the default: all of :data:`visprune.eval.variants.CONTROLS`),
-    ``false``, or a list.
+    objects; a model that was saved with a method brings it along. ``budgets`` (numbers of tokens,
+    fractions, or mappings such as ``{r: 13}``) go to every method that takes such a one and names
+    none itself; ``limit`` goes to every task without one; ``controls`` is ``true`` (the default:
+    all of :data:`visprune.eval.variants.CONTROLS`), ``false``, or a list.
 
     Raises:
         ConfigError: a key, name or value is not allowed.
@@ -156,9 +157,11 @@ def build_study(raw: Mapping[str, Any]) -> Study:
             )
     speed = raw.get("speed")
     plain = {k: raw[k] for k in _PLAIN if raw.get(k) is not None}
+    models = tuple(_model(entry) for entry in listed("models", raw.get("models")))
+    methods = [*listed("methods", raw.get("methods")), *_saved_methods(models)]
     return Study(
-        models=tuple(_model(entry) for entry in listed("models", raw.get("models"))),
-        variants=tuple(expand(raw.get("methods"), raw.get("budgets"), raw.get("controls", True))),
+        models=models,
+        variants=tuple(expand(methods, raw.get("budgets"), raw.get("controls", True))),
         tasks=tuple(_task(entry, raw.get("limit")) for entry in listed("tasks", raw.get("tasks"))),
         seeds=tuple(listed("seeds", raw.get("seeds", 0))),
         speed=SpeedPlan(**_fields("speed", speed, SpeedPlan)) if speed else None,
@@ -197,6 +200,13 @@ def _model(entry: Any) -> ModelSpec:
     if not isinstance(options.get("name"), str):
         raise ConfigError(f"A model needs a name; got {entry!r}.")
     return ModelSpec(**options)
+
+
+def _saved_methods(models: Iterable[ModelSpec]) -> list[dict[str, Any]]:
+    """The methods that folders of models were saved with: they are rows without being asked for."""
+    folders = (model.name.removeprefix("timm:local-dir:") for model in models)
+    found = (read_method(folder) for folder in folders if Path(folder).is_dir())
+    return [method for method in found if method is not None]
 
 
 def _task(entry: Any, limit: int | None) -> Task:

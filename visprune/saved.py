@@ -13,14 +13,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from visprune.apply import Run, prune
 from visprune.apply_vit import ViTRun
 from visprune.backbones.storage import read_model, write_model
 from visprune.errors import ConfigError
 
-__all__ = ["METHOD_FILE", "load_pretrained", "read_method", "save_pretrained"]
+__all__ = ["METHOD_FILE", "load_pretrained", "read_learned", "read_method", "save_pretrained"]
 
 METHOD_FILE, LEARNED_FILE = "visprune.json", "visprune.safetensors"
 
@@ -132,6 +132,19 @@ def read_method(folder: str | Path) -> dict[str, Any] | None:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: expected {{'method': {{...}}}}.") from error
     return dict(method)
+
+
+def read_learned(folder: str | Path) -> dict[str, Tensor] | None:
+    """What the method of a folder has learned, by name; ``None`` where there is nothing.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    path = Path(folder) / LEARNED_FILE
+    try:
+        return load_file(path) if path.is_file() else None
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from error
 
 
 def _write_without(

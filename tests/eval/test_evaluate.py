@@ -24,10 +24,12 @@ from visprune.errors import ConfigError, UnsupportedModel
 from visprune.eval import models_vlm
 from visprune.eval.evaluate import Evaluation, run_command
 from visprune.eval.models import ModelSpec, Output, Request, load_model, weights_hash
+from visprune.eval.models_vit import TimmClassifier
 from visprune.eval.models_vlm import VLM
 from visprune.eval.results import ResultsFolder
 from visprune.eval.study import build_study
 from visprune.eval.tasks.embedded.task import EmbeddedTask
+from visprune.eval.tasks.imagenet import ranking_text
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -310,6 +312,35 @@ def test_a_folder_of_a_timm_model_is_an_image_classifier(tmp_path: Path) -> None
     loaded = load_model(str(tmp_path))
     assert not loaded.generates
     assert loaded.describe()["weights"] == weights_hash(model)
+
+
+def test_a_saved_model_brings_its_method_and_what_that_has_learned(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args).eval()
+    run = visprune.prune(model, "dynamicvit", keep_ratio=0.5)
+    visprune.save_pretrained(run, folder, model_args=args)
+    pictures = tmp_path / "pictures"
+    for number, color in enumerate(("red", "green", "blue")):
+        (pictures / color).mkdir(parents=True)
+        Image.effect_noise((32, 32), 90 + number).save(pictures / color / "a.png")
+    task = {"task": "folder", "path": str(pictures), "metric_name": "top1"}
+    made = build_study({"models": [str(folder)], "tasks": [task], "controls": ["none"]})
+    labels = [variant.label for variant in made.variants]
+    assert labels[0] == "none"
+    assert labels[1].startswith("dynamicvit")
+    loaded, choice = load_model(str(folder)), made.variants[1].choice
+    assert loaded.refusal(choice, made.tasks[0]) is None
+    picture = Image.open(pictures / "red" / "a.png").convert("RGB")
+    sample = made.tasks[0].samples()[0]
+    with loaded.answering(choice, made.tasks[0], "plain", {}) as ask:
+        (answer,) = ask([Request(sample, "", picture)])
+    with torch.inference_mode():
+        want = run.adapter.model(loaded.transform(picture)[None])
+    assert answer.text == ranking_text(want)[0]
+    run.remove()
+    untrained = TimmClassifier(model, name="dense")
+    assert "comes without one" in untrained.refusal(choice, made.tasks[0])
 
 
 def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,9 @@ def test_controls_stand_where_methods_with_budgets_of_their_own_stand() -> None:
     assert {"random 30", "pool 30", "fastv 30"} <= set(labels(made))
     made = study(methods=[{"method": "fastv", "budgets": [8, 16]}])
     assert {"random 8", "random 16", "fastv 8", "fastv 16"} <= set(labels(made))
-    made = study(methods=["todre", {"method": "evit", "budgets": [{"keep_ratio": 0.7}]}], budgets=[8])
+    made = study(
+        methods=["todre", {"method": "evit", "budgets": [{"keep_ratio": 0.7}]}], budgets=[8]
+    )
     assert "random 8" in labels(made)  # 0.7 of each stage is no share that random keeps
     assert "random 70 %" not in labels(made)
     assert labels(study()) == ["none", "keep_all", "no_image"]
