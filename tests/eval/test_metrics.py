@@ -181,6 +181,14 @@ def test_pope_of_a_model_that_prints_garbage() -> None:
     assert (kit["f1"], kit["unparsed"], kit["yes_rate"]) == (0.0, 100.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("parser", "score"), [("llava", 100.0), ("lmms-eval", 0.0), ("vlmevalkit", 100.0)]
+)
+def test_pope_reads_right_answers_with_a_full_stop_by_its_parser(parser: Any, score: float) -> None:
+    figures = _score(POPE(parser=parser), ["Yes.", "No."] * 3, ["yes", "no"] * 3)
+    assert (figures["f1"], figures["accuracy"]) == (score, score)
+
+
 def test_pope_of_llava_is_the_mean_of_the_splits() -> None:
     metric = POPE()
     splits = ["random"] * 2 + ["popular"] * 4
