@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from visprune.apply import prune
+from visprune.backbones.vlm.cache import cache_of
 from visprune.catalog import get_method
 from visprune.eval.accuracy import Answers, QuestionSet
 from visprune.eval.demo_report import BASELINE, Entry, Measured, build_rows, draw_sheet, report
@@ -161,7 +162,7 @@ def _latency(asked: QuestionSet, entries: list[Entry], plan: Plan, bars: Progres
     def after(case: Case, turn: int, output: Any) -> None:
         bars.advance(bar)
         if turn >= 0:
-            layers = output.past_key_values.layers
+            layers = cache_of(output).layers
             stored[case.name].append(sum(x.keys.nbytes + x.values.nbytes for x in layers))
             if case.name in (BASELINE, entries[0].key):
                 logits[case.name, turn] = output.logits

@@ -19,6 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT
 from visprune.errors import ConfigError, did_you_mean
 from visprune.selection import Selection
 from visprune.trace import Trace
@@ -173,8 +174,8 @@ class Ideal:
                 rotary = tuple(rest)
             # No mask: SDPA's own causal path.
             out = layer(
-                hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache,
-                use_cache=True,
+                hidden, attention_mask=None, position_embeddings=rotary, use_cache=True,
+                **{CACHE_ARGUMENT: cache},
             )  # fmt: skip
             hidden = out if isinstance(out, Tensor) else out[0]
         return decoder.norm(hidden)

@@ -14,6 +14,7 @@ import torch
 from transformers import LogitsProcessor
 
 from visprune.apply import Run, prune
+from visprune.backbones.vlm.cache import cache_of
 from visprune.catalog import find_adapter
 from visprune.eval.jobs import Job
 from visprune.eval.latency import Case, synchronize
@@ -192,7 +193,7 @@ class VLMBench:
         blind = choice == NO_IMAGE
         with self._around(choice, None):
             one = self.vlm.model(**self.prepare(batch[:1], job.task, blind=blind), logits_to_keep=1)
-            layers = one.past_key_values.layers
+            layers = cache_of(one).layers
             stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
             del one, layers
             return {"kv_bytes": stored, "peak_bytes": self._peak(batch, job, blind=blind)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visprune.apply_vit import ViTRun
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
-from visprune.backbones.vlm.cache import Owner, check_cache
+from visprune.backbones.vlm.cache import Owner, cache_of, check_cache
 from visprune.backbones.vlm.probe import capture, watch
 from visprune.backbones.vlm.tap import EncoderTap, pictures_of
 from visprune.budget import Budget, Stage
@@ -156,7 +156,7 @@ class Run:
     def _begin(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before pictures are encoded: refuse what cannot work."""
         call = self.adapter.bind(args, kwargs)
-        check_cache(call.get("past_key_values"))
+        check_cache(cache_of(call))
         self._tap.latest = {}
         self._call = call
 
@@ -192,7 +192,7 @@ class Run:
             ids = kwargs.pop("input_ids", None)
             ids = args[0] if ids is None else ids
             args, kwargs = (), {**kwargs, "inputs_embeds": module.get_input_embeddings()(ids)}
-        check_cache(kwargs.get("past_key_values"))
+        check_cache(cache_of(kwargs))
         fwd.open(kwargs)
         hidden = kwargs["inputs_embeds"]
         if fwd.images:
@@ -260,7 +260,7 @@ class Run:
         fwd, self._current = self._current, None
         if fwd is None:
             return None
-        trace = fwd.close(output.past_key_values)
+        trace = fwd.close(cache_of(output))
         if trace is not None:
             self.trace = trace
             output.last_hidden_state = self._outputs.expand(

@@ -15,6 +15,7 @@ from visprune.backbones.vlm.cache import (
     Owner,
     SlotLayer,
     adopt,
+    cache_of,
     ledger_of,
     stored_length,
 )
@@ -54,7 +55,7 @@ class Forward:
         embeds: Tensor = kwargs["inputs_embeds"]
         self.batch, self.length = embeds.shape[:2]
         self.device = embeds.device
-        self.cache = kwargs.get("past_key_values")
+        self.cache = cache_of(kwargs)
         self.seen = int(self.cache.get_seq_length()) if self.cache is not None else 0
         self._read_mask(kwargs.get("attention_mask"))
         self.pad_side = "left"

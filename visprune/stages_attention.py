@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visprune import ops
-from visprune.backbones.vlm.cache import stored_length
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT, stored_length
 from visprune.budget import Stage
 from visprune.forward import Forward
 
@@ -107,7 +107,7 @@ def own_attention(
             hidden_states=module.input_layernorm(hidden),
             attention_mask=None,
             position_embeddings=rotary,
-            past_key_values=None,
+            **{CACHE_ARGUMENT: None},
         )
     config = fwd.adapter.text_config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

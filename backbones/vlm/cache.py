@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
 
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.slots import SlotTable
+
+# transformers 5.24 calls it ``cache`` everywhere; before, and until 5.40 as an alias, it is
+# ``past_key_values``.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
+
+
+def cache_of(found: Any) -> Cache | None:
+    """The cache among the arguments of a call, or in a model's output, under either name."""
+    cache: Cache | None = found.get("cache")
+    return found.get("past_key_values") if cache is None else cache
 
 
 @dataclass(eq=False)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT
+
 
 class _Stored:
     """Stands for a cache of which only the number of stored slots matters."""
@@ -47,8 +49,8 @@ def slot_mask(config: Any, hidden: Tensor, valid: Tensor | None, stored: int) ->
         config=config,
         inputs_embeds=hidden,
         attention_mask=valid,
-        past_key_values=_Stored(stored),
         position_ids=None,
+        **{CACHE_ARGUMENT: _Stored(stored)},
     )
 
 

@@ -23,6 +23,7 @@ from tests.contract.cases import (
     everything,
     few,
 )
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT
 
 STEPS = 3
 # A picture placeholder in an answer would be read as a picture when the answer is fed again.
@@ -138,11 +139,11 @@ def test_two_turns_equal_one_forward(name: str, family: str, positions: str, mod
     turn = torch.randint(3, 80, (3, 5), generator=torch.Generator().manual_seed(1))
     with visprune.prune(model, name, **params):
         cache = DynamicCache()
-        model(**inputs, past_key_values=cache)
-        got = model(**oracle.step(model, inputs, turn), past_key_values=cache).logits
+        model(**inputs, **{CACHE_ARGUMENT: cache})
+        got = model(**oracle.step(model, inputs, turn), **{CACHE_ARGUMENT: cache}).logits
         again = oracle.extended(inputs, turn)
         more = torch.tensor([[7, 8], [9, 10], [11, 12]])
-        third = model(**oracle.step(model, again, more), past_key_values=cache).logits
+        third = model(**oracle.step(model, again, more), **{CACHE_ARGUMENT: cache}).logits
         logical = cache.get_seq_length()
     longer = oracle.extended(again, more)
     total = longer["input_ids"].shape[1]
@@ -175,8 +176,8 @@ def test_a_second_turn_with_a_new_picture(name: str, family: str, models: Any) -
         first["position_ids"] = positions[..., :length]
     with oracle.forwards() as seen, visprune.prune(model, name, **params) as run:
         cache = DynamicCache()
-        model(**first, past_key_values=cache)
-        got = model(**later, past_key_values=cache).logits
+        model(**first, **{CACHE_ARGUMENT: cache})
+        got = model(**later, **{CACHE_ARGUMENT: cache}).logits
         stored = [entry.keys.shape[-2] for entry in cache.layers]
         trace = run.trace
     parts = [oracle.alive(one) for one in seen]
@@ -198,12 +199,12 @@ def test_generate_continues_a_pruned_cache(name: str, family: str, models: Any) 
     keep, length = selection_of(model, name, params, inputs), inputs["input_ids"].shape[1]
     with visprune.prune(model, name, **params):
         cache = DynamicCache()
-        one = model.generate(**inputs, **GREEDY, past_key_values=cache)
+        one = model.generate(**inputs, **GREEDY, **{CACHE_ARGUMENT: cache})
         user = torch.tensor([[5, 6, 7], [8, 9, 10]])
         longer = oracle.extended(inputs, torch.cat([one[:, length:], user], 1))
         names = ("input_ids", "attention_mask", "mm_token_type_ids")
         more = {key: value for key, value in longer.items() if key in names}
-        two = model.generate(**more, **GREEDY, past_key_values=cache)
+        two = model.generate(**more, **GREEDY, **{CACHE_ARGUMENT: cache})
     at = more["input_ids"].shape[1]
     asked = oracle.extended(longer, two[:, at:-1])
     want = oracle.hidden_logits(model, asked, oracle.grown(keep, asked["input_ids"].shape[1]))

@@ -12,6 +12,7 @@ import visprune
 from tests import tiny
 from tests.contract import oracle
 from tests.contract.cases import METHODS, batch, every_family, every_pair, few, places
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
 
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
 QWENS = ("qwen2_vl", "qwen2_5_vl")
@@ -191,9 +192,9 @@ def test_a_cache_of_text_can_go_on_with_a_picture(family: str, models: Any) -> N
         )[0]  # fmt: skip
         head["position_ids"], tail["position_ids"] = ids[..., :4], ids[..., 4:]
         whole["position_ids"] = ids
-    cache = model(**head, use_cache=True).past_key_values
+    cache = cache_of(model(**head, use_cache=True))
     with oracle.forwards() as seen, visprune.prune(model, "fastv", num_keep=5):
-        got = model(**tail, past_key_values=cache).logits
+        got = model(**tail, **{CACHE_ARGUMENT: cache}).logits
         logical = cache.get_seq_length()
     assert logical == whole["input_ids"].shape[1]
     part = oracle.alive(seen[0])
@@ -207,14 +208,14 @@ def test_a_cache_of_text_can_go_on_with_a_picture(family: str, models: Any) -> N
 def test_a_mask_of_the_wrong_length_is_refused(family: str, models: Any) -> None:
     model, inputs = models(family), batch(family, [[3, "a", 6]])
     with visprune.prune(model, "uniform", num_keep=4) as run:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         length = inputs["input_ids"].shape[1]
         stored = run.trace.stored_per_layer[0][0]
         # This mask counts what is stored, not what was seen.
         short = torch.ones(1, stored + 1, dtype=torch.long)
         step = {**oracle.step(model, inputs, torch.tensor([[5]])), "attention_mask": short}
         with pytest.raises(visprune.ConfigError, match=f"mask of {length + 1}"):
-            model(**step, past_key_values=cache)
+            model(**step, **{CACHE_ARGUMENT: cache})
 
 
 @every_family

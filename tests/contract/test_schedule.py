@@ -11,6 +11,7 @@ import torch
 import visprune
 from tests.contract import oracle
 from tests.contract.cases import batch, every_family, every_pair, few, places
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
 from visprune.methods.pool import pool_tokens
 from visprune.site import Site
 
@@ -34,7 +35,7 @@ def test_tokens_per_layer_equal_the_schedule(name: str, family: str, models: Any
     model, inputs, params = models(family), batch(family), few(name)
     with visprune.prune(model, name, **params) as run:
         out = model(**inputs, use_cache=True)
-        logical = out.past_key_values.get_seq_length()
+        logical = cache_of(out).get_seq_length()
     assert logical == inputs["input_ids"].shape[1]
     trace, found = run.trace, places(family, inputs)
     expected = [[0] * LAYERS for _ in range(3)]
@@ -55,7 +56,7 @@ def test_tokens_per_layer_equal_the_schedule(name: str, family: str, models: Any
     whole = [[n + rest for n in row] for row, rest in zip(expected, others, strict=True)]
     assert trace.sequence_per_layer == whole
     # Physically gone: a layer stores as many slots as its longest row needs.
-    stored = [entry.keys.shape[-2] for entry in out.past_key_values.layers]
+    stored = [entry.keys.shape[-2] for entry in cache_of(out).layers]
     assert trace.stored_per_layer == [stored] * 3
     longest = [max(row[layer] for row in whole) for layer in range(LAYERS)]
     full = max(v + o for v, o in zip(visual, others, strict=True))
@@ -181,7 +182,7 @@ def test_todre_withdraws_for_each_sample_alone(
         after = set(run.trace.tokens_per_layer[row][layer:])
         assert after == {0 if fired[row] else before}
     # Rows of different length are padded, and the trace says so.
-    stored = [entry.keys.shape[-2] for entry in out.past_key_values.layers]
+    stored = [entry.keys.shape[-2] for entry in cache_of(out).layers]
     assert run.trace.stored_per_layer == [stored] * 3
     alive = [row[-1] for row in run.trace.sequence_per_layer]
     if case != "quiet":
@@ -196,8 +197,8 @@ def test_todre_withdraws_for_each_sample_alone(
     token = torch.tensor([[7], [8], [9]])
     longer = oracle.extended(inputs, token)
     with visprune.prune(model, "todre", tau=tau, **params):
-        cache = model(**inputs, use_cache=True).past_key_values
-        step = model(**oracle.step(model, inputs, token), past_key_values=cache).logits
+        cache = cache_of(model(**inputs, use_cache=True))
+        step = model(**oracle.step(model, inputs, token), **{CACHE_ARGUMENT: cache}).logits
     want = oracle.hidden_logits(model, longer, oracle.grown(keep, longer["input_ids"].shape[1]))
     oracle.assert_close(step[:, -1], want[:, -1])
 

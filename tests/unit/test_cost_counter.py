@@ -17,6 +17,7 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
 from visprune.cost import (
     ModelShape,
     clip_vision_shape,
@@ -257,18 +258,18 @@ def test_second_turn_and_decode_read_the_cache(family: Family) -> None:
     inputs = family.inputs()
     first = inputs["input_ids"].shape[1]
     with torch.no_grad():
-        cache = family.model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(family.model(**inputs, use_cache=True))
     decoder = family.shape.decoder
     with Counter() as turn:
         more = torch.tensor([[8, 9, 10, 11, 12]])
-        family.model(input_ids=more, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        family.model(input_ids=more, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     assert turn.layers() == prefill_macs(decoder, 5, cached=first, causal="dense")
     assert turn.macs(".lm_head") == lm_head_macs(decoder, 1)
     steps = 0
     for token in (13, 14):
         with Counter() as step:
             one = torch.tensor([[token]])
-            family.model(input_ids=one, past_key_values=cache, use_cache=True)
+            family.model(input_ids=one, **{CACHE_ARGUMENT: cache}, use_cache=True)
         steps += step.layers()
     assert steps == decode_macs(decoder, first + 5, steps=2)
 

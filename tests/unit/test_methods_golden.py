@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from visprune import ops
+from visprune.backbones.vlm.cache import CACHE_ARGUMENT
 from visprune.backbones.vlm.probe import capture
 from visprune.budget import Budget
 from visprune.method import Context, ModelSpec
@@ -109,7 +110,7 @@ def test_pyramiddrop(case: dict[str, Any]) -> None:
     capture(
         layer.self_attn, lambda *shown: seen.append(shown),
         hidden_states=layer.input_layernorm(features), attention_mask=None,
-        position_embeddings=model.rotary_emb(features, position_ids=ids), past_key_values=None,
+        position_embeddings=model.rotary_emb(features, position_ids=ids), **{CACHE_ARGUMENT: None},
     )  # fmt: skip
     ((query, key, scale),) = seen
     torch.testing.assert_close(query, t["q"], rtol=1e-4, atol=1e-5)
