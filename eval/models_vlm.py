@@ -32,9 +32,10 @@ from visprune.eval.models import (
     weights_hash,
 )
 from visprune.eval.records import canonical
-from visprune.eval.tasks.base import PromptStyle, Task
+from visprune.eval.tasks.base import STYLES, PromptStyle, Task
 from visprune.method import PruningMethod
 from visprune.run_cost import prompt_costs, sample_costs
+from visprune.saved import read_asked
 
 __all__ = ["VLM", "load"]
 
@@ -251,7 +252,12 @@ def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
         return VLM(model.to(device), processor, name=EMBEDDED, template=spec.template or _PLAIN,
                    style="plain")  # fmt: skip
     model, processor = _from_transformers(spec)
-    return VLM(model.eval().to(device), processor, name=spec.name, template=spec.template)
+    asked = read_asked(spec.name) or {}  # a folder that this library wrote says how it was taught
+    template = spec.template if spec.template is not None else asked.get("template")
+    style = asked.get("style")
+    if style is not None and style not in STYLES:
+        raise ConfigError(f"{spec.name!r} names the style {style!r}; one of {', '.join(STYLES)}.")
+    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
 
 
 def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:

@@ -20,7 +20,14 @@ from visprune.apply_vit import ViTRun
 from visprune.backbones.storage import read_model, write_model
 from visprune.errors import ConfigError
 
-__all__ = ["METHOD_FILE", "load_pretrained", "read_learned", "read_method", "save_pretrained"]
+__all__ = [
+    "METHOD_FILE",
+    "load_pretrained",
+    "read_asked",
+    "read_learned",
+    "read_method",
+    "save_pretrained",
+]
 
 METHOD_FILE, LEARNED_FILE = "visprune.json", "visprune.safetensors"
 
@@ -32,6 +39,7 @@ def save_pretrained(
     processor: Any = None,
     model: nn.Module | None = None,
     model_args: dict[str, Any] | None = None,
+    asked: dict[str, Any] | None = None,
 ) -> Path:
     """Write a model and the method that is in force on it.
 
@@ -47,6 +55,8 @@ def save_pretrained(
         processor: A processor to save beside it (transformers).
         model: What to save in place of the run's model, such as the PEFT model around it.
         model_args: What a timm model was created with beside its name (timm before 1.0.30).
+        asked: How questions are put to a vision-language model, as ``style`` and ``template`` of
+            :class:`visprune.eval.models_vlm.VLM`; ``visprune eval`` on the folder asks like that.
 
     Returns:
         The folder.
@@ -69,8 +79,10 @@ def save_pretrained(
         _write_without(learned, inner, fresh, model_args)
         if processor is not None:
             processor.save_pretrained(fresh)
-        if method is not None:
-            content = {"visprune": version("visprune"), "method": method.to_dict()}
+        content: dict[str, Any] = {} if method is None else {"method": method.to_dict()}
+        content |= {} if asked is None else {"asked": asked}
+        if content:
+            content = {"visprune": version("visprune"), **content}
             (fresh / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if learned is not None:
             tensors = {k: v.detach().cpu().contiguous() for k, v in learned.state_dict().items()}
@@ -124,14 +136,30 @@ def read_method(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         ConfigError: The file is damaged.
     """
+    return _beside(folder, "method")
+
+
+def read_asked(folder: str | Path) -> dict[str, Any] | None:
+    """How questions are put to the model of a folder; ``None`` where it does not say.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    return _beside(folder, "asked")
+
+
+def _beside(folder: str | Path, key: str) -> dict[str, Any] | None:
+    """A section of ``visprune.json``."""
     path = Path(folder) / METHOD_FILE
     if not path.is_file():
         return None
     try:
-        method = json.loads(path.read_text(encoding="utf-8"))["method"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not {"method", "asked"} & set(content):
+            raise KeyError(key)
+        return None if content.get(key) is None else dict(content[key])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged: expected {{'method': {{...}}}}.") from error
-    return dict(method)
 
 
 def read_learned(folder: str | Path) -> dict[str, Tensor] | None:

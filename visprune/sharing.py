@@ -39,8 +39,7 @@ class EncodedImages:
         return {"image": encoder_output([self.features[i] for i in chosen])}
 
 
-@torch.no_grad()
-def encode_images(model: Any, **inputs: Any) -> EncodedImages:
+def encode_images(model: Any, *, grad: bool = False, **inputs: Any) -> EncodedImages:
     """Run the encoder and the projector once, and keep every signal that a method may ask for.
 
     The prompts then take ``mm_encoder_outputs=encoded.select(...)`` instead of pixels
@@ -48,6 +47,7 @@ def encode_images(model: Any, **inputs: Any) -> EncodedImages:
 
     Args:
         model: a model of a family with an adapter; it may be pruned or not.
+        grad: keep what gradients need, to train the encoder.
         **inputs: what ``get_image_features`` of the family takes: ``pixel_values``, and
             ``image_sizes`` or ``image_grid_thw``.
 
@@ -73,7 +73,8 @@ def encode_images(model: Any, **inputs: Any) -> EncodedImages:
     before = {k: v for k, v in vars(adapter.core).items() if k.startswith("get_")}
     tap.install()
     try:
-        output = adapter.core.get_image_features(**inputs, return_dict=True)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            output = adapter.core.get_image_features(**inputs, return_dict=True)
     finally:
         tap.remove()
         vars(adapter.core).update(before)

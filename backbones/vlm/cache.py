@@ -23,9 +23,9 @@ CACHE_ARGUMENT = (
 )
 
 
-def cache_of(found: Any) -> Cache | None:
+def cache_of(found: Any) -> Any:
     """The cache among the arguments of a call, or in a model's output, under either name."""
-    cache: Cache | None = found.get("cache")
+    cache = found.get("cache")
     return found.get("past_key_values") if cache is None else cache
 
 

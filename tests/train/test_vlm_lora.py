@@ -20,7 +20,7 @@ from visprune.eval.models import ModelSpec, load_model
 from visprune.eval.tasks.base import get_task
 from visprune.sharing import EncodedImages
 from visprune.train.start import train
-from visprune.train.vlm import tune
+from visprune.train.vlm import trainer, tune
 from visprune.train.vlm.questions import (
     IGNORE,
     Collator,
@@ -111,7 +111,7 @@ def test_only_the_decoder_changed_and_the_folder_comes_back_pruned(
 def test_a_stopped_run_resumes_to_the_same_adapter(
     tuned: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    out, plain = tmp_path / "cut", tune._Log.on_log
+    out, plain = tmp_path / "cut", trainer.Log.on_log
 
     def stopping(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> Any:
         if state.global_step == 8:
@@ -119,14 +119,14 @@ def test_a_stopped_run_resumes_to_the_same_adapter(
         return plain(self, args, state, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune._Log, "on_log", stopping)
-        patch.setattr(tune, "_score", lambda *_: [1.0] * 7)
+        patch.setattr(trainer.Log, "on_log", stopping)
+        patch.setattr(tune, "score", lambda *_: [1.0] * 7)
         with pytest.raises(KeyboardInterrupt):
             run(recipe(), out)
     with pytest.raises(ConfigError, match="already holds checkpoints"):
         run(recipe(), out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "_score", lambda *_: [1.0] * 7)
+        patch.setattr(tune, "score", lambda *_: [1.0] * 7)
         run(recipe(), out, resume=True)
     want = load_file(tuned[0] / "adapter" / "adapter_model.safetensors")
     got = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -161,7 +161,10 @@ def test_encoded_once_is_the_same_loss() -> None:
     ("changes", "message"),
     [
         ({"lora__target_modules": [".*q_proj"]}, "target_modules"),
-        ({"lora__target_modules": r".*vision_tower.*\.q_proj"}, "encode_once: the adapter changes"),
+        (
+            {"lora__target_modules": r".*vision_tower.*\.q_proj"},
+            "encode_once: .*q_proj",
+        ),
         ({"lora__rank": 3}, "unknown key 'rank'"),
         ({"trainer__lerning_rate": 1.0}, "Did you mean 'learning_rate'"),
         ({"trainer__seed": 1}, "is set by the run itself"),
@@ -173,6 +176,6 @@ def test_encoded_once_is_the_same_loss() -> None:
 def test_wrong_recipes_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "_score", lambda *_: [0.0])
+    monkeypatch.setattr(tune, "score", lambda *_: [0.0])
     with pytest.raises(ConfigError, match=message):
         run(recipe(**changes), tmp_path / "out")

@@ -13,7 +13,7 @@ from visprune.errors import ConfigError, did_you_mean
 
 __all__ = ["TASKS", "train"]
 
-TASKS = ("embedded", "image_classification", "image_budgets", "vlm_lora")
+TASKS = ("embedded", "image_classification", "image_budgets", "vlm_lora", "vlm_finetune")
 
 
 def train(
@@ -26,8 +26,8 @@ def train(
 
     The recipe's key ``task`` says what it trains: ``image_classification``
     (:mod:`visprune.train.image`), ``image_budgets`` (nothing: it compares trained models,
-    :mod:`visprune.train.image.budgets`), ``vlm_lora`` (:mod:`visprune.train.vlm`), or without it
-    the embedded model (:mod:`visprune.train.runner`).
+    :mod:`visprune.train.image.budgets`), ``vlm_lora`` or ``vlm_finetune``
+    (:mod:`visprune.train.vlm`), or without it the embedded model (:mod:`visprune.train.runner`).
 
     Args:
         config_path: Recipe, a YAML file.
@@ -56,7 +56,7 @@ def train(
 
         rows = measure(with_overrides(raw, overrides or {}), out, str(config_path))
         return {"rows": rows}
-    if task == "vlm_lora":
+    if task in ("vlm_lora", "vlm_finetune"):
         from visprune.train.vlm import train as tune
 
         return tune(with_overrides(raw, overrides or {}), out, resume, str(config_path))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from visprune.eval.models_vlm import VLM
 from visprune.eval.tasks.base import Sample, Task
 from visprune.sharing import encode_images
 
-__all__ = ["Collator", "EncodedQuestions", "Questions"]
+__all__ = ["Collator", "EncodedQuestions", "GroupedQuestions", "Questions"]
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 IGNORE = -100
@@ -56,6 +57,8 @@ class Collator:
 
     def __init__(self, vlm: VLM, questions: Questions) -> None:
         self.vlm, self.questions = vlm, questions
+        self.dataset: Dataset[Any] = questions
+        self.questions_per_item = 1.0
 
     def request(self, sample: Sample) -> Request:
         """A sample as it is put to the model, now and when it is scored."""
@@ -71,7 +74,11 @@ class Collator:
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The model's arguments, ``labels`` among them; prompts are padded on the left."""
         samples = [self.questions.samples[number] for number in numbers]
-        inputs = self.vlm.inputs([self.request(sample) for sample in samples], self.vlm.style)
+        requests = [self.request(sample) for sample in samples]
+        return self._answered(self.vlm.inputs(requests, self.vlm.style), samples)
+
+    def _answered(self, inputs: dict[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+        """The inputs of some prompts with the answers behind them."""
         answers = [self.answer(sample) for sample in samples]
         text = with_answers(inputs["input_ids"], inputs["attention_mask"], answers)
         extra = text["input_ids"].shape[1] - inputs["input_ids"].shape[1]
@@ -132,6 +139,66 @@ class EncodedQuestions(Collator):
         answers = [self.answer(self.questions.samples[i]) for i in numbers]
         pictures = torch.tensor([self.picture[i] for i in numbers])
         return {**with_answers(ids, mask, answers), "pictures": pictures}
+
+
+class GroupedQuestions(Collator):
+    """Several questions about one picture together; the picture is in the batch once.
+
+    The items of :attr:`dataset` are groups of questions. A batch has ``pixels``, what the encoder
+    takes for the pictures of its groups, and ``pictures`` ``[B]``, which of them each question is
+    about.
+
+    Args:
+        vlm: The model and its processor.
+        questions: The samples.
+        most: Questions per group at most; groups of one picture differ by one at most.
+        seed: Of the grouping.
+    """
+
+    def __init__(self, vlm: VLM, questions: Questions, most: int, seed: int) -> None:
+        super().__init__(vlm, questions)
+        self.dataset = Groups(questions, most, seed)
+        self.questions_per_item = len(questions) / len(self.dataset)
+
+    def __call__(self, groups: list[Any]) -> dict[str, Any]:
+        """The model's arguments, with ``pixels`` and ``pictures`` in place of the pictures."""
+        samples, requests, firsts = [], [], []
+        for group in groups:
+            chosen = [self.questions.samples[number] for number in group]
+            first = self.request(chosen[0])
+            prompts = [self.questions.task.prompt(sample, self.vlm.style) for sample in chosen]
+            requests += [Request(s, p, first.image) for s, p in zip(chosen, prompts, strict=True)]
+            samples += chosen
+            firsts.append(first)
+        text = self.vlm.inputs(requests, self.vlm.style)
+        single = self.vlm.inputs(firsts, self.vlm.style)
+        numbers = [place for place, group in enumerate(groups) for _ in group]
+        return {
+            **self._answered({k: v for k, v in text.items() if k in _TEXT}, samples),
+            "pixels": {key: value for key, value in single.items() if key not in _TEXT},
+            "pictures": torch.tensor(numbers),
+        }
+
+
+class Groups(Dataset[tuple[int, ...]]):
+    """Numbers of questions about one picture, up to ``most`` at a time, shuffled by the seed."""
+
+    def __init__(self, questions: Questions, most: int, seed: int) -> None:
+        by_picture: dict[str, list[int]] = {}
+        for number, sample in enumerate(questions.samples):
+            by_picture.setdefault(sample.cluster or sample.id, []).append(number)
+        draw = random.Random(seed)
+        self.groups: list[tuple[int, ...]] = []
+        for numbers in by_picture.values():
+            draw.shuffle(numbers)
+            parts = -(-len(numbers) // most)
+            self.groups += [tuple(numbers[part::parts]) for part in range(parts)]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number: int) -> tuple[int, ...]:
+        return self.groups[number]
 
 
 def with_answers(ids: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
