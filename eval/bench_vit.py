@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import visprune.backbones.vit  # noqa: F401  registers litv2_*, nat_*, dinat_* in timm
 from visprune.apply import prune
+from visprune.backbones.towers.macs import counted_macs
 from visprune.errors import ConfigError, VispruneError, did_you_mean
 from visprune.eval.environment import describe, describe_line, set_threads, writable_folder
 from visprune.eval.latency import Case, Timings, interleaved
@@ -119,16 +119,6 @@ def build(name: str, *, depth: int | None, size: int, device: str, dtype: torch.
     return timm.create_model(name, **extra).eval().to(device=device, dtype=dtype)
 
 
-def counted_macs(model: Any, size: int) -> float:
-    """Multiply-adds of one picture, by PyTorch's counter (on ``meta``, where it knows them all)."""
-    import copy
-
-    twin = copy.deepcopy(model).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        twin(torch.empty(1, 3, size, size, device="meta", dtype=next(twin.parameters()).dtype))
-    return counter.get_total_flops() / 2
-
-
 def check(model: Any, pixels: Tensor, label: str) -> None:
     """Compare the method that keeps everything with the dense model.
 
@@ -175,7 +165,7 @@ def measure(
         entries.append(_pruned(dense, label))
     for other in architectures:
         model = build(other, **made)
-        entries.append(Entry(other, model, counted_macs(model, size), nullcontext))
+        entries.append(Entry(other, model, counted_macs(model, (3, size, size)), nullcontext))
     with prune(dense, "keep_all") as run:
         whole = run.cost().macs
     cases = [Case(name, _on(dense, pixels))]

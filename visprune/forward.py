@@ -21,7 +21,7 @@ from visprune.backbones.vlm.cache import (
 )
 from visprune.backbones.vlm.masks import gather_mask, slot_mask
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.forward_parts import Entered, ImageState
+from visprune.forward_parts import Entered, ImageState, finished
 from visprune.slots import SlotTable, assemble, gather_sequence
 from visprune.trace import Trace
 
@@ -273,23 +273,7 @@ class Forward:
             adopt(cache, self._next_ledger)
         if not self.images:
             return None
-        trace = self.trace
-        for name in (
-            "tokens_per_layer",
-            "sequence_per_layer",
-            "stored_per_layer",
-            "cached_per_layer",
-        ):
-            by_layer = getattr(trace, name)
-            setattr(trace, name, [list(row) for row in zip(*by_layer, strict=True)])
-        for image in self.images:
-            trace.kept.append(image.tokens)
-            pos = image.layout.picture.pos
-            trace.pos.append(pos[image.tokens.to(pos.device)])
-            trace.num_tokens.append(len(pos))
-            trace.image_rows.append(image.layout.row)
-            trace.grids.append(image.layout.picture.grids)
-        return trace
+        return finished(self.trace, self.images)
 
     def _next_ledger(self, layer: int) -> Ledger:
         """What the cache of ``layer`` holds after this forward."""

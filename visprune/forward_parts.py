@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward keeps of each image and of each layer."""
+"""What a forward keeps of each image and of each layer, and what it reports of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visprune.backbones.vlm.base import ImageLayout
 from visprune.slots import SlotTable
+from visprune.trace import Trace
 
 
 @dataclass
@@ -61,3 +62,23 @@ class Entered:
     table: SlotTable
     steps: list[Callable[[Tensor], Tensor]]
     changed: dict[str, Any]
+
+
+def finished(trace: Trace, images: list[ImageState]) -> Trace:
+    """The trace of a call that is over: counts by row instead of by layer, and what was kept."""
+    for name in (
+        "tokens_per_layer",
+        "sequence_per_layer",
+        "stored_per_layer",
+        "cached_per_layer",
+    ):
+        by_layer = getattr(trace, name)
+        setattr(trace, name, [list(row) for row in zip(*by_layer, strict=True)])
+    for image in images:
+        trace.kept.append(image.tokens)
+        pos = image.layout.picture.pos
+        trace.pos.append(pos[image.tokens.to(pos.device)])
+        trace.num_tokens.append(len(pos))
+        trace.image_rows.append(image.layout.row)
+        trace.grids.append(image.layout.picture.grids)
+    return trace

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from visprune.backbones.towers.macs import counted_macs
 from visprune.backbones.vit import Sparsifiner, stage_parameters
 from visprune.backbones.vit.sparsifiner_training import (
     reconstruction_loss,
@@ -222,20 +222,16 @@ def _forward(model: Any, images: Tensor, with_tokens: bool) -> tuple[Tensor, Ten
     return model.forward_head(features), features[:, model.num_prefix_tokens :]
 
 
-@torch.no_grad()
 def count_macs(model: Any, run: Any, size: tuple[int, int, int]) -> int:
     """Multiply-adds of one picture.
 
     Args:
         model: The model in evaluation mode.
-        run: The method in force on it, or None: then every matrix product and convolution that
-            PyTorch runs is counted, half of the operations of ``FlopCounterMode``.
+        run: The method in force on it, or None: then every matrix product, convolution and
+            attention is counted.
         size: Channels, height, width.
     """
     if run is not None:
         cost = run.cost()
         return cost.macs // cost.samples
-    device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *size, device=device))
-    return counter.get_total_flops() // 2
+    return counted_macs(model, size)
