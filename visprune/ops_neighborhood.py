@@ -86,9 +86,9 @@ def neighborhood_attention(
     extra = (additional_keys, additional_values)
     choice = choose(name, backend, q.device, lambda: na_op.why_not(q, k, v, rpb, *extra))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (*window, scale, return_lse, choice)
-    out, lse = na_op.neighborhood_attention(q, k, v, rpb, *extra, *args)
-    return (out, lse) if return_lse else out
+    given = (q, k, v, rpb, additional_keys, additional_values)
+    out, lse = na_op.attend(*given, *window, scale, return_lse, choice)
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def na_qk(

@@ -40,7 +40,7 @@ GPU_SHAPES = tuple(
 def _ours(shape: cases.Shape, dilation: int, qkv: list[Tensor], backend: str) -> Call:
     window = ([shape.kernel] * 2, [1, 1], [dilation] * 2, [False, False])
     args = (*qkv, None, None, None, *window, shape.dim**-0.5, False, backend)
-    return lambda: op.neighborhood_attention(*args)[0]
+    return lambda: op.attend(*args)[0]
 
 
 def _dense(qkv: list[Tensor]) -> Call:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import axis, torch_impl
+from visprune.kernels.common.autograd import differentiable
+
+from . import axis, bands, torch_impl
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads this when it is imported, so a later change would not reach it either.
@@ -48,15 +50,29 @@ def _impl(backend: str) -> Any:
     return torch_impl
 
 
-def _keeps_lse(asked: bool, alone: bool, backend: str) -> bool:
-    return asked or not alone or backend == "triton"
-
-
 # --- fused ----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("visprune::neighborhood_attention", mutates_args=())
-def neighborhood_attention(
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
+)
+_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal, float scale"
+# Defined by schema for the time of a call: see `common.autograd`.
+torch.library.define(
+    "visprune::neighborhood_attention",
+    f"({_TENSORS}, {_WINDOW}, bool with_lse, str backend) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "visprune::neighborhood_attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, {_TENSORS}, Tensor out, Tensor lse, {_WINDOW}, "
+    "bool rpb_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+neighborhood_attention = torch.ops.visprune.neighborhood_attention.default
+neighborhood_attention_backward = torch.ops.visprune.neighborhood_attention_backward.default
+
+
+@torch.library.impl("visprune::neighborhood_attention", ("cpu", "cuda"))
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,12 +89,12 @@ def neighborhood_attention(
 ) -> tuple[Tensor, Tensor]:
     """``q``, ``k``, ``v`` [B, *space, H, D] -> output [B, *space, H, Dv], LSE [B, *space, H].
 
-    Without ``with_lse`` the second is empty; the PyTorch path then saves the work (a fifth of a
-    short call), and needs none for its backward unless there are additional keys.
+    Without ``with_lse`` the second may be zeros: over tiles the PyTorch path then saves the work
+    (a fifth of a short call), and needs none for its backward unless there are additional keys.
     """
     layout = axis.layout(q.shape, kernel_size, stride, dilation, is_causal)
     alone = additional_keys is None or additional_values is None
-    with_lse = _keeps_lse(with_lse, alone, backend)
+    with_lse = with_lse or not alone
     dtype = q.dtype if alone else torch.promote_types(q.dtype, torch.float32)
     out, lse = _impl(backend).forward(q, k, v, rpb, layout, scale, dtype, with_lse)
     if additional_keys is not None and additional_values is not None:
@@ -87,8 +103,8 @@ def neighborhood_attention(
     return out.to(q.dtype), lse
 
 
-@torch.library.custom_op("visprune::neighborhood_attention_backward", mutates_args=())
-def neighborhood_attention_backward(
+@torch.library.impl("visprune::neighborhood_attention_backward", ("cpu", "cuda"))
+def _backward_impl(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -127,19 +143,18 @@ def neighborhood_attention_backward(
     return (*grads, none[0], none[1], none[2])
 
 
-@neighborhood_attention.register_fake
+@torch.library.register_fake("visprune::neighborhood_attention")
 def _(
     q: Tensor, k: Tensor, v: Tensor, rpb: Any, additional_keys: Any, additional_values: Any,
     kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: float, with_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    kept = _keeps_lse(with_lse, additional_keys is None, backend)
-    lse = q.new_empty(q.shape[:-1] if kept else (0,), dtype=dtype)
+    lse = q.new_empty(q.shape[:-1], dtype=dtype)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
 
-@neighborhood_attention_backward.register_fake
+@torch.library.register_fake("visprune::neighborhood_attention_backward")
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None,
     ak: Tensor | None, av: Tensor | None, out: Tensor, lse: Tensor, kernel_size: Any, stride: Any,
@@ -170,7 +185,46 @@ def _backward(
     return (*kept, *[None] * 7)
 
 
-neighborhood_attention.register_autograd(_backward, setup_context=_setup)
+differentiable("visprune::neighborhood_attention", _setup, _backward)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    with_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``neighborhood_attention``; where one band is the way on a CPU, SDPA itself.
+
+    On pictures that small a call of the custom op is a good part of the time: a fifth over 7 x 7
+    tokens, as in the last level of NAT. Who traces, counts or casts still meets the custom op.
+    """
+    plain = backend == "torch" and rpb is None and additional_keys is None and not with_lse
+    if plain and q.device.type == "cpu" and q.dtype.itemsize >= 4 and not _watched():
+        layout = axis.layout(q.shape, kernel_size, stride, dilation, is_causal)
+        grad = q.requires_grad or k.requires_grad or v.requires_grad
+        grad = grad and torch.is_grad_enabled()
+        if torch_impl.band_count(q, v, layout, False, grad) == 1:
+            return bands.attend(q, k, v, layout, scale), None
+    tensors = (q, k, v, rpb, additional_keys, additional_values)
+    args = (scale, with_lse, backend)
+    out, lse = neighborhood_attention(*tensors, kernel_size, stride, dilation, is_causal, *args)
+    return out, lse
+
+
+def _watched() -> bool:
+    """Whether somebody traces, counts or casts the operators."""
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return seen or torch.is_autocast_enabled("cpu")
 
 
 # --- unfused --------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Part:
         rank, out = len(self.runs), outs[0]
         halos = halos.view(len(outs), *self.shape, *(r.span for r in self.runs), out.shape[-1])
         at = self.images[0] * out.stride(0)
-        for axis in reversed(range(rank)):
+        for axis in reversed(range(1, rank)):
             run, (lo, hi) = self.runs[axis], self.tiles[axis]
             starts = run.starts[lo:hi]
             at += (run.group + run.step * starts[0]) * out.stride(1 + axis)
@@ -119,8 +119,11 @@ class Part:
         space = out.stride()[1:-2]
         last = [run.step * stride for run, stride in zip(self.runs, space, strict=True)]
         strides = (out.stride(0), *space, out.stride(-2), *last, out.stride(-1))
-        for t, part in zip(outs, halos, strict=True):
-            t.as_strided(part.shape, strides, t.storage_offset() + at).add_(part)
+        run, (lo, hi) = self.runs[0], self.tiles[0]
+        for t, tiles in zip(outs, halos, strict=True):
+            for start, part in zip(run.starts[lo:hi], tiles, strict=True):
+                first = at + (run.group + run.step * start) * out.stride(1)
+                t.as_strided(part.shape, strides, t.storage_offset() + first).add_(part)
 
     def by_class(self, table: Tensor) -> Tensor:
         """Spread [*classes, x, a, b] over the tiles -> [tiles, 1, a, b].
@@ -196,6 +199,11 @@ def _key_views(
     return found
 
 
+def choices(layout: Layout) -> Iterator[tuple[Run, ...]]:
+    """All choices of one run of tiles for each axis."""
+    return itertools.product(*(runs(axis, *TARGETS[len(layout)]) for axis in layout))
+
+
 @lru_cache(maxsize=128)
 def plan(
     layout: Layout, batch: int, heads: int, dim: int, held: int
@@ -205,7 +213,7 @@ def plan(
     A part is as many rows of tiles, and images, as keep its buffers below ``held`` numbers.
     """
     found = []
-    for chosen in itertools.product(*(runs(axis, *TARGETS[len(layout)]) for axis in layout)):
+    for chosen in choices(layout):
         counts = [len(run.starts) for run in chosen]
         tile, span = (product(getattr(r, x) for r in chosen) for x in ("tile", "span"))
         row = heads * span * max(tile, dim) * product(r.groups for r in chosen)
@@ -262,12 +270,18 @@ def bias_index(chosen: tuple[Run, ...]) -> Tensor:
     return interleave([run.offsets for run in chosen], [2 * run.near.shape[-1] for run in chosen])
 
 
-def bias(chosen: tuple[Run, ...], rpb: Tensor, like: Tensor) -> Tensor:
-    """What is added to the scores, by class: [*classes, H, tile, span]; -inf: no neighbour."""
+def bias_table(rpb: Tensor, like: Tensor) -> Tensor:
+    """[H, 2 k - 1, ...] -> [H, product(2 k)]; the last number of an axis, "no neighbour", -inf."""
     table = rpb.new_full((len(rpb), *(n + 1 for n in rpb.shape[1:])), -torch.inf, dtype=like.dtype)
     table[(slice(None), *(slice(n) for n in rpb.shape[1:]))] = rpb
+    return table.flatten(1)
+
+
+def bias(chosen: tuple[Run, ...], rpb: Tensor, like: Tensor) -> Tensor:
+    """What is added to the scores, by class: [*classes, H, tile, span]; -inf: no neighbour."""
     index = bias_index(chosen).to(like.device)
-    found = table.flatten(1).index_select(1, index.flatten()).view(len(rpb), *index.shape)
+    found = bias_table(rpb, like).index_select(1, index.flatten())
+    found = found.view(len(rpb), *index.shape)
     return found.movedim(0, len(chosen))
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch path: tiles of queries against their halo of keys, exact, never N x N.
 
-Every tile of queries is one small matrix product with the box of keys that its windows cover;
-dilation groups are separate images, tiles whose windows lie alike share one mask. Work goes
-through in parts of fixed size (:mod:`.tiles`), so memory beyond the results does not grow with N.
+Small pictures go through PyTorch's fused attention instead (:mod:`.bands`). Otherwise every tile of
+queries is one small matrix product with the box of keys that its windows cover; dilation groups are
+separate images, tiles whose windows lie alike share one mask. Work goes through in parts of fixed
+size (:mod:`.tiles`), so memory beyond the results does not grow with N.
 PyTorch's own CPU flash kernel on 8 x 8 tiles is slower (4.0 against 3.4 ms at 56 x 56, two threads)
 and gives no gradient of the bias.
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import tiles
+from . import bands, tiles
 from .axis import Layout, product
 from .tiles import Part
 
@@ -54,14 +55,28 @@ def _lse(s: Tensor, p: Tensor) -> Tensor:
     return s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
 
 
+def band_count(q: Tensor, v: Tensor, layout: Layout, biased: bool, grad: bool = False) -> int:
+    """Bands of the path of small pictures (:mod:`.bands`); 0 where tiles are the way."""
+    if q.device.type != "cpu" or q.shape[-1] != v.shape[-1] or q.numel() == 0:
+        return 0
+    return bands.chosen(layout, q.shape[0], q.shape[-2], biased, grad)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, layout: Layout, scale: float,
     out_dtype: torch.dtype, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, *space, H, Dv] in ``out_dtype``, LSE [B, *space, H] in fp32 (or fp64)."""
+    """Output [B, *space, H, Dv] in ``out_dtype``, LSE [B, *space, H] in fp32 (or fp64).
+
+    Without ``with_lse``, where computing it is work, the second is zeros.
+    """
+    count = band_count(q, v, layout, rpb is not None)
+    if count:
+        out, lse = bands.forward(q, k, v, rpb, layout, scale, count)
+        return out.to(out_dtype), lse
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1] if with_lse else 0, dtype=dtype, device=q.device)
+    lse = (torch.empty if with_lse else torch.zeros)(q.shape[:-1], dtype=dtype, device=q.device)
     for chosen, parts in _plan(q, layout, max(q.shape[-1], v.shape[-1])):
         table = None if rpb is None else tiles.bias(chosen, rpb, lse)
         for part in parts:
@@ -89,6 +104,13 @@ def backward(
 
     ``shared``: the softmax was over additional keys too, so it is less than one over neighbours.
     """
+    # The fused kernel takes no gradient of the log-sum-exp and gives none of the bias; it works
+    # with the stored output, which half types have rounded.
+    plain = not shared and grad_lse is None and not rpb_grad and q.dtype.itemsize >= 4
+    count = band_count(q, v, layout, rpb is not None) if plain else 0
+    if count:
+        args = (grad_out, q, k, v, rpb, out, lse, layout, scale, count)
+        return *bands.backward(*args), None
     dtype, heads = torch.promote_types(q.dtype, torch.float32), q.shape[-2]
     delta = row_terms(grad_out, grad_lse, out) if shared else None
     grad_q = torch.empty(q.shape, dtype=dtype, device=q.device)

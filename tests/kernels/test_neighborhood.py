@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visprune import ops
 from visprune.errors import ConfigError, UnsupportedKernel
-from visprune.kernels.neighborhood_attention import axis, op, reference, tiles, torch_impl
+from visprune.kernels.neighborhood_attention import axis, bands, op, reference, tiles, torch_impl
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -106,6 +106,114 @@ def test_every_query_has_its_whole_window_and_a_bias_for_each_key(
 
 def window_of(a: axis.Axis) -> tuple[int, int, int, int, bool]:
     return a.length, a.kernel, a.stride, a.dilation, a.causal
+
+
+@settings(max_examples=60)
+@given(windows(), st.integers(1, 4), st.booleans(), st.booleans(), st.integers(0, 2))
+def test_bands_of_rows_equal_the_dense_reference(
+    window: tuple[list[Any], ...], count: int, biased: bool, lse_grad: bool, extra: int
+) -> None:
+    space, *params = window
+    count, shape = min(count, space[0]), (2, *space, 2, 3)
+    leaves = [seeded(*shape, seed=i).double() for i in range(3)]
+    rpb = seeded(2, *(2 * k - 1 for k in params[0]), seed=3).double() if biased else None
+    more = [seeded(2, extra, 2, 3, seed=4 + i).double() for i in range(2)] if extra else [None] * 2
+    tensors = [*leaves, rpb, *more]
+    wanted = [t.requires_grad_() for t in leaves]
+    noise = seeded(*shape, seed=9).double(), seeded(*shape[:-1], seed=10).double() * lse_grad
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bands, "chosen", lambda *args: count)
+        for call in (reference.neighborhood_attention, _banded):
+            out, lse = call(*tensors, *params, 0.6)
+            loss = (out * noise[0]).sum() + ((lse * noise[1]).sum() if lse_grad else 0)
+            results.append([out, lse, *torch.autograd.grad(loss, wanted)])
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def _banded(*args: Any) -> tuple[Tensor, Tensor]:
+    return op.neighborhood_attention(*args, True, "torch")
+
+
+# Side, heads, kernel, dilation, images -> bands of a forward, and of one with gradients.
+CHOICES = {
+    (7, 16, 7, 1, 1): (1, 1),
+    (7, 4, 3, 1, 8): (1, 1),
+    (10, 8, 7, 1, 1): (1, 1),
+    (14, 8, 7, 1, 1): (1, 1),
+    (14, 8, 7, 1, 8): (1, 1),
+    (14, 8, 13, 1, 1): (1, 1),
+    (14, 8, 3, 1, 1): (0, 1),
+    (14, 8, 7, 2, 1): (0, 0),
+    (20, 8, 7, 1, 1): (3, 3),
+    (20, 8, 3, 1, 1): (0, 0),
+    (28, 4, 7, 1, 1): (6, 6),
+    (28, 4, 7, 4, 1): (0, 0),
+    (28, 4, 13, 2, 1): (0, 0),
+    (56, 2, 7, 1, 1): (0, 0),
+    (56, 2, 56, 1, 1): (1, 1),  # every query sees every token: no mask, whatever the size
+}
+
+
+@pytest.mark.parametrize(("case", "want"), CHOICES.items(), ids=str)
+def test_small_pictures_go_through_fused_attention(
+    case: tuple[int, ...], want: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side, heads, kernel, dilation, images = case
+    q = torch.empty(images, side, side, heads, 32)
+    window = ([kernel] * 2, [1, 1], [dilation] * 2, [False, False])
+    layout = axis.layout(q.shape, *window)
+    got = [torch_impl.band_count(q, q, layout, False, grad) for grad in (False, True)]
+    assert tuple(got) == want
+    if side <= 28:
+        calls = []
+        inner = bands.attend
+        monkeypatch.setattr(bands, "attend", lambda *a: calls.append(a) or inner(*a))
+        leaves = [seeded(*q.shape, seed=i).requires_grad_() for i in range(3)]
+        args = (*leaves, None, None, None, *window)
+        results = [
+            op.attend(*args, 0.2, False, "torch")[0],
+            reference.neighborhood_attention(*args, 0.2)[0],
+        ]
+        assert len(calls) == int(want[1] == 1)
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in results]
+        for one, other in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=100)
+@given(windows(), st.integers(1, 8), st.integers(1, 16), st.booleans())
+def test_masks_of_bands_are_bounded(
+    window: tuple[list[Any], ...], images: int, heads: int, biased: bool
+) -> None:
+    space, *params = window
+    layout = axis.layout((images, *space, heads, 8), *params)
+    count = bands.chosen(layout, images, heads, biased)
+    found = bands.bands(layout, count) if count else ()
+    assert sum(b.entries.numel() for b in found) <= bands.MAX_MASK
+    queries = [place for b in found for place in range(b.start, b.end)]
+    assert queries == list(range(axis.product(space) if count else 0))
+
+
+def test_a_mask_made_in_inference_mode_serves_under_autograd() -> None:
+    q = seeded(1, 9, 9, 4, 8)
+    bands.bands.cache_clear()
+    with torch.inference_mode():
+        want = ops.neighborhood_attention(q, q, q, 5)
+    leaf = q.clone().requires_grad_()
+    out = ops.neighborhood_attention(leaf, leaf, leaf, 5)
+    assert isinstance(out, Tensor)
+    assert torch.equal(out, want)
+    assert torch.autograd.grad(out.sum(), leaf)[0].abs().sum() > 0
+
+
+def test_autocast_changes_nothing() -> None:
+    q = seeded(1, 7, 7, 2, 8)
+    want = ops.neighborhood_attention(q, q, q, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.neighborhood_attention(q, q, q, 7)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_kernel_as_wide_as_the_picture_is_plain_attention() -> None:
