@@ -32,7 +32,7 @@ from visprune.eval.models import (
     weights_hash,
 )
 from visprune.eval.records import canonical
-from visprune.eval.tasks.base import STYLES, PromptStyle, Task
+from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.method import PruningMethod
 from visprune.run_cost import prompt_costs, sample_costs
 from visprune.saved import read_asked
@@ -253,10 +253,10 @@ def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
                    style="plain")  # fmt: skip
     model, processor = _from_transformers(spec)
     asked = read_asked(spec.name) or {}  # a folder that this library wrote says how it was taught
-    template = spec.template if spec.template is not None else asked.get("template")
+    template = spec.template or asked.get("template")
     style = asked.get("style")
-    if style is not None and style not in STYLES:
-        raise ConfigError(f"{spec.name!r} names the style {style!r}; one of {', '.join(STYLES)}.")
+    if style is not None:
+        prompts.check_style(style)
     return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
 
 
