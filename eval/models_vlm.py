@@ -73,6 +73,7 @@ class VLM:
         self.family = str(model.config.model_type)
         llava = self.family in ("llava", "llava_next")
         self.style: PromptStyle = style or ("llava15" if llava else "chat")
+        prompts.check_style(self.style)
         self._weights = weights_hash(model)
         try:
             self.adapter = find_adapter(model)
@@ -254,10 +255,8 @@ def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
     model, processor = _from_transformers(spec)
     asked = read_asked(spec.name) or {}  # a folder that this library wrote says how it was taught
     template = spec.template or asked.get("template")
-    style = asked.get("style")
-    if style is not None:
-        prompts.check_style(style)
-    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
+    options: dict[str, Any] = {"template": template, "style": asked.get("style")}
+    return VLM(model.eval().to(device), processor, name=spec.name, **options)
 
 
 def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
