@@ -253,10 +253,9 @@ def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
         return VLM(model.to(device), processor, name=EMBEDDED, template=spec.template or _PLAIN,
                    style="plain")  # fmt: skip
     model, processor = _from_transformers(spec)
-    asked = read_asked(spec.name) or {}  # a folder that this library wrote says how it was taught
-    template = spec.template or asked.get("template")
-    options: dict[str, Any] = {"template": template, "style": asked.get("style")}
-    return VLM(model.eval().to(device), processor, name=spec.name, **options)
+    asked: Any = read_asked(spec.name) or {}  # a folder of this library says how it was taught
+    template, style = spec.template or asked.get("template"), asked.get("style")
+    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
 
 
 def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
