@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common.autograd import differentiable
+
 from . import torch_impl
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -47,8 +49,7 @@ _TENSORS = (
     "Tensor? q, Tensor? k, Tensor? v, Tensor? low_q, Tensor? low_k, Tensor? low_v, "
     "Tensor? pad_k, Tensor? pad_v, SymInt window_size, float scale, bool masked, str backend"
 )
-# Defined by schema, not by the decorator `custom_op`: its checks on every call cost 25 us more,
-# 2 % of a layer of 14 x 14 tokens and 384 channels (two CPU threads).
+# Defined by schema for the time of a call: see `common.autograd`.
 torch.library.define("visprune::hilo_attention", f"({_TENSORS}) -> (Tensor out, Tensor lse)")
 torch.library.define(
     "visprune::hilo_attention_backward",
@@ -58,28 +59,49 @@ hilo_forward = torch.ops.visprune.hilo_attention.default
 hilo_backward = torch.ops.visprune.hilo_attention_backward.default
 
 
+def _impl(backend: str) -> Any:
+    """The module that computes: ``torch_impl`` or ``triton_impl``, with the same functions."""
+    if backend == "triton":
+        from . import triton_impl
+
+        return triton_impl
+    return torch_impl
+
+
 @torch.library.impl("visprune::hilo_attention", ("cpu", "cuda"))
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """[B, H, W, Hh + Hl, d] and what the backward of the low branch keeps (log-sum-exp)."""
     *inputs, backend = args
-    if backend == "triton":
-        from . import triton_impl
-
-        return triton_impl.hilo_attention(*inputs)
-    return torch_impl.hilo_attention(*inputs)
+    out: tuple[Tensor, Tensor] = _impl(backend).hilo_attention(*inputs)
+    return out
 
 
 @torch.library.impl("visprune::hilo_attention_backward", ("cpu", "cuda"))
-def _backward_impl(*args: Any) -> list[Tensor]:
+def _backward_impl(
+    grad: Tensor, out: Tensor, lse: Tensor,
+    q: Tensor | None, k: Tensor | None, v: Tensor | None,
+    low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
+    pad_k: Tensor | None, pad_v: Tensor | None,
+    window_size: int, scale: float, masked: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the eight tensors; an empty one stands for an input that is None."""
-    *inputs, backend = args
-    if backend == "triton":
-        from . import triton_impl
-
-        got = triton_impl.hilo_backward(*inputs)
-    else:
-        got = torch_impl.hilo_backward(*inputs)
-    return [inputs[0].new_empty(0) if t is None else t for t in got]
+    impl = _impl(backend)
+    given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
+    got: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in given]
+    if out.numel():
+        split = 0 if q is None else q.shape[3]
+        if q is not None and k is not None and v is not None and split:
+            high = (grad[:, :, :, :split], q, k, v, pad_k, pad_v)
+            found = impl.high_backward(*high, window_size, scale, masked)
+            got[:3], got[6:] = found[:3], found[3:]
+        if low_q is not None and low_k is not None and low_v is not None and low_q.shape[3]:
+            low = (grad[:, :, :, split:], out[:, :, :, split:], lse, low_q, low_k, low_v)
+            got[3:6] = impl.low_backward(*low, scale)
+    # A custom op returns fresh tensors whose strides do not depend on the path taken.
+    return [
+        grad.new_empty(0) if t is None or g is None else g.to(t.dtype).contiguous()
+        for t, g in zip(given, got, strict=True)
+    ]
 
 
 @torch.library.register_fake("visprune::hilo_attention")
@@ -94,7 +116,7 @@ def _(q: Any, k: Any, v: Any, low_q: Any, low_k: Any, low_v: Any, *rest: Any) ->
         rows = (b, low_q.shape[3], height * width)
         if low_q.shape[3] and rest[-1] == "triton":
             return out, low_q.new_empty(*rows, 2, dtype=wide)
-        if low_q.shape[3] and torch_impl.fused(keys, low_q):
+        if low_q.shape[3] and torch_impl.fused(keys, height * width, low_q):
             return out, low_q.new_empty(rows, dtype=wide)
     return out, like.new_empty(0, dtype=wide)
 
@@ -120,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]
     return (*found, *[None] * 4)
 
 
-torch.library.register_autograd("visprune::hilo_attention", _backward, setup_context=_setup)
+differentiable("visprune::hilo_attention", _setup, _backward)
 
 
 def hilo_attention(

@@ -6,13 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Measured on two AVX-512 threads, torch 2.15 (README): up to this many keys two products and a
-# softmax are faster than PyTorch's fused CPU kernel, as long as the scores stay in cache.
+# Measured on two AVX2 threads, torch 2.14: up to this many keys, and queries, two products and a
+# softmax are faster than PyTorch's fused CPU kernel (1.1 to 1.3 times at 49 keys; 0.5 to 0.9 times
+# from 784 queries on).
 PLAIN_KEYS = 100
+PLAIN_QUERIES = 512
 MAX_SCORES = 1 << 18  # scores held at once (fp32: 1 MiB)
 # Softmax over short rows costs more than both products of a small window; along a dimension that
 # is not the last one it is vectorised across queries, so few keys come first.
-KEYS_FIRST = 49
+KEYS_FIRST = 32
 
 
 def wide(t: Tensor) -> Tensor:
@@ -20,9 +22,10 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def fused(keys: int, like: Tensor) -> bool:
-    """Whether this many keys go through PyTorch's fused CPU attention."""
-    return keys > PLAIN_KEYS and like.device.type == "cpu"
+def fused(keys: int, queries: int, like: Tensor) -> bool:
+    """Whether attention of this size goes through PyTorch's fused CPU kernel."""
+    large = keys > PLAIN_KEYS or (queries > PLAIN_QUERIES and keys > KEYS_FIRST)
+    return large and like.device.type == "cpu"
 
 
 def group_step(q: Tensor, k: Tensor) -> int:
@@ -148,16 +151,21 @@ def heads_first(t: Tensor) -> Tensor:
     return t.flatten(1, 2).transpose(1, 2)
 
 
-def low(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Lo-Fi heads -> [B, h, N, d], and the log-sum-exp of the fused kernel (else empty)."""
+def low(q: Tensor, k: Tensor, v: Tensor, scale: float, place: Tensor) -> Tensor:
+    """Lo-Fi heads into ``place`` [B, N, h, d]; the log-sum-exp of the fused kernel (else empty)."""
     q, k, v = heads_first(q), heads_first(k), heads_first(v)
-    if fused(k.shape[2], q):
-        fa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if fused(k.shape[2], q.shape[2], q):
+        fa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = fa(q, k, v, scale=scale)
-        return out, lse.contiguous()
-    qf, kf, vf = (wide(t).flatten(0, 1) for t in (q, k, v))
-    out = attend(qf, kf, vf, scale)
-    return out.view(q.shape), out.new_empty(0)
+        place.copy_(out.transpose(1, 2))
+        return lse.contiguous()
+    # Image by image, without a copy of the queries. The values are copied: rows that lie apart
+    # slow the second product more than that costs.
+    v = wide(v).contiguous()
+    for one, *image in zip(place, q, k, v, strict=True):
+        qf, kf, vf = (wide(t) for t in image)
+        one.copy_(attend(qf, kf, vf, scale).transpose(0, 1))
+    return v.new_empty(0)
 
 
 def hilo_attention(
@@ -186,8 +194,7 @@ def hilo_attention(
         else:
             high.view(got.shape).copy_(got)
     if low_q is not None and low_k is not None and low_v is not None and heads > split:
-        got, lse = low(low_q, low_k, low_v, scale)
-        out.flatten(1, 2)[:, :, split:].copy_(got.transpose(1, 2))
+        lse = low(low_q, low_k, low_v, scale, out.flatten(1, 2)[:, :, split:])
     return out, lse
 
 
@@ -215,10 +222,10 @@ def high_backward(
 def low_backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> list[Tensor | None]:
-    """Gradients of the low branch, shaped like q, k and v."""
+    """Gradients of the low branch, shaped like q, k and v; ``lse`` from the forward."""
     given = q, k, v
     grad, out, q, k, v = (heads_first(t) for t in (grad, out, q, k, v))
-    if fused(k.shape[2], q):
+    if fused(k.shape[2], q.shape[2], q):
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         parts = back(grad, q, k, v, out, lse, 0.0, False, scale=scale)
     else:
@@ -226,29 +233,3 @@ def low_backward(
         flat = attend_backward(gf, qf, kf, vf, scale)
         parts = [t.view(s.shape) for t, s in zip(flat, (q, k, v), strict=True)]
     return [t.transpose(1, 2).reshape(s.shape) for t, s in zip(parts, given, strict=True)]
-
-
-def hilo_backward(
-    grad: Tensor, out: Tensor, lse: Tensor,
-    q: Tensor | None, k: Tensor | None, v: Tensor | None,
-    low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
-    pad_k: Tensor | None, pad_v: Tensor | None,
-    ws: int, scale: float, masked: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients in the order of the eight tensors; None where there is none."""
-    given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
-    got: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in given]
-    if out.numel():
-        split = 0 if q is None else q.shape[3]
-        if q is not None and k is not None and v is not None and split:
-            g = grad[:, :, :, :split]
-            found = high_backward(g, q, k, v, pad_k, pad_v, ws, scale, masked)
-            got[:3], got[6:] = found[:3], found[3:]
-        if low_q is not None and low_k is not None and low_v is not None and low_q.shape[3]:
-            g, o = grad[:, :, :, split:], out[:, :, :, split:]
-            got[3:6] = low_backward(g, o, lse, low_q, low_k, low_v, scale)
-    # A custom op returns fresh tensors whose strides do not depend on the path taken.
-    return [
-        None if t is None or g is None else g.to(t.dtype).contiguous()
-        for t, g in zip(given, got, strict=True)
-    ]

@@ -318,10 +318,11 @@ def hilo_attention(
     return out, norm
 
 
-def _high_backward(
+def high_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
     ws: int, scale: float, masked: bool,
 ) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and of the padded key and value."""
     inputs = _prepared(q, k, v, pad_k, pad_v, ws, masked)
     height, width = q.shape[1:3]
     g = _rowwise(grad) if inputs[0].shape == grad.shape else padded(grad, ws, None)
@@ -338,9 +339,10 @@ def _high_backward(
     return found
 
 
-def _low_backward(
-    grad: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+def low_backward(
+    grad: Tensor, _out: Tensor, norm: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> list[Tensor | None]:
+    """Gradients of the low branch, shaped like q, k and v; ``norm`` from the forward."""
     gf, qf, kf, vf = (_flat(t) for t in (grad, q, k, v))
     b, n, heads, dim = qf.shape
     keys = kf.shape[1]
@@ -356,27 +358,3 @@ def _low_backward(
         *shared, *grads[1:], *numbers, *_low_strides(grads[1]), **tile
     )
     return [g.view(t.shape) for g, t in zip(grads, (q, k, v), strict=True)]
-
-
-def hilo_backward(
-    grad: Tensor, out: Tensor, norm: Tensor,
-    q: Tensor | None, k: Tensor | None, v: Tensor | None,
-    low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
-    pad_k: Tensor | None, pad_v: Tensor | None,
-    ws: int, scale: float, masked: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients in the order of the eight tensors; None where there is none."""
-    given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
-    got: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in given]
-    if out.numel():
-        split = 0 if q is None else q.shape[3]
-        if q is not None and k is not None and v is not None and split:
-            g = grad[:, :, :, :split]
-            found = _high_backward(g, q, k, v, pad_k, pad_v, ws, scale, masked)
-            got[:3], got[6:] = found[:3], found[3:]
-        if low_q is not None and low_k is not None and low_v is not None and low_q.shape[3]:
-            got[3:6] = _low_backward(grad[:, :, :, split:], norm, low_q, low_k, low_v, scale)
-    return [
-        None if t is None or g is None else g.to(t.dtype).contiguous()
-        for t, g in zip(given, got, strict=True)
-    ]
