@@ -68,7 +68,6 @@ CASES = (
     _case("hilo_high_only", (1, 4, 6), (4, 0), 8, 2),
     _case("hilo_low_only", (2, 3, 5), (0, 3), 48, 1),
     _case("hilo_many_keys", (1, 13, 11), (1, 2), 8, 1, triton=False),
-    _case("hilo_many_queries", (1, 19, 28), (0, 2), 8, 1, keys=(6, 6), triton=False),
     _case("hilo_other_grid", (2, 5, 5), (1, 1), 8, 2, keys=(2, 1)),
     _case("hilo_one_token", (1, 1, 1), (1, 1), 8, 2, pads=True),
     _case("hilo_no_images", (0, 4, 4), (1, 1), 8, 2),

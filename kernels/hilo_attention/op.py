@@ -116,7 +116,7 @@ def _(q: Any, k: Any, v: Any, low_q: Any, low_k: Any, low_v: Any, *rest: Any) ->
         rows = (b, low_q.shape[3], height * width)
         if low_q.shape[3] and rest[-1] == "triton":
             return out, low_q.new_empty(*rows, 2, dtype=wide)
-        if low_q.shape[3] and torch_impl.fused(keys, height * width, low_q):
+        if low_q.shape[3] and torch_impl.fused(keys, low_q):
             return out, low_q.new_empty(rows, dtype=wide)
     return out, like.new_empty(0, dtype=wide)
 

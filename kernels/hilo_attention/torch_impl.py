@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Measured on two AVX2 threads, torch 2.14: up to this many keys, and queries, two products and a
-# softmax are faster than PyTorch's fused CPU kernel (1.1 to 1.3 times at 49 keys; 0.5 to 0.9 times
-# from 784 queries on).
+# Up to this many keys two products and a softmax are faster than PyTorch's fused CPU kernel, as long
+# as the scores stay in cache: 1.1 to 1.3 times at 49 keys and 49 or 196 queries (two AVX2 threads,
+# torch 2.14). Over 784 queries and more the fused kernel is 1.1 to 1.4 times as fast from 49 keys
+# on, but there its gradient of the queries can be off by twice the rounding of plain code.
 PLAIN_KEYS = 100
-PLAIN_QUERIES = 512
 MAX_SCORES = 1 << 18  # scores held at once (fp32: 1 MiB)
 # Softmax over short rows costs more than both products of a small window; along a dimension that
 # is not the last one it is vectorised across queries, so few keys come first.
@@ -22,10 +22,9 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def fused(keys: int, queries: int, like: Tensor) -> bool:
-    """Whether attention of this size goes through PyTorch's fused CPU kernel."""
-    large = keys > PLAIN_KEYS or (queries > PLAIN_QUERIES and keys > KEYS_FIRST)
-    return large and like.device.type == "cpu"
+def fused(keys: int, like: Tensor) -> bool:
+    """Whether this many keys go through PyTorch's fused CPU attention."""
+    return keys > PLAIN_KEYS and like.device.type == "cpu"
 
 
 def group_step(q: Tensor, k: Tensor) -> int:
@@ -154,7 +153,7 @@ def heads_first(t: Tensor) -> Tensor:
 def low(q: Tensor, k: Tensor, v: Tensor, scale: float, place: Tensor) -> Tensor:
     """Lo-Fi heads into ``place`` [B, N, h, d]; the log-sum-exp of the fused kernel (else empty)."""
     q, k, v = heads_first(q), heads_first(k), heads_first(v)
-    if fused(k.shape[2], q.shape[2], q):
+    if fused(k.shape[2], q):
         fa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = fa(q, k, v, scale=scale)
         place.copy_(out.transpose(1, 2))
@@ -225,7 +224,7 @@ def low_backward(
     """Gradients of the low branch, shaped like q, k and v; ``lse`` from the forward."""
     given = q, k, v
     grad, out, q, k, v = (heads_first(t) for t in (grad, out, q, k, v))
-    if fused(k.shape[2], q.shape[2], q):
+    if fused(k.shape[2], q):
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         parts = back(grad, q, k, v, out, lse, 0.0, False, scale=scale)
     else:
