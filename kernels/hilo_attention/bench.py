@@ -106,6 +106,21 @@ def ours(layer: Projections, x: Tensor, backend: str) -> Tensor:
     )  # fmt: skip
 
 
+def projections(layer: Projections, x: Tensor) -> Tensor:
+    """The linear maps of ``ours`` and nothing between them: what no attention can undercut."""
+    b, height, width, c = x.shape
+    tokens, ws = x.reshape(-1, c), layer.window_size
+    high = layer.h_qkv(tokens)[:, : layer.high * layer.head_dim] if layer.high else None
+    if not layer.low:
+        return layer.h_proj(high)
+    low = layer.l_q(tokens)
+    layer.l_kv(tokens[: b * -(-height // ws) * -(-width // ws)])
+    if high is None:
+        return layer.l_proj(low)
+    pairs = [(p.weight, p.bias) for p in (layer.h_proj, layer.l_proj)]
+    return op.side_by_side(high, pairs[0], low, pairs[1])
+
+
 def _with_backward(call: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(call().sum(), inputs)
 
@@ -123,9 +138,10 @@ def _contestants(
         "self-attention": lambda: attention(x),
         "official": lambda: layer(x),
         "ours": lambda: ours(layer, x, backend),
+        "projections": lambda: projections(layer, x),
     }
     own, other = [x, *layer.parameters()], [x, *attention.parameters()]
-    return calls, {"self-attention": other, "official": own, "ours": own}
+    return calls, {"self-attention": other, "official": own, "ours": own, "projections": own}
 
 
 def run(
@@ -161,7 +177,8 @@ def run(
             row["agree"] = torch.allclose(calls["official"](), calls["ours"](), loose, loose)
             if row["agree"]:
                 timed: dict[str, Callable[[], object]] = dict(calls)
-                if backward:
+                if backward:  # the projections alone leave keys and values without a gradient
+                    del calls["projections"]
                     timed = {key: _with_backward(c, leaves[key]) for key, c in calls.items()}
                 few = max(3, rounds // 4) if side > 28 else rounds
                 times = timing.interleaved(timed, few, warmup=2, clock=clock)
@@ -170,10 +187,13 @@ def run(
                 row["official ms"] = by_official["official"]["ms"]
                 row["ms"] = by_official["ours"]["ms"]
                 row["/ official"] = by_official["ours"]["ratio"]
-                row["/ self-attention"] = timing.summary(times, "self-attention")["ours"]["ratio"]
+                by_attention = timing.summary(times, "self-attention")
+                row["/ self-attention"] = by_attention["ours"]["ratio"]
+                if not backward:
+                    row["bound"] = by_attention["projections"]["ratio"]
             else:
                 keys = ("self-attention ms", "official ms", "ms", "/ official", "/ self-attention")
-                row |= dict.fromkeys(keys, "-")
+                row |= dict.fromkeys(keys if backward else (*keys, "bound"), "-")
             rows.append(row)
     return rows
 

@@ -226,11 +226,11 @@ def hilo_layer(
         (only,) = (pair for pair in (h_proj, l_proj) if pair is not None)
         whole = linear(out, *only)
     else:  # each branch has its own projection: nothing mixes the two
-        whole = _side_by_side(out[:, :split], h_proj, out[:, split:], l_proj)
+        whole = side_by_side(out[:, :split], h_proj, out[:, split:], l_proj)
     return whole.view(b, height, width, whole.shape[1])
 
 
-def _side_by_side(high: Tensor, h_proj: Linear, low: Tensor, l_proj: Linear) -> Tensor:
+def side_by_side(high: Tensor, h_proj: Linear, low: Tensor, l_proj: Linear) -> Tensor:
     """Both projections next to one another, [tokens, channels of high + channels of low]."""
     pairs = (high, h_proj), (low, l_proj)
     traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(high.device.type)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Up to this many keys two products and a softmax are faster than PyTorch's fused CPU kernel, as long
-# as the scores stay in cache: 1.1 to 1.3 times at 49 keys and 49 or 196 queries (two AVX2 threads,
-# torch 2.14). Over 784 queries and more the fused kernel is 1.1 to 1.4 times as fast from 49 keys
-# on, but there its gradient of the queries can be off by twice the rounding of plain code.
+# Up to this many keys two products and a softmax are faster than PyTorch's fused CPU kernel, as
+# long as the scores stay in cache: 1.1 to 1.3 times at 49 keys and 49 or 196 queries (two AVX2
+# threads, torch 2.14). Over 784 queries and more the fused kernel is 1.1 to 1.4 times as fast from
+# 49 keys on, but there its gradient of the queries can be off by twice the error of plain code.
 PLAIN_KEYS = 100
 MAX_SCORES = 1 << 18  # scores held at once (fp32: 1 MiB)
 # Softmax over short rows costs more than both products of a small window; along a dimension that
