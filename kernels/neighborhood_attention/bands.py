@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import axis as axes
 from . import tiles
 from .axis import Axis, Layout, product
 
@@ -231,9 +232,20 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+@lru_cache(maxsize=16)
+def alone(
+    shape: tuple[int, ...], kernel_size: tuple[int, ...], stride: tuple[int, ...],
+    dilation: tuple[int, ...], is_causal: tuple[bool, ...], grad: bool,
+) -> Band | None:  # fmt: skip
+    """The band of :func:`attend`, where one band is the cheapest way."""
+    found = axes.layout(shape, kernel_size, stride, dilation, is_causal)
+    one = 0 not in shape and chosen(found, shape[0], shape[-2], False, grad) == 1
+    return bands(found, 1)[0] if one else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> Tensor:
     """One band as one call of SDPA, which differentiates itself -> [B, *space, H, D]."""
-    mask = _mask(bands(layout, 1)[0], None, q)
     qs, ks, vs = (t.flatten(1, -3).transpose(1, 2) for t in (q, k, v))
+    mask = _mask(band, None, q)
     out = torch.nn.functional.scaled_dot_product_attention(qs, ks, vs, mask, scale=scale)
     return out.transpose(1, 2).reshape(q.shape)

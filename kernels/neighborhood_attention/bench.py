@@ -139,10 +139,11 @@ def _measured(
     device: str, dtype: torch.dtype, backend: str,
 ) -> Row:  # fmt: skip
     gen = torch.Generator().manual_seed(0)
-    size = (1, shape.length, shape.length, shape.heads, shape.dim)
+    size = (shape.batch, shape.length, shape.length, shape.heads, shape.dim)
     grad = direction != "forward"
     qkv = [torch.randn(size, generator=gen).to(device, dtype).requires_grad_(grad) for _ in "qkv"]
     row: Row = {"case": f"{shape.length}²", "H": shape.heads, "d": shape.dim, "k": shape.kernel}
+    row |= {"B": shape.batch} if shape.batch > 1 or shape in cases.SMALL_SHAPES else {}
     row |= {"dilation": dilation, "direction": direction}
     row["agree"] = _agrees(shape, dilation, qkv, backend)
     if not row["agree"]:
@@ -217,6 +218,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
     parser.add_argument("--sides", type=int, nargs="+", help="sides of the pictures; default all")
+    parser.add_argument("--small", action="store_true", help="pictures of 7 to 28 tokens a side")
     parser.add_argument("--csv", type=Path, help="file to add the rows to")
     parser.add_argument("--bandwidth", type=float, help="GB/s of the device, for the floor")
     parser.add_argument("--rate", type=float, help="TFLOP/s of the device, for the floor")
@@ -224,6 +226,7 @@ def main() -> int:
     on_gpu = args.device == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     shapes = GPU_SHAPES if on_gpu else cases.BENCH_SHAPES
+    shapes = cases.SMALL_SHAPES if args.small else shapes
     shapes = tuple(s for s in shapes if not args.sides or s.length in args.sides)
     rows = run(args.rounds, args.threads, shapes, args.clock, not args.no_flex, args.device, dtype)
     if args.bandwidth and args.rate:

@@ -26,6 +26,7 @@ class Shape:
     dilations: tuple[int, ...]
     dim: int = 32
     kernel: int = 7
+    batch: int = 1
 
 
 BENCH_SHAPES = (
@@ -33,6 +34,27 @@ BENCH_SHAPES = (
     Shape("level2", 28, 4, (1, 4)),
     Shape("level1", 56, 2, (1, 8)),
     Shape("level1_448", 112, 2, (1, 8)),
+)
+
+
+# Pictures around the change from tiles to fused attention.
+SMALL_SHAPES = tuple(
+    Shape("small", length, heads, dilations, kernel=kernel, batch=batch)
+    for length, heads, kernel, dilations in (
+        (7, 16, 7, (1,)),
+        (7, 4, 3, (1, 2)),
+        (10, 8, 7, (1,)),
+        (14, 2, 7, (1,)),
+        (14, 8, 3, (1,)),
+        (14, 8, 7, (1, 2)),
+        (14, 8, 13, (1,)),
+        (14, 16, 7, (1,)),
+        (20, 8, 7, (1, 2)),
+        (20, 8, 13, (1,)),
+        (28, 4, 3, (1,)),
+        (28, 4, 13, (1, 2)),
+    )
+    for batch in (1, 8)
 )
 
 

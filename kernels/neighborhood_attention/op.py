@@ -209,12 +209,14 @@ def attend(
     tokens, as in the last level of NAT. Who traces, counts or casts still meets the custom op.
     """
     plain = backend == "torch" and rpb is None and additional_keys is None and not with_lse
-    if plain and q.device.type == "cpu" and q.dtype.itemsize >= 4 and not _watched():
-        layout = axis.layout(q.shape, kernel_size, stride, dilation, is_causal)
+    plain = plain and q.device.type == "cpu" and q.dtype.itemsize >= 4 and q.shape == v.shape
+    if plain and not _watched():
         grad = q.requires_grad or k.requires_grad or v.requires_grad
         grad = grad and torch.is_grad_enabled()
-        if torch_impl.band_count(q, v, layout, False, grad) == 1:
-            return bands.attend(q, k, v, layout, scale), None
+        window = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+        band = bands.alone(q.shape, *window, grad)
+        if band is not None:
+            return bands.attend(q, k, v, band, scale), None
     tensors = (q, k, v, rpb, additional_keys, additional_values)
     args = (scale, with_lse, backend)
     out, lse = neighborhood_attention(*tensors, kernel_size, stride, dilation, is_causal, *args)

@@ -55,11 +55,11 @@ def _lse(s: Tensor, p: Tensor) -> Tensor:
     return s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
 
 
-def band_count(q: Tensor, v: Tensor, layout: Layout, biased: bool, grad: bool = False) -> int:
+def band_count(q: Tensor, v: Tensor, layout: Layout, biased: bool) -> int:
     """Bands of the path of small pictures (:mod:`.bands`); 0 where tiles are the way."""
     if q.device.type != "cpu" or q.shape[-1] != v.shape[-1] or q.numel() == 0:
         return 0
-    return bands.chosen(layout, q.shape[0], q.shape[-2], biased, grad)
+    return bands.chosen(layout, q.shape[0], q.shape[-2], biased)
 
 
 def forward(
