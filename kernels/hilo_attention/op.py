@@ -87,7 +87,7 @@ def _backward_impl(
     """Gradients of the eight tensors; an empty one stands for an input that is None."""
     impl = _impl(backend)
     given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
-    got: list[Tensor | None] = [None if t is None else torch.zeros_like(t) for t in given]
+    got: list[Tensor | None] = [None] * len(given)
     if out.numel():
         split = 0 if q is None else q.shape[3]
         if q is not None and k is not None and v is not None and split:
@@ -98,10 +98,16 @@ def _backward_impl(
             low = (grad[:, :, :, split:], out[:, :, :, split:], lse, low_q, low_k, low_v)
             got[3:6] = impl.low_backward(*low, scale)
     # A custom op returns fresh tensors whose strides do not depend on the path taken.
-    return [
-        grad.new_empty(0) if t is None or g is None else g.to(t.dtype).contiguous()
-        for t, g in zip(given, got, strict=True)
-    ]
+    like = torch.contiguous_format
+    back = []
+    for t, g in zip(given, got, strict=True):
+        if t is None:
+            back.append(grad.new_empty(0))
+        elif g is None:
+            back.append(torch.zeros_like(t, memory_format=like))
+        else:
+            back.append(g.to(t.dtype).contiguous())
+    return back
 
 
 @torch.library.register_fake("visprune::hilo_attention")
@@ -226,7 +232,9 @@ def hilo_layer(
         (only,) = (pair for pair in (h_proj, l_proj) if pair is not None)
         whole = linear(out, *only)
     else:  # each branch has its own projection: nothing mixes the two
-        whole = side_by_side(out[:, :split], h_proj, out[:, split:], l_proj)
+        # `split`, not two slices: their gradient would be two padded tensors and a sum.
+        high, low = out.split((split, out.shape[1] - split), 1)
+        whole = side_by_side(high, h_proj, low, l_proj)
     return whole.view(b, height, width, whole.shape[1])
 
 
