@@ -35,10 +35,16 @@ def one_of(what: str, got: str, allowed: tuple[str, ...]) -> None:
 
 
 def floating(name: str, **tensors: Tensor) -> None:
-    """Refuse integer tensors."""
+    """Refuse integer tensors, and tensors on several devices."""
+    first = next(iter(tensors))
     for key, t in tensors.items():
         if not t.is_floating_point():
             raise ConfigError(f"{name}: {key} must be a floating-point tensor; got {t.dtype}.")
+        if t.device != tensors[first].device:
+            raise ConfigError(
+                f"{name}: all tensors must be on one device; "
+                f"got {first} on {tensors[first].device}, {key} on {t.device}."
+            )
 
 
 def shape(name: str, key: str, t: Tensor | None, want: tuple[int, ...]) -> None:

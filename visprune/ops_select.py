@@ -88,6 +88,10 @@ def _budget(name: str, num_keep: int | Tensor, x: Tensor) -> tuple[Tensor | None
         keep = num_keep.to(x.device)
         width = int(num_keep.max()) if len(num_keep) else 0
         low = int(num_keep.min()) if len(num_keep) else 0
+    elif not hasattr(num_keep, "__index__"):
+        raise BudgetError(
+            f"{name}: num_keep must be an int or an int64 tensor [{len(x)}]; got {num_keep!r}."
+        )
     else:
         width = low = num_keep
     if low < 0 or width > n:

@@ -236,7 +236,7 @@ def low_backward(
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         parts = back(grad, q, k, v, out, lse, 0.0, False, scale=scale)
     else:
-        gf, qf, kf, vf = (wide(t).flatten(0, 1) for t in (grad, q, k, v))
+        gf, qf, kf, vf = (wide(t).flatten(0, 1).contiguous() for t in (grad, q, k, v))
         flat = attend_backward(gf, qf, kf, vf, scale)
         parts = [t.view(s.shape) for t, s in zip(flat, (q, k, v), strict=True)]
     return [t.transpose(1, 2).reshape(s.shape) for t, s in zip(parts, given, strict=True)]

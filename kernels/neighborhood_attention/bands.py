@@ -27,11 +27,11 @@ MIN_ROWS = 128  # queries of a band: the fused kernel is slow on few
 MAX_KEYS = 512  # of a band: the block of the fused kernel, so that no block is masked whole
 # What things cost, in scores of a tile (two products of width 32 and a softmax: 2.4 ns on two
 # AVX2 threads; the README names the machine).
-ROUND = 90e3  # tiles: the calls of one choice of runs, and of the custom op
+ROUND = 100e3  # tiles: the calls of one choice of runs, and of the custom op
 HALO, QUERY = 25.0, 25.0  # tiles: one key of a halo, one query
 IN_CACHE, OUTSIDE = 1 << 18, 1.4  # tiles: above so many scores all of that costs more
 GRADIENT = 1.2  # tiles: factor where gradients are wanted; the fused kernel's are cheaper
-BAND = 8e3  # bands: the calls of one
+BAND = 30e3  # bands: the calls of one, and more than one go through the custom op
 FUSED, ROW = 0.55, 80.0  # bands: one score, one row
 MASKED, BIASED = 1.1, 0.6  # bands: factor of a mask; a bias looked up for one score
 
@@ -101,7 +101,8 @@ def _cost(
 ) -> float:
     scores = sum((b - a) * (d - c) for a, b, c, d in rows) * width**2
     places = sum(b - a for a, b, _, _ in rows) * width
-    total = MASKED * batch * heads * (FUSED * scores + ROW * places) + BAND * len(rows)
+    total = MASKED * batch * heads * (FUSED * scores + ROW * places)
+    total += BAND * (len(rows) + 1 if len(rows) > 1 else 0)
     return total + (BIASED * heads * scores if biased else 0.0)
 
 

@@ -44,8 +44,13 @@ def _ours(shape: cases.Shape, dilation: int, qkv: list[Tensor], backend: str) ->
 
 
 def _dense(qkv: list[Tensor]) -> Call:
-    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv)
-    return lambda: scaled_dot_product_attention(q, k, v)
+    """SDPA over all tokens, of the same tensors and with a result laid out like theirs."""
+
+    def call() -> Tensor:
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv)
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(qkv[0].shape)
+
+    return call
 
 
 def _flex(shape: cases.Shape, dilation: int, qkv: list[Tensor], tile: int = 8) -> Call:

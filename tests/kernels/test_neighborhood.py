@@ -372,6 +372,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "dtypes": (
         lambda: ops.neighborhood_attention(X, X.half(), X, 3), ConfigError, "one dtype.*float16",
     ),
+    "devices": (
+        lambda: ops.neighborhood_attention(X, X.to("meta"), X, 3),
+        ConfigError,
+        "on one device; got q on cpu, k on meta",
+    ),
     "kernel too large": (
         lambda: ops.neighborhood_attention(X, X, X, 7),
         ConfigError,

@@ -216,6 +216,11 @@ BAD = {
     "keep per row": (lambda: ops.greedy_diverse(X, torch.tensor([1])), BudgetError, r"\[2\]"),
     "objective": (lambda: ops.greedy_diverse(X, 2, "max_min"), ConfigError, "k_center, max_sum"),
     "integer": (lambda: ops.greedy_diverse(X.long(), 2), ConfigError, "floating.*int64"),
+    "part of a token": (
+        lambda: ops.greedy_diverse(X, 2.5),
+        BudgetError,
+        r"num_keep must be an int.*got 2\.5",
+    ),
     "shape": (lambda: ops.greedy_diverse(X[0, 0], 1), ConfigError, r"\[N, D\] or \[B, N, D\]"),
     "pivot": (lambda: ops.greedy_diverse(X, 2, pivot=6), ConfigError, r"0\.\.5; got \[6, 6\]"),
     "pivot name": (lambda: ops.greedy_diverse(X, 2, pivot="cls"), ConfigError, "farthest"),
