@@ -33,6 +33,7 @@ IN_CACHE, OUTSIDE = 1 << 18, 1.4  # tiles: above so many scores all of that cost
 GRADIENT = 1.2  # tiles: factor where gradients are wanted; the fused kernel's are cheaper
 BAND = 30e3  # bands: the calls of one, and more than one go through the custom op
 FUSED, ROW = 0.55, 80.0  # bands: one score, one row
+SPLIT = 1.15  # bands: factor where there are several, as the fused kernel is slower on fewer rows
 MASKED, BIASED = 1.1, 0.6  # bands: factor of a mask; a bias looked up for one score
 
 
@@ -102,7 +103,8 @@ def _cost(
     scores = sum((b - a) * (d - c) for a, b, c, d in rows) * width**2
     places = sum(b - a for a, b, _, _ in rows) * width
     total = MASKED * batch * heads * (FUSED * scores + ROW * places)
-    total += BAND * (len(rows) + 1 if len(rows) > 1 else 0)
+    if len(rows) > 1:
+        total = SPLIT * total + BAND * (len(rows) + 1)
     return total + (BIASED * heads * scores if biased else 0.0)
 
 
