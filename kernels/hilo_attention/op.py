@@ -241,8 +241,10 @@ def hilo_layer(
 def side_by_side(high: Tensor, h_proj: Linear, low: Tensor, l_proj: Linear) -> Tensor:
     """Both projections next to one another, [tokens, channels of high + channels of low]."""
     pairs = (high, h_proj), (low, l_proj)
-    traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(high.device.type)
-    if traced or torch.is_grad_enabled():
+    kind = high.device.type
+    # `meta` and its like know no autocast.
+    cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    if cast or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return torch.cat([linear(x, *pair) for x, pair in pairs], 1)
     # Into its place at once: the copy is 3 % of a layer on two CPU threads.
     split = h_proj[0].shape[0]

@@ -99,6 +99,17 @@ def test_the_layer_equals_the_official_structure_and_one_padded_by_hand() -> Non
     torch.testing.assert_close(bench.ours(layer, cut, "torch"), want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_layer_has_a_shape_on_meta() -> None:
+    layer = bench.Baseline(32, 4, 2, 0.5).to("meta")
+    with torch.no_grad():
+        assert bench.ours(layer, torch.empty(2, 5, 3, 32, device="meta"), "torch").shape == (
+            2,
+            5,
+            3,
+            32,
+        )
+
+
 @pytest.mark.parametrize(
     "name", ["hilo", "hilo_window_4_padded", "hilo_many_keys", "hilo_low_only"]
 )
