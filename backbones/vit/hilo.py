@@ -91,6 +91,13 @@ class HiLo(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ConfigError(f"HiLo takes maps [B, H, W, {self.dim}]; got {list(x.shape)}.")
+        if self._unobserved():
+            whole = ops.hilo_layer(
+                x, self.head_dim,
+                *(self._pair(name) for name in ("h_qkv", "h_proj", "l_q", "l_kv", "l_proj")),
+                window_size=self.window_size, scale=self.scale,
+            )  # fmt: skip
+            return self.proj_drop(whole)
         q, k, v, pad_k, pad_v = self._high(x)
         low_q = low_k = low_v = None
         if self.l_heads:
@@ -102,6 +109,25 @@ class HiLo(nn.Module):
             window_size=self.window_size, scale=self.scale, pad_k=pad_k, pad_v=pad_v,
         )  # fmt: skip
         return self._join(out)
+
+    def _unobserved(self) -> bool:
+        """Whether the projections may be run by their weights alone, which saves copies.
+
+        Not where somebody listens to them, or put something else in the place of one: an adapter,
+        a quantised layer, a parametrisation.
+        """
+        return all(
+            type(part) is nn.Linear
+            and not (part._forward_hooks or part._forward_pre_hooks)
+            and not (part._backward_hooks or part._backward_pre_hooks)
+            for name, part in self.named_children()
+            if name != "proj_drop"
+        )
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of a projection; None for a branch without heads."""
+        part = getattr(self, name, None)
+        return None if part is None else (part.weight, part.bias)
 
     def _high(self, x: Tensor) -> tuple[Tensor | None, ...]:
         """q, k, v [B, H, W, heads, d] of the high branch, key and value of a padded pixel."""

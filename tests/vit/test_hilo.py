@@ -121,3 +121,37 @@ def test_deformable_convolution_in_half_precision() -> None:
     out = low(x.bfloat16())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), wide(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(14, 14), (7, 10)])
+@pytest.mark.parametrize(("window", "alpha"), [(1, 0.5), (2, 0.0), (2, 0.5), (2, 1.0)])
+def test_who_listens_to_a_projection_hears_it(
+    window: int, alpha: float, size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    hilo = HiLo(64, 4, window, alpha, qkv_bias=True)
+    x = torch.randn(2, *size, 64)
+    want = hilo(x)
+    heard: list[str] = []
+    for name, part in hilo.named_children():
+        part.register_forward_hook(lambda *_, name=name: heard.append(name))
+    got = hilo(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert {*heard} == {name for name, _ in hilo.named_children()}
+
+
+def test_what_stands_in_the_place_of_a_projection_is_run() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    hilo = HiLo(64, 4, 2, 0.5)
+    x = torch.randn(1, 4, 4, 64)
+    plain = hilo(x)
+    swapped = Doubled(hilo.h_dim, hilo.h_dim)
+    swapped.load_state_dict(hilo.h_proj.state_dict())
+    hilo.h_proj = swapped
+    got = hilo(x)
+    torch.testing.assert_close(got[..., : hilo.h_dim], 2 * plain[..., : hilo.h_dim])
+    torch.testing.assert_close(got[..., hilo.h_dim :], plain[..., hilo.h_dim :])
