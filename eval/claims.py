@@ -11,16 +11,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from visprune.errors import ConfigError
 from visprune.eval.record_files import RecordsWriter, read_lines
 from visprune.eval.results import ResultsFolder
 
-__all__ = ["Claims", "Done", "exclusive", "own_first"]
+__all__ = ["Claims", "Done", "asked_hash", "exclusive", "own_first"]
 
 _BUSY = (errno.EACCES, errno.EAGAIN)
 
@@ -92,6 +92,11 @@ def _no_locks(path: Path, error: OSError) -> ConfigError:
     )
 
 
+def asked_hash(record: Mapping[str, Any]) -> int:
+    """Hash of what was asked and what counts as right, within this process."""
+    return hash((record.get("prompt"), *(record.get("answers") or ())))
+
+
 def own_first(count: int, rank: int, world: int) -> list[int]:
     """Order in which a process claims batches: its own share, then what others may have left.
 
@@ -116,6 +121,8 @@ class Done:
 
     Attributes:
         own: what this process writes; its file is not read back while this is set.
+        marks: of cells that had records at the beginning: keys of the 1st, 2nd, 4th, 8th ... of
+            them without an error, by sample.
     """
 
     def __init__(self, folder: ResultsFolder, *, retry_errors: bool = False) -> None:
@@ -124,9 +131,10 @@ class Done:
         self._prompts: dict[str, dict[str, int | None]] = {}
         self._forgotten: set[str] = set()
         self.own: RecordsWriter | None = None
-        self._retry = retry_errors
+        self.marks: dict[str, dict[str, str]] = {}
+        self._retry, self._marking = retry_errors, True
         self.refresh()
-        self._retry = False
+        self._retry = self._marking = False
 
     def refresh(self) -> None:
         """Read what was appended since the last time."""
@@ -140,11 +148,15 @@ class Done:
                     continue
                 failed = bool(values.get("error"))
                 if not (failed and self._retry):
-                    asked = None if failed else hash(values.get("prompt"))
-                    self._prompts.setdefault(values["cell"], {})[values["sample"]] = asked
+                    asked = None if failed else asked_hash(values)
+                    known = self._prompts.setdefault(values["cell"], {})
+                    known[values["sample"]] = asked
+                    if self._marking and not failed and len(known).bit_count() == 1:
+                        marks = self.marks.setdefault(values["cell"], {})
+                        marks[values["sample"]] = str(values.get("key"))
 
     def samples(self, cell: str) -> dict[str, int | None]:
-        """Samples of a cell that have a record, with the hash of their prompt (no error) each."""
+        """Samples of a cell that have a record, with :func:`asked_hash` of each (no error)."""
         return self._prompts.setdefault(cell, {})
 
     def count(self, cell: str) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Planned:
 
     Attributes:
         model: name of the model.
-        task: name of the task.
+        task: name of the task, with the options that are not its defaults.
         seed: the seed.
         label: the method.
         samples: how many the task has.
@@ -90,10 +91,21 @@ def plan_study(
             if job.cell.refused is not None:
                 left = 0.0
             planned.append(
-                Planned(spec.name, job.task.name, job.cell.seed, job.cell.label, total, have,
+                Planned(spec.name, _title(job.task), job.cell.seed, job.cell.label, total, have,
                         left, job.cell.refused)
             )  # fmt: skip
     return planned
+
+
+def _title(task: Task) -> str:
+    """The task's name, with what was set on it."""
+    options = {f.name: (getattr(task, f.name), f.default) for f in dataclasses.fields(task)}
+    words = [
+        f"{name}={value if value != '' else repr(value)}"
+        for name, (value, default) in options.items()
+        if value != default and name != "seed"
+    ]
+    return f"{task.name} ({', '.join(words)})" if words else task.name
 
 
 def _samples(task: Task, sets: dict[bytes, Sequence[Sample]]) -> Sequence[Sample]:
@@ -105,7 +117,9 @@ def _samples(task: Task, sets: dict[bytes, Sequence[Sample]]) -> Sequence[Sample
 
 def _unloaded(study: Study, spec: ModelSpec, sets: dict[bytes, Sequence[Sample]]) -> list[Planned]:
     return [
-        Planned(spec.name, task.name, seed, variant.label, len(_samples(task_at(task, seed), sets)))
+        Planned(
+            spec.name, _title(task), seed, variant.label, len(_samples(task_at(task, seed), sets))
+        )
         for task in study.tasks
         for seed in study.seeds
         for variant in study.variants
@@ -122,7 +136,7 @@ def _probe(
             continue
         asker = Asker(job.cell, job.task, "")
         options = (job.variant.at(job.cell.seed), job.task)
-        with model.answering(*options, job.cell.prompt_style, job.cell.generation) as answerer:
+        with model.answering(*options, job.cell.prompt_style, job.generation) as answerer:
             for number in range(min(_PROBES, len(samples))):
                 begin = time.perf_counter()
                 asker.ask(answerer, [samples[number]])
@@ -131,30 +145,61 @@ def _probe(
     return None
 
 
-def print_plan(console: Console, planned: Sequence[Planned], *, processes: int = 1) -> None:
-    """Print the plan as a table with its sum."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("model", "task", "seed", "method"):
-        table.add_column(name, overflow="fold")
-    for name in ("samples", "done", "left to run"):
-        table.add_column(name, justify="right")
+def print_plan(
+    console: Console, planned: Sequence[Planned], *, processes: int = 1, timed: bool = False
+) -> None:
+    """Print the plan: a table per model and task, a row per method, and the sum.
+
+    Args:
+        console: where to.
+        planned: the cells.
+        processes: that share the work.
+        timed: latency is measured afterwards, which the estimate leaves out.
+    """
+    groups: dict[tuple[str, str], list[Planned]] = {}
     for row in planned:
-        left = "cannot run" if row.refused else _duration(row.seconds)
-        cells = (row.model, row.task, str(row.seed), row.label, str(row.samples), str(row.done))
-        table.add_row(*cells, left)
-    console.print(table)
+        groups.setdefault((row.model, row.task), []).append(row)
+    for (model, task), rows in groups.items():
+        seeds = ", ".join(map(str, dict.fromkeys(row.seed for row in rows)))
+        # Names of folders are long: in a column they would break every row of the table.
+        _say(console, f"{model}\n  {task}\n  seed {seeds}")
+        console.print(_plan_table(rows))
+    reasons: dict[tuple[str, str], None] = {}
     for row in planned:
         if row.refused:
-            console.print(f"{row.label}: {row.refused}", markup=False, highlight=False)
+            reasons.setdefault((row.label, row.refused))
+    for label, reason in reasons:
+        _say(console, f"{label}: {reason}")
     known = [row.seconds for row in planned if row.seconds is not None]
     missing = sum(row.samples - row.done for row in planned if not row.refused)
     text = f"{len(planned)} cells, {missing} samples to ask"
     if known:
         text += f", about {_duration(sum(known) / processes)} in {processes} process(es) like this"
+        text += ", latency not counted" * timed
     if len(known) < len(planned):
         names = dict.fromkeys(row.model for row in planned if row.seconds is None)
         text += f"; no estimate for {', '.join(names)}: not on this machine"
-    console.print(f"{text}. Nothing was run.", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{text}. Nothing was run.", markup=False, highlight=False)
+
+
+def _plan_table(rows: Sequence[Planned]) -> Table:
+    """A row per method, seeds summed."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("method", overflow="fold")
+    for name in ("samples", "done", "left to run"):
+        table.add_column(name, justify="right")
+    for label in dict.fromkeys(row.label for row in rows):
+        mine = [row for row in rows if row.label == label]
+        seconds = [row.seconds for row in mine if row.seconds is not None]
+        left = _duration(sum(seconds) if len(seconds) == len(mine) else None)
+        left = "cannot run" if all(row.refused for row in mine) else left
+        counts = (sum(row.samples for row in mine), sum(row.done for row in mine))
+        table.add_row(label, *map(str, counts), left)
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,14 @@ class Job:
         cell: the cell.
         variant: its method.
         task: its task, with the seed.
+        generation: options of ``generate``; the cell's hold the size of the batch too, where it
+            changes answers.
     """
 
     cell: Cell
     variant: Variant
     task: Task
+    generation: Mapping[str, Any]
 
 
 def jobs_of(study: Study, model: EvalModel) -> list[Job]:
@@ -42,7 +45,8 @@ def jobs_of(study: Study, model: EvalModel) -> list[Job]:
     described = model.describe()
     jobs = []
     for task in study.tasks:
-        generation = dict(model.generation(task, study.generation))
+        options = dict(model.generation(task, study.generation))
+        generation = dict(options)
         if study.batch_size > 1 and described.get("dtype", "float32") != "float32":
             # In half precision sums depend on the shape of the batch, and answers on sums.
             generation["batch_size"] = study.batch_size
@@ -62,7 +66,7 @@ def jobs_of(study: Study, model: EvalModel) -> list[Job]:
                     control=variant.control,
                     refused=model.refusal(choice, seeded),
                 )
-                jobs.append(Job(cell, variant, seeded))
+                jobs.append(Job(cell, variant, seeded, options))
     return jobs
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from visprune.apply import prune
 from visprune.cost import Cost
 from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
+from visprune.eval.identity import structure_hash, transform_hash
 from visprune.eval.kept import bits_of
 from visprune.eval.models import (
     NO_IMAGE,
@@ -60,7 +61,9 @@ class Classifier:
     def describe(self) -> dict[str, Any]:
         """What identifies the model; see :class:`visprune.eval.models.EvalModel`."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"name": self.name, "weights": self._weights, "dtype": dtype, **self._about}
+        structure = structure_hash(self.tower)
+        return {"name": self.name, "weights": self._weights, "structure": structure,
+                "dtype": dtype, **self._about}  # fmt: skip
 
     def refusal(self, choice: Choice, task: Task) -> str | None:
         """Why it cannot run a method or a task, or ``None``."""
@@ -210,7 +213,10 @@ class ZeroShot(Classifier):
     def __init__(
         self, model: Any, transform: Callable[[Any], Tensor], classifier: Tensor, *, name: str
     ) -> None:
-        about = {"classes": classifier.shape[1], "classifier": _hash(classifier)}
+        about = {
+            "classes": classifier.shape[1], "classifier": _hash(classifier),
+            "transform": transform_hash(transform),
+        }  # fmt: skip
         super().__init__(name, model.visual, transform, about)
         self.model, self.classifier = model, classifier
 

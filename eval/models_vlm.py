@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from visprune.cost import Cost
 from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
 from visprune.eval import prompts
 from visprune.eval.environment import quiet_loading
+from visprune.eval.identity import config_hash, plain, processor_hash
 from visprune.eval.kept import kept_map
 from visprune.eval.models import (
     EMBEDDED,
@@ -31,7 +31,6 @@ from visprune.eval.models import (
     offline,
     weights_hash,
 )
-from visprune.eval.records import canonical
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.method import PruningMethod
 from visprune.run_cost import prompt_costs, sample_costs
@@ -40,9 +39,10 @@ from visprune.saved import read_asked
 __all__ = ["VLM", "load"]
 
 _PLAIN = "USER: <image>\n{prompt} ASSISTANT:"
+_SAMPLING = ("temperature", "top_p", "top_k")
 # Fields of a generation config that say nothing about the answers, or that greedy search ignores.
 _SILENT = ("transformers_version", "_from_model_config", "max_new_tokens", "max_length",
-           "do_sample", "temperature", "top_p", "top_k", "num_beams")  # fmt: skip
+           "do_sample", "num_beams", *_SAMPLING)  # fmt: skip
 
 
 class VLM:
@@ -83,9 +83,6 @@ class VLM:
     def describe(self) -> dict[str, Any]:
         """What identifies the model; see :class:`visprune.eval.models.EvalModel`."""
         config = unwrap(self.model).generation_config.to_diff_dict()
-        processor = self.processor.to_dict() if hasattr(self.processor, "to_dict") else {}
-        for volatile in ("name_or_path", "processor_class", "auto_map"):
-            processor.pop(volatile, None)
         return {
             "name": self.name,
             "family": self.family,
@@ -93,8 +90,9 @@ class VLM:
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": str(self.model.config._attn_implementation),
             "template": self.template,
-            "processor": hashlib.sha256(canonical(_plain(processor))).hexdigest()[:16],
-            "generation_config": _plain({k: v for k, v in config.items() if k not in _SILENT}),
+            "config": config_hash(self.model),
+            "processor": processor_hash(self.processor),
+            "generation_config": plain({k: v for k, v in config.items() if k not in _SILENT}),
         }
 
     @property
@@ -121,7 +119,12 @@ class VLM:
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         """Greedy, as long as the task asks for, unless the study says otherwise."""
         greedy = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "num_beams": 1}
-        return {**greedy, **options}
+        asked = {**greedy, **options}
+        if asked["do_sample"]:  # the model's own settings count, and are in no other key
+            own = unwrap(self.model).generation_config
+            kept = {name: getattr(own, name, None) for name in _SAMPLING}
+            asked = {**{k: v for k, v in kept.items() if v is not None}, **asked}
+        return asked
 
     @contextmanager
     def answering(
@@ -289,12 +292,3 @@ def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
 
 def _image_token(processor: Any) -> str:
     return str(getattr(processor, "image_token", "<image>"))
-
-
-def _plain(value: Any) -> Any:
-    """JSON values alone: keys as text, what JSON has not as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from visprune.errors import ConfigError
-from visprune.eval.ask import Asker
-from visprune.eval.claims import Claims, Done, own_first
+from visprune.eval.ask import Asker, picture_hash
+from visprune.eval.claims import Claims, Done, asked_hash, own_first
 from visprune.eval.environment import describe
 from visprune.eval.jobs import Job, adopt_study, jobs_of, register
-from visprune.eval.models import EvalModel, ModelSpec, load_model
+from visprune.eval.models import NO_IMAGE, EvalModel, ModelSpec, load_model
 from visprune.eval.progress import Silent
 from visprune.eval.record_files import RecordsWriter
 from visprune.eval.records import Cell, canonical
 from visprune.eval.results import ResultsFolder
 from visprune.eval.study import Study
-from visprune.eval.tasks.base import Sample, Task
+from visprune.eval.tasks.base import Sample, SampleError, Task
 
 __all__ = ["process_number", "run_study"]
 
@@ -105,6 +105,8 @@ class _Worker:
         for job in jobs:
             if _key(job.task) not in sets:
                 sets[_key(job.task)] = job.task.samples()
+        for task in sets:
+            self._check_pictures([job for job in jobs if _key(job.task) == task], sets[task])
         total = sum(len(sets[_key(job.task)]) for job in jobs)
         self.progress.plan(total, sum(self.done.count(job.cell.id) for job in jobs))
         self.done.own = self.writer
@@ -135,7 +137,7 @@ class _Worker:
             asker = Asker(
                 cell, job.task, self.environment, self.folder if self.study.pictures else None
             )
-            options = (choice, job.task, cell.prompt_style, cell.generation)
+            options = (choice, job.task, cell.prompt_style, job.generation)
             with (
                 Claims(self.folder.path / ".locks" / cell.id) as claims,
                 model.answering(*options) as answerer,
@@ -153,7 +155,7 @@ class _Worker:
         """1 for each sample without a record.
 
         Raises:
-            ConfigError: a record holds another prompt than the sample has now.
+            ConfigError: a record holds another prompt or other references than the sample has now.
         """
         have, cell = self.done.samples(job.cell.id), job.cell
         missing = bytearray(len(samples))
@@ -163,13 +165,44 @@ class _Worker:
                 continue
             asked = have[sample.id]
             now = job.task.prompt(sample, cell.prompt_style)  # type: ignore[arg-type]
-            if asked is not None and asked != hash(now):
+            if asked is not None and asked != asked_hash(
+                {"prompt": now, "answers": sample.answers}
+            ):
                 raise ConfigError(
                     f"{str(self.folder.path)!r} holds an answer to another question under the name "
                     f"{sample.id!r} ({_title(cell)}): the data changed, or a records file came "
                     f"from another run. Use another folder for --out."
                 )
         return missing
+
+    def _check_pictures(self, jobs: Sequence[Job], samples: Sequence[Sample]) -> None:
+        """Compare a few pictures with those that were asked about before.
+
+        All of them would have to be read for a study that is nearly done; a few tell another
+        version of a data set.
+
+        Raises:
+            ConfigError: a picture changed since its record was made.
+        """
+        seen = (job for job in jobs if job.cell.method["method"] != NO_IMAGE)
+        job = next((job for job in seen if self.done.marks.get(job.cell.id)), None)
+        if job is None:
+            return
+        marks = self.done.marks[job.cell.id]
+        for sample in samples:
+            if sample.id not in marks:
+                continue
+            try:
+                digest = picture_hash(sample.image())
+            except SampleError:
+                continue
+            prompt = job.task.prompt(sample, job.cell.prompt_style)  # type: ignore[arg-type]
+            if job.cell.key(prompt, digest) != marks[sample.id]:
+                raise ConfigError(
+                    f"{str(self.folder.path)!r} holds an answer to another question or about "
+                    f"another picture under the name {sample.id!r} ({_title(job.cell)}): the data "
+                    f"changed. Use another folder for --out."
+                )
 
     def _batch(
         self, asker: Asker, answerer: Any, batch: list[Sample], missing: bytearray, span: range
