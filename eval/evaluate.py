@@ -38,7 +38,7 @@ class Evaluation:
             ``method``, ``num_keep``, ``control``, ``n``, ``errors``, ``score`` with ``low`` and
             ``high`` (95 %), ``delta`` to the untouched model (paired) with ``delta_low`` and
             ``delta_high``, ``tokens`` (mean over layers), ``gflops``, ``kv_bytes``, ``agreement``
-            and ``unparsed`` (shares).
+            and ``unparsed`` (shares of answers), and ``floors`` without model and picture, by name.
         table: the same as text (Markdown), with everything that was measured.
         folder: the results folder; ``None`` if it was temporary.
         records: every record, where the folder was temporary.
@@ -148,7 +148,7 @@ def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
     from visprune.eval.report.average import averages
     from visprune.eval.report.build import build_tables
     from visprune.eval.report.results import read_results
-    from visprune.eval.report.tables import to_markdown
+    from visprune.eval.report.tables import floor_list, to_markdown
 
     tables = build_tables(read_results(folder.path), resamples=1000)
     rows = []
@@ -165,7 +165,8 @@ def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
                     "delta": delta[0], "delta_low": delta[1], "delta_high": delta[2],
                     "tokens": row.cost.tokens, "gflops": None if flops is None else flops / 1e9,
                     "kv_bytes": row.cost.kv_bytes, "agreement": row.agreement,
-                    "unparsed": row.unparsed / row.n if row.n else None,
+                    "unparsed": row.unparsed / row.answered if row.answered else None,
+                    "floors": dict(floor_list(table)),
                 }
             )  # fmt: skip
     models = dict.fromkeys(table.model for table in tables)
@@ -194,7 +195,8 @@ def run_command(
     console = Console()
     if dry_run:
         if rank == 0:
-            print_plan(console, plan_study(study, out), processes=world)
+            print_plan(console, plan_study(study, out), processes=world,
+                       timed=study.speed is not None)  # fmt: skip
         return
     if out is None:
         raise ConfigError("visprune eval writes into a folder; name it with --out DIR.")
@@ -219,9 +221,14 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column("method", overflow="fold")
         for column in ("score", "95 %", "vs untouched", "tokens", "GFLOPs", "KV MiB", "errors"):
             table.add_column(column, justify="right")
+        found: Mapping[str, float] = {}
         for row in rows:
             if (row["model"], row["task"]) == name:
                 table.add_row(row["label"], *_cells(row))
+                found = row["floors"]
+        if found:
+            text = "; ".join(f"{about} {value:.1f}" for about, value in found.items())
+            table.caption, table.caption_justify = f"Without the picture: {text}.", "left"
         Console(width=max(100, console.width), file=console.file).print(table)
 
 

@@ -22,25 +22,29 @@ __all__ = [
     "agree",
     "beside",
     "floors",
+    "loyal",
     "loyalty",
     "unparsed_rate",
     "yes_rate",
+    "yes_wanted",
 ]
 
 
 @dataclass(frozen=True)
 class Floors:
-    """What a model reaches that never sees the picture.
+    """What a model reaches that never sees the picture, in the task's unit.
 
     Attributes:
         majority: the task's score if every question gets the same answer, the best one.
         majority_answer: that answer.
+        per_kind: the task's score if every question gets the commonest answer of its kind.
         prior: the task's score if every question gets the commonest answer of the questions that
             begin with the same words, as many as possible (a text-only model; chance has no part).
     """
 
     majority: float
     majority_answer: str
+    per_kind: float
     prior: float
 
 
@@ -89,6 +93,13 @@ def yes_rate(records: Sequence[Any]) -> float | None:
     return percent(sum(yes_no_label(record.answer or "") == "yes" for record in asked), len(asked))
 
 
+def yes_wanted(records: Sequence[Any]) -> float | None:
+    """Return the share of "yes" among the right answers of yes/no questions, ``None`` without."""
+    labels = [label for record in records for label in [_labels(record)] if len(label) == 1]
+    asked = [label for label in labels if None not in label]
+    return percent(sum(label == {"yes"} for label in asked), len(asked)) if asked else None
+
+
 def _labels(record: Any) -> set[str | None]:
     """Return the one label of a yes/no question; references that differ make it no such one."""
     commonest = Counter(record.answers).most_common(1)
@@ -106,6 +117,14 @@ def loyalty(records: Iterable[Any], baseline: Iterable[Any]) -> float:
         for record in records
         if _answered(record) and record.sample in before
     ]
+    return loyal(pairs)
+
+
+def loyal(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """Return how many pairs of answered records agree, in percent; NaN of none.
+
+    What no rule could read is compared as it stands.
+    """
     return percent(sum(_same(one, other) for one, other in pairs), len(pairs))
 
 
@@ -133,7 +152,7 @@ def floors(task: Any, asked: Iterable[Any], fit: Iterable[Any] | None = None) ->
     """Return what answers without the picture reach under a task's own score.
 
     Args:
-        task: the task.
+        task: the task; ``None``: an answer is right if it is one of the references.
         asked: its records or samples.
         fit: records or samples of a train split, to learn the commonest answers from. ``None``:
             they are counted on the questions asked, leaving out those about the same picture for
@@ -150,8 +169,13 @@ def floors(task: Any, asked: Iterable[Any], fit: Iterable[Any] | None = None) ->
     commonest = Counter(guess.usual for guess in known).most_common(3)
     constant = {answer: _score(task, guesses, [answer] * len(guesses)) for answer, _ in commonest}
     best = max(constant, key=lambda answer: constant[answer])
-    guessed = _prior_answers(guesses, known, hold_out=fit is None)
-    return Floors(constant[best], best, _score(task, guesses, guessed))
+    kinds = _commonest_by_kind(known)
+    usual = [kinds.get(guess.kind, best) for guess in guesses]
+    prior = _prior_answers(guesses, known, hold_out=fit is None)
+    return Floors(
+        majority=constant[best], majority_answer=best,
+        per_kind=_score(task, guesses, usual), prior=_score(task, guesses, prior),
+    )  # fmt: skip
 
 
 def beside(
@@ -165,7 +189,9 @@ def beside(
     }
     floor = floors(task, records)
     if floor is not None:
-        found |= {"majority": floor.majority, "prior": floor.prior}
+        found |= {
+            "majority": floor.majority, "per_kind": floor.per_kind, "prior": floor.prior,
+        }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -192,26 +218,42 @@ def _guess(item: Any, written: dict[str, str]) -> _Guess:
     )
 
 
-def _prior_answers(guesses: Sequence[_Guess], known: Sequence[_Guess], hold_out: bool) -> list[str]:
-    """Return for each question the commonest answer under its longest known beginning."""
-    table: dict[str, Counter[str]] = defaultdict(Counter)
-    own: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+def _commonest_by_kind(known: Sequence[_Guess]) -> dict[str, str]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for guess in known:
+        counts[guess.kind][guess.usual] += 1
+    return {kind: found.most_common(1)[0][0] for kind, found in counts.items()}
+
+
+def _prior_answers(guesses: Sequence[_Guess], known: Sequence[_Guess], hold_out: bool) -> list[str]:
+    """Return for each question the commonest answer under its longest known beginning.
+
+    Args:
+        guesses: the questions.
+        known: what to learn from.
+        hold_out: ``known`` are the questions themselves: leave out those about the same picture.
+    """
+    table = _by_prefix(known)
+    pictures: dict[str, list[int]] = defaultdict(list)
+    for number, guess in enumerate(guesses):
+        pictures[guess.cluster or guess.sample].append(number)
+    answers = [""] * len(guesses)
+    for numbers in pictures.values():  # one picture's own counts at a time: memory stays small
+        own = _by_prefix([guesses[number] for number in numbers]) if hold_out else {}
+        for number in numbers:
+            for prefix in _prefixes(guesses[number].question):
+                if counts := table.get(prefix, Counter()) - own.get(prefix, Counter()):
+                    answers[number] = counts.most_common(1)[0][0]
+                    break
+    return answers
+
+
+def _by_prefix(guesses: Sequence[_Guess]) -> dict[str, Counter[str]]:
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    for guess in guesses:
         for prefix in _prefixes(guess.question):
             table[prefix][guess.usual] += 1
-            own[guess.cluster or guess.sample, prefix][guess.usual] += 1
-    answers = []
-    for guess in guesses:
-        answer = ""
-        for prefix in _prefixes(guess.question):
-            counts = table[prefix]
-            if hold_out:
-                counts = counts - own[guess.cluster or guess.sample, prefix]
-            if counts:
-                answer = counts.most_common(1)[0][0]
-                break
-        answers.append(answer)
-    return answers
+    return table
 
 
 def _prefixes(question: str) -> list[str]:
@@ -223,6 +265,9 @@ def _prefixes(question: str) -> list[str]:
 def _score(task: Any, guesses: Sequence[_Guess], answers: Sequence[str]) -> float:
     from visprune.eval.tasks.base import sample_of
 
+    if task is None:
+        right = (said in guess.answers for guess, said in zip(guesses, answers, strict=True))
+        return percent(sum(right), len(guesses))
     records = []
     for guess, answer in zip(guesses, answers, strict=True):
         sample = sample_of(guess)

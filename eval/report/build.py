@@ -9,7 +9,7 @@ from typing import Any
 
 from visprune.eval.report.cost import pareto
 from visprune.eval.report.estimate import Draws, Scorer
-from visprune.eval.report.floors import majority_floor
+from visprune.eval.report.floors import pooled_floors
 from visprune.eval.report.results import UNTOUCHED, Line, Results, Run, canonical
 from visprune.eval.report.rows import Arm, Row, Table, build_row
 
@@ -97,10 +97,16 @@ def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
         unit="%" if all(row.score is None or row.score[0] <= 100 for row in rows) else "points",
         mean=scorer.mean, rows=rows, samples=len(samples),
         pictures=len({line.cluster for line in samples.values()}), kinds=kinds,
-        floor=majority_floor(scorer, [line for (task, _), line in samples.items()
-                                      if task == runs[0].task]),
+        floors=pooled_floors(scorer.task, _by_seed(samples)),
         notes=_notes(rows, scorer, whole, samples),
     )  # fmt: skip
+
+
+def _by_seed(samples: Mapping[tuple[str, str], Line]) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    for (task, _), line in samples.items():
+        found.setdefault(task, []).append(line)
+    return found
 
 
 def _notes(

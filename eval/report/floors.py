@@ -1,61 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is reached without looking: the commonest reference answer of each kind."""
+"""What is reached without looking, for a table whose rows pool seeds."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image
+import numpy as np
 
-from visprune.eval.report.estimate import Scorer
+from visprune.eval.metrics.beside import Floors, floors
 from visprune.eval.report.results import Line
-from visprune.eval.tasks.base import Parsed, Sample, SampleError
 
 if TYPE_CHECKING:
     from visprune.eval.tasks.base import Task
 
-__all__ = ["majority_floor"]
+__all__ = ["pooled_floors"]
 
 
-def majority_floor(scorer: Scorer, lines: Sequence[Line]) -> float | None:
-    """Return the score of always giving the commonest reference of a sample's kind.
+def pooled_floors(task: Task | None, sets: Mapping[str, Sequence[Line]]) -> Floors | None:
+    """Return the floors of each seed's questions, in the mean weighted by their number.
 
-    The commonest is taken from the very samples that are scored, so it is a little above what
-    somebody who knows only the training set reaches; above it a model has seen something.
+    Records have no train split: the floors are counted on the questions asked, see
+    :func:`visprune.eval.metrics.beside.floors`.
 
     Args:
-        scorer: of the task.
-        lines: one of each sample.
+        task: the task; ``None``: it cannot be built, an answer is right if it is a reference.
+        sets: the samples of each seed, one line each.
 
     Returns:
-        The score in the task's unit; ``None`` where samples have no references.
+        The floors; ``None`` for boxes, and where references are not public.
     """
-    counts: dict[str, Counter[str]] = {}
-    for line in lines:
-        counts.setdefault(line.kind, Counter()).update(line.answers)
-    common = {kind: found.most_common(1)[0][0] for kind, found in counts.items() if found}
-    answered = []
-    for line in lines:
-        if (said := common.get(line.kind)) is not None:
-            score = _score(scorer.task, line, said)
-            answered.append(
-                dataclasses.replace(line, answer=said, text=said, error=None, score=score)
-            )
-    return scorer.figures(answered).get("score") if answered else None
+    every = [(floors(task, lines), len(lines)) for lines in sets.values()]
+    found = [(floor, count) for floor, count in every if floor is not None]
+    if not found or len(found) < len(every):
+        return None
+    weights = [count for _, count in found]
 
+    def mean(name: str) -> float:
+        return float(np.average([getattr(floor, name) for floor, _ in found], weights=weights))
 
-def _score(task: Task | None, line: Line, answer: str) -> float:
-    if task is None:
-        return float(answer in line.answers)
-    sample = Sample(
-        id=line.sample, question="", image=_no_picture, answers=line.answers,
-        choices=line.choices, kind=line.kind, cluster=line.cluster, meta=line.meta,
-    )  # fmt: skip
-    return task.score(sample, Parsed(answer, "majority"))
-
-
-def _no_picture() -> Image.Image:
-    raise SampleError("A floor is computed without pictures.")
+    said = dict.fromkeys(floor.majority_answer for floor, _ in found)
+    return Floors(mean("majority"), " / ".join(said), mean("per_kind"), mean("prior"))

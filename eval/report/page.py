@@ -23,7 +23,7 @@ from visprune.eval.report.formats import html_json, rounded
 from visprune.eval.report.results import Results, Run
 from visprune.eval.report.rows import Arm, Figure, Row, Table
 from visprune.eval.report.samples import Chosen, choose, pictures, read_samples
-from visprune.eval.report.tables import HOW_TO_READ
+from visprune.eval.report.tables import FLOORS, HOW_TO_READ
 
 __all__ = ["build_page", "payload"]
 
@@ -83,6 +83,7 @@ def payload(
         "visprune": visprune.__version__,
         "resamples": resamples,
         "how": HOW_TO_READ,
+        "how_floors": FLOORS,
         "flop_parts": FLOP_PARTS,
         "time_parts": TIME_PARTS,
         "arms": [dataclasses.asdict(arm) | {"untouched": arm.untouched} for arm in arms],
@@ -143,9 +144,16 @@ def _table(table: Table, number: Mapping[Arm, int]) -> dict[str, Any]:
         "model": table.model, "task": table.task, "about": dict(table.about),
         "prompt_style": table.prompt_style, "metric": table.metric, "unit": table.unit,
         "mean": table.mean, "samples": table.samples, "pictures": table.pictures,
-        "kinds": table.kinds, "floor": rounded(table.floor), "notes": table.notes,
+        "kinds": table.kinds, "floors": _floors(table), "notes": table.notes,
         "rows": [_row(row, number) for row in table.rows],
     }  # fmt: skip
+
+
+def _floors(table: Table) -> dict[str, Any] | None:
+    if table.floors is None:
+        return None
+    values = dataclasses.asdict(table.floors)
+    return {k: v if isinstance(v, str) else rounded(v) for k, v in values.items()}
 
 
 def _row(row: Row, number: Mapping[Arm, int]) -> dict[str, Any]:
@@ -154,8 +162,9 @@ def _row(row: Row, number: Mapping[Arm, int]) -> dict[str, Any]:
         "arm": number[row.arm], "seeds": row.seeds, "n": row.n, "pictures": row.pictures,
         "score": _figure(row.score), "delta": _figure(row.delta), "paired": row.paired,
         "errors_wrong": rounded(row.score_errors_wrong), "agreement": rounded(row.agreement),
-        "errors": row.errors, "unparsed": row.unparsed, "yes": rounded(row.yes_rate),
-        "yes_wanted": rounded(row.yes_wanted), "spread": rounded(row.spread),
+        "answered": row.answered, "errors": row.errors, "unparsed": row.unparsed,
+        "yes": rounded(row.yes_rate), "yes_wanted": rounded(row.yes_wanted),
+        "spread": rounded(row.spread),
         "figures": {name: rounded(value) for name, value in row.figures.items()},
         "cost": {axis: rounded(cost.on(axis)) for axis in AXES},
         "flops": {part: rounded(value) for part, value in cost.flops.items()},

@@ -25,6 +25,7 @@ class Line:
 
     Attributes:
         sample: id of the sample.
+        question: as the data set has it.
         kind: kind of the sample.
         cluster: picture of the sample.
         answers: references.
@@ -41,6 +42,7 @@ class Line:
     """
 
     sample: str
+    question: str
     kind: str
     cluster: str
     answers: tuple[str, ...]
@@ -169,16 +171,18 @@ class _Reader:
         if (task, sample) not in self._samples:
             self._samples[task, sample] = (
                 sample,
+                self._once(str(values.get("question") or "")),
                 self._once(str(values.get("kind") or "")),
                 str(values.get("cluster") or sample),
                 _texts(values.get("answers")),
                 _texts(values.get("choices")),
                 _dict(values.get("meta")),
             )
-        sample, kind, cluster, answers, choices, meta = self._samples[task, sample]
+        sample, question, kind, cluster, answers, choices, meta = self._samples[task, sample]
         error, said, text = (values.get(name) for name in ("error", "answer", "text"))
         return Line(
             sample=sample,
+            question=question,
             kind=kind,
             cluster=cluster,
             answers=answers,

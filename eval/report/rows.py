@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from visprune.eval.metrics.beside import Floors, loyal, yes_rate, yes_wanted
 from visprune.eval.report.cost import Cost, cost_of
 from visprune.eval.report.estimate import Scorer, interval, ratio
 from visprune.eval.report.results import UNTOUCHED, Line, Run
@@ -60,10 +61,12 @@ class Row:
         score_errors_wrong: errors scored 0.
         delta: paired difference to the untouched model, on the samples that both answered.
         paired: how many those were.
-        agreement: share of them with the same answer as the untouched model ("loyalty").
+        agreement: share of the samples that both answered, scored or not, with the same answer as
+            the untouched model ("loyalty").
         errors: count by type.
         unparsed: records without an error whose answer no rule could read.
-        yes_rate: share of "yes" among answers to yes-no questions; ``None``: there were none.
+        yes_rate: share of "yes" among answers to yes-no questions, unparsed ones included;
+            ``None``: there were none.
         yes_wanted: the share that the references hold.
         spread: standard deviation of the score over seeds; ``None`` for one seed.
         figures: all that the task reports, mean over seeds.
@@ -117,7 +120,7 @@ class Table:
         samples: distinct samples.
         pictures: distinct pictures.
         kinds: samples by kind, commonest first.
-        floor: score of the commonest answer of each kind, which needs neither picture nor model.
+        floors: what is reached without a picture or a model; ``None``: nothing to compute it from.
         notes: what a reader must know.
     """
 
@@ -132,7 +135,7 @@ class Table:
     samples: int
     pictures: int
     kinds: dict[str, int]
-    floor: float | None
+    floors: Floors | None
     notes: list[str]
 
 
@@ -156,19 +159,19 @@ def build_row(
     scored = _figures(runs, scorer, errors_count=False)
     strict = [found["score"] for found in _figures(runs, scorer, errors_count=True)]
     values = [found["score"] for found in scored]
-    both = _both(runs, whole)
+    answered = _both(runs, whole)
+    both = [(a, b) for a, b in answered if a.score is not None and b.score is not None]
     score, delta, relative = _estimates(arm, runs, lines, both, scored, scorer)
-    yes_rate, yes_wanted = _yes(lines)
     names = dict.fromkeys(name for found in scored for name in found)
     return Row(
         arm=arm, seeds=[run.cell.seed for run in runs], n=len(lines),
         pictures=len({line.cluster for line in lines}), score=score,
         score_errors_wrong=float(np.mean(strict)) if strict else None, delta=delta,
         paired=len(both),
-        agreement=float(np.mean([_same(a, b) for a, b in both])) if both else None,
+        agreement=_share(loyal(answered)),
         errors=dict(Counter(line.error for line in lines if line.error is not None).most_common()),
         unparsed=sum(line.answer is None and line.error is None for line in lines),
-        yes_rate=yes_rate, yes_wanted=yes_wanted,
+        yes_rate=_share(yes_rate(lines)), yes_wanted=_share(yes_wanted(lines)),
         spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         figures={n: float(np.mean([found[n] for found in scored if n in found])) for n in names},
         cost=cost_of(lines, runs), kinds=_kinds(lines, both, arm, scorer, kinds), runs=runs,
@@ -183,12 +186,12 @@ def _figures(runs: Sequence[Run], scorer: Scorer, *, errors_count: bool) -> list
 
 
 def _both(runs: Sequence[Run], whole: Mapping[str, Sequence[Run]]) -> list[tuple[Line, Line]]:
-    """Pairs of lines of the same sample, ours and the untouched model's, both with a score."""
+    """Pairs of lines of the same sample, ours and the untouched model's, both with an answer."""
     pairs = []
     for run in runs:
         base = _base(run, whole.get(run.task, ()))
         pairs += [(line, base[name]) for name, line in run.lines.items() if name in base]
-    return [(a, b) for a, b in pairs if a.score is not None and b.score is not None]
+    return [(a, b) for a, b in pairs if a.error is None and b.error is None]
 
 
 def _base(run: Run, whole: Sequence[Run]) -> Mapping[str, Line]:
@@ -197,12 +200,8 @@ def _base(run: Run, whole: Sequence[Run]) -> Mapping[str, Line]:
     return (same or list(whole))[0].lines if whole else {}
 
 
-def _yes(lines: Sequence[Line]) -> tuple[float | None, float | None]:
-    """Share of "yes" among the answers to yes-no questions, and among their references."""
-    asked = [line for line in lines if _yes_no(line)]
-    said = [line.answer.strip().lower() == "yes" for line in asked if line.answer is not None]
-    wanted = [line.answers[0].strip().lower() == "yes" for line in asked]
-    return float(np.mean(said)) if said else None, float(np.mean(wanted)) if wanted else None
+def _share(percent: float | None) -> float | None:
+    return None if percent is None or np.isnan(percent) else percent / 100.0
 
 
 def _estimates(
@@ -267,15 +266,3 @@ def _kinds(
             else (float(point[other]), *interval(draws[:, other])),
         }  # fmt: skip
     return found
-
-
-def _same(ours: Line, theirs: Line) -> bool:
-    if ours.answer is None or theirs.answer is None:
-        return ours.answer is theirs.answer and ours.text == theirs.text
-    return ours.answer == theirs.answer
-
-
-def _yes_no(line: Line) -> bool:
-    return bool(line.answers) and {answer.strip().lower() for answer in line.answers} <= {
-        "yes", "no",
-    }  # fmt: skip

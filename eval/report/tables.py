@@ -24,6 +24,14 @@ HOW_TO_READ = (
     "of score against measured time."
 )
 
+FLOORS = (
+    "Floors need no model and no picture. Commonest answer: every question gets the one answer "
+    "that scores best; of each kind: the commonest answer of the question's kind. Text-only prior: "
+    "a question gets the commonest answer of the questions that begin with the same words, as many "
+    "words as possible, those about its own picture left out. All are counted on the questions "
+    "asked, not on a train split. The row no_image is the model itself, asked without the picture."
+)
+
 Column = tuple[str, Callable[[Row], str]]
 
 
@@ -65,7 +73,7 @@ def _columns(table: Table) -> list[Column]:
     columns += [
         ("KV MiB", lambda row: _number(row.cost.kv_bytes, 2, 2**-20)),
         ("agreement %", lambda row: _number(row.agreement, 1, 100.0)),
-        ("unparsed %", lambda row: _share(row.unparsed, row.n)),
+        ("unparsed %", lambda row: _share(row.unparsed, row.answered)),
         ("yes %", lambda row: _number(row.yes_rate, 1, 100.0)),
         ("errors", lambda row: str(sum(row.errors.values()))),
         ("errors wrong", lambda row: _number(row.score_errors_wrong)),
@@ -94,7 +102,7 @@ def _parts(table: Table) -> list[str]:
 
 def caption(table: Table) -> str:
     """What the table is of, in one line."""
-    floor = f"; commonest answer: {table.floor:.1f}" if table.floor is not None else ""
+    floor = "".join(f"; {name}: {value:.1f}" for name, value in floor_list(table))
     blind = next((row.score for row in table.rows if row.arm.method == NO_IMAGE), None)
     floor += f"; without the picture: {blind[0]:.1f}" if blind else ""
     wanted = next((row.yes_wanted for row in table.rows if row.yes_wanted is not None), None)
@@ -103,6 +111,16 @@ def caption(table: Table) -> str:
         f"{table.metric}, {table.samples} samples of {table.pictures} pictures, prompts "
         f"{table.prompt_style or 'as recorded'}{floor}{yes}"
     )
+
+
+def floor_list(table: Table) -> list[tuple[str, float]]:
+    """The floors by the names that people read; that of the kinds where there are several."""
+    if table.floors is None:
+        return []
+    found = [("commonest answer", table.floors.majority)]
+    if len(table.kinds) > 1:
+        found.append(("commonest answer of each kind", table.floors.per_kind))
+    return [*found, ("text-only prior", table.floors.prior)]
 
 
 def to_markdown(
@@ -137,7 +155,8 @@ def to_markdown(
                  for row in table.rows],
             )  # fmt: skip
         parts += [f"- {markdown(note)}" for note in table.notes] + ([""] if table.notes else [])
-    return "\n".join([*parts, markdown(HOW_TO_READ), ""])
+    about = [FLOORS] if any(table.floors for table in tables) else []
+    return "\n\n".join(["\n".join(parts), *map(markdown, (HOW_TO_READ, *about))]) + "\n"
 
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -160,9 +179,10 @@ def to_latex(tables: Sequence[Table]) -> str:
         ]  # fmt: skip
         for number in reversed(breaks):
             body.insert(number, r"\midrule")
+        about = f"{HOW_TO_READ} {FLOORS}" if table.floors else HOW_TO_READ
         title = latex(f"{table.model}, {table.task}: {caption(table)}.")
         parts += [
-            r"\begin{table}[t]", r"\centering", rf"\caption{{{title} {latex(HOW_TO_READ)}}}",
+            r"\begin{table}[t]", r"\centering", rf"\caption{{{title} {latex(about)}}}",
             r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
             r"\toprule", " & ".join(latex(name) for name, _ in columns) + r" \\", r"\midrule",
             *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}", "",
@@ -205,6 +225,11 @@ def _ends(name: str, value: tuple[float, float, float] | None) -> dict[str, floa
     return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
 
+def _floors(table: Table) -> dict[str, float | None]:
+    names = ("majority", "per_kind", "prior")
+    return {f"floor_{name}": getattr(table.floors, name, None) for name in names}
+
+
 def _flat(table: Table, row: Row) -> dict[str, Any]:
     arm, cost = row.arm, row.cost
     flat: dict[str, Any] = {
@@ -215,7 +240,7 @@ def _flat(table: Table, row: Row) -> dict[str, Any]:
         "paired": row.paired, "score_errors_wrong": row.score_errors_wrong,
         "sd_over_seeds": row.spread, "agreement": row.agreement, "unparsed": row.unparsed,
         "errors": sum(row.errors.values()), "yes_rate": row.yes_rate,
-        "yes_wanted": row.yes_wanted, "floor": table.floor, "tokens": cost.tokens,
+        "yes_wanted": row.yes_wanted, **_floors(table), "tokens": cost.tokens,
         "flops": cost.total_flops,
     }  # fmt: skip
     flat |= {f"flops_{part}": value for part, value in cost.flops.items()}

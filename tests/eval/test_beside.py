@@ -156,6 +156,7 @@ def test_all_of_it_at_once(task: Task) -> None:
             "yes_rate": 100 / 3,
             "loyalty": 100.0,
             "majority": 100 / 3,
+            "per_kind": 100 / 3,
             "prior": 200 / 3,
         }
     )

@@ -130,12 +130,68 @@ def test_yes_rate_agreement_and_the_commonest_answer(folder: ResultsFolder) -> N
         ])  # fmt: skip
     (table,) = tables(folder)
     base, row = table.rows
-    assert (base.yes_rate, row.yes_rate) == (0.25, 0.75)
+    assert (base.yes_rate, row.yes_rate) == (0.25, 0.75)  # "Yes" and "yes" are one
     assert row.yes_wanted == 0.25
     assert row.agreement == 0.6
-    # "no" for exist (3 of 4), "red" for color.
-    assert table.floor == pytest.approx(80.0)
+    # "no" for all (3 of 5); "no" for exist (3 of 4) and "red" for color.
+    assert table.floors is not None
+    assert table.floors.majority_answer == "no"
+    assert table.floors.majority == pytest.approx(60.0)
+    assert table.floors.per_kind == pytest.approx(80.0)
     assert any("Few pictures (5)" in note for note in table.notes)
+
+
+def test_floors_stand_in_every_table(folder: ResultsFolder) -> None:
+    whole, colors = cell(), ("red", "red", "red", "blue")
+    fill(folder, whole, [
+        *(record(whole, i, question="what color is it", answers=[color], kind="color",
+                 cluster=f"p{i}") for i, color in enumerate(colors)),
+        *(record(whole, 4 + i, question="how many are there", answers=["2"], kind="count",
+                 cluster=f"p{i}") for i in range(3)),
+    ])  # fmt: skip
+    found = tables(folder)
+    # Red for the colours (one is wrong, and to one of the red the others tie with nothing), 2 else.
+    floors = {"commonest answer": 42.9, "commonest answer of each kind": 85.7,
+              "text-only prior": 85.7}  # fmt: skip
+    for text in (to_markdown(found, {}), to_latex(found)):
+        for name, value in floors.items():
+            assert f"{name}: {value}" in text
+        assert "Text-only prior: a question gets the commonest answer" in text
+    (line,) = csv.DictReader(io.StringIO(to_csv(found)))
+    values = [float(line[f"floor_{name}"]) for name in ("majority", "per_kind", "prior")]
+    assert values == pytest.approx([*floors.values()], abs=0.05)
+
+
+def test_floors_of_pooled_seeds_are_those_of_all_their_questions(folder: ResultsFolder) -> None:
+    for seed, right in ((0, ["a", "a", "b", "c"]), (1, ["d"] * 8)):
+        of = dataclasses.replace(cell(task={"task": "t", "version": 1, "seed": seed}), seed=seed)
+        fill(folder, of, [record(of, i, answers=[answer], cluster=f"{seed} {i}")
+                          for i, answer in enumerate(right)])  # fmt: skip
+    (table,) = tables(folder)
+    assert table.floors is not None
+    assert table.floors.majority == pytest.approx(100 * (2 + 8) / 12)
+    assert table.floors.majority_answer == "a / d"
+
+
+def test_loyalty_and_unparsed_need_no_references(folder: ResultsFolder) -> None:
+    """Answers of a test split that is not public have no score, and agree all the same."""
+    whole, pruned = cell(), cell("todre", 64)
+    broken = {"answer": None, "text": None, "error": {"type": "OSError"}}
+    for of, said in ((whole, ["A cat.", "dog", "bird", "cow"]), (pruned, ["cat", "dog", "fish"])):
+        fill(folder, of, [
+            *(record(of, i, answers=[], answer=a, text=a, score=None, cluster=f"p{i}")
+              for i, a in enumerate(said)),
+            *([record(of, 3, answers=[], score=None, **broken)] if of is pruned else []),
+            record(of, 4, answers=[], answer=None, text="?", score=None),
+        ])  # fmt: skip
+    (table,) = tables(folder)
+    row = table.rows[1]
+    # Two of three words, and the same thing that no rule could read; the error is no answer.
+    assert row.agreement == pytest.approx(3 / 4)
+    assert (row.score, row.delta, row.paired, table.floors) == (None, None, 0, None)
+    text = to_markdown([table], {})
+    assert "25.0" in text  # one of four answers is unparsed: errors are no answers
+    assert "Text-only prior" not in text
 
 
 def test_all_right_has_wilsons_interval_not_a_point(folder: ResultsFolder) -> None:
@@ -237,6 +293,9 @@ class Plus(Task):
 
     name: ClassVar[str] = "plus"
 
+    def parse(self, text: str, sample: Sample) -> Parsed:
+        return Parsed(text, "whole")
+
     def score(self, sample: Sample, parsed: Parsed) -> float:
         return float(parsed.answer in sample.answers)
 
@@ -316,7 +375,7 @@ def test_the_scores_of_real_tasks_are_their_own(
         assert row.score[0] == pytest.approx(wanted["score"])
         assert row.score[1] < row.score[0] < row.score[2]
         assert row.figures == pytest.approx(wanted)
-    assert table.floor is not None or name == "refcoco_rec"
+    assert table.floors is not None or name == "refcoco_rec"
     if name == "mme":
         assert table.unit == "points" or table.rows[0].score[0] <= 100  # type: ignore[index]
 

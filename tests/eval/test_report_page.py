@@ -409,7 +409,7 @@ def test_levels_outside_a_plot_are_not_drawn(page: Page, tmp_path: Path) -> None
             for i in range(200)
         ])  # fmt: skip
     page.open(write_report(folder.path, resamples=100)["page"])
-    assert "commonest answer of each kind: 100.0" in page.one("#table").text
+    assert "commonest answer: 100.0 · text-only prior: 100.0" in page.one("#table").text
     assert page.all("#plot-0 line.floor") == []
     assert len(page.all("#plot-0 .pt")) == 1
     assert page.complaints() == []

@@ -274,7 +274,7 @@ const averageOf = (model) => {
       task: AVERAGE,
       metric: "mean over tasks",
       unit: "% of untouched",
-      floor: null,
+      floors: null,
       notes: [],
       kinds: {},
     }
@@ -287,4 +287,14 @@ const current = () =>
   tablesOf(state.model)[0];
 const taskName = (table) => (table.task === AVERAGE ? "All tasks" : table.task);
 const baseOf = (table) => table.rows.find((row) => DATA.arms[row.arm].untouched);
+// What needs neither picture nor model: name and score.
+function floorsOf(table) {
+  const { majority, per_kind, prior } = table.floors || {};
+  const kinds = Object.keys(table.kinds).length > 1;
+  return [
+    ["commonest answer", majority],
+    ["commonest answer of each kind", kinds ? per_kind : null],
+    ["text-only prior", prior],
+  ].filter(([, value]) => known(value));
+}
 const unitOf = (table) => (table.unit === "points" ? "points" : "%");

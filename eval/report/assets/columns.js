@@ -166,8 +166,8 @@ function columnsOf(table) {
       key: "unparsed",
       name: "unparsed %",
       title: "Outputs that no rule could read",
-      get: (r) => (r.n ? r.unparsed / r.n : null),
-      show: (r) => (r.n ? percent(r.unparsed / r.n) : ""),
+      get: (r) => (r.answered ? r.unparsed / r.answered : null),
+      show: (r) => (r.answered ? percent(r.unparsed / r.answered) : ""),
     },
     {
       key: "yes",

@@ -202,7 +202,7 @@ function health(table, card) {
   return card(
     "Health of the data",
     errors ? plural(errors, "error") : "no errors",
-    `${count(records)} records, ${count(unparsed)} unparsed (${percent(unparsed / Math.max(1, records))} %)`,
+    `${count(records)} records, ${count(unparsed)} unparsed (${percent(unparsed / Math.max(1, records - errors))} % of the answers)`,
     notes ? `${plural(notes, "remark")} below the table` : "Every arm has every sample.",
   );
 }

@@ -206,7 +206,6 @@ function levelsOf(table) {
     found.push({ value: base.score[0], kind: "base", name: "untouched" });
   if (blind?.score && !state.hidden.has(BLIND))
     found.push({ value: blind.score[0], kind: "floor", name: "without the picture" });
-  if (known(table.floor))
-    found.push({ value: table.floor, kind: "floor", name: "commonest answer" });
+  for (const [name, value] of floorsOf(table)) found.push({ value, kind: "floor", name });
   return found;
 }

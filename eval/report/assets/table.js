@@ -64,6 +64,7 @@ function tableSection() {
         "div",
         { class: "soft" },
         h("p", {}, DATA.how),
+        h("p", {}, DATA.how_floors),
         h(
           "p",
           {},
@@ -85,7 +86,7 @@ function captionOf(table) {
   if (table.prompt_style) words.push(`prompts: ${table.prompt_style}`);
   const blind = table.rows.find((row) => DATA.arms[row.arm].method === BLIND);
   if (blind?.score) words.push(`without the picture: ${fixed(blind.score[0])}`);
-  if (known(table.floor)) words.push(`commonest answer of each kind: ${fixed(table.floor)}`);
+  for (const [name, value] of floorsOf(table)) words.push(`${name}: ${fixed(value)}`);
   if (yes) words.push(`yes among references: ${percent(yes.yes_wanted)} %`);
   return `${words.join(" · ")}.`;
 }

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan that `--dry-run` prints, and the figures of a table in a narrow terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from visprune.eval.dry_run import Planned, plan_study, print_plan
+from visprune.eval.evaluate import print_rows
+from visprune.eval.study import build_study
+
+LONG = "runs/2026-11-26/vlm_easy_vqa_with_all_its_weights/checkpoint-last"
+
+
+def printed(planned: list[Planned], width: int = 80, **options: int) -> list[str]:
+    out = io.StringIO()
+    print_plan(Console(file=out, width=width), planned, **options)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_long_names_do_not_break_the_rows_of_a_plan() -> None:
+    task = "folder (path=data/somewhere/far/away/in/a/deep/folder/test, metric_name=exact_match)"
+    planned = [
+        Planned(LONG, task, seed, label, 100, 10 * (seed == 1), 50.0)
+        for seed in (1, 2, 3)
+        for label in ("none", "keep_all", "visionzip 128", "no_image")
+    ]
+    lines = printed(planned)
+    assert lines[:3] == [LONG, f"  {task}", "  seed 1, 2, 3"]
+    rows = [line.split() for line in lines if line.endswith("2 min")]
+    assert [row[:-2] for row in rows] == [
+        ["none", "300", "10"], ["keep_all", "300", "10"], ["visionzip", "128", "300", "10"],
+        ["no_image", "300", "10"],
+    ]  # fmt: skip
+    assert all(len(line) <= 80 for line in lines if line not in (LONG, f"  {task}"))
+    assert "12 cells, 1160 samples to ask, about 10 min" in " ".join(lines)
+
+
+def test_a_refusal_is_said_once_and_what_is_not_there_has_no_estimate() -> None:
+    planned = [
+        *(Planned("a", "t", seed, "visionzip 8", 5, 0, 0.0, "No class token.") for seed in (0, 1)),
+        Planned("a", "t", 0, "none", 5, 0, 30.0),
+        Planned("b", "t", 0, "none", 5),
+    ]
+    text = "\n".join(printed(planned, processes=2))
+    assert text.count("visionzip 8: No class token.") == 1
+    assert text.count("cannot run") == 1
+    assert "10 samples to ask, about 15 s in 2 process(es)" in text.replace("\n", " ")
+    assert "no estimate for b: not on this machine" in text.replace("\n", " ")
+
+
+def test_two_tasks_of_one_name_are_told_apart_by_what_was_set() -> None:
+    study = build_study({
+        "models": ["somebody/elsewhere"], "methods": ["todre"], "budgets": [8], "controls": False,
+        "tasks": [{"task": "embedded", "limit": 2}, {"task": "embedded", "limit": 3}],
+    })  # fmt: skip
+    planned = plan_study(study)
+    assert [row.task for row in planned] == ["embedded (limit=2)", "embedded (limit=3)"]
+
+
+@pytest.mark.parametrize("floors", [{}, {"commonest answer": 25.0, "text-only prior": 31.25}])
+def test_floors_stand_below_the_printed_scores(floors: dict[str, float]) -> None:
+    row = {"model": "m", "task": "t", "label": "todre 8", "score": 50.0, "low": 40.0, "high": 60.0,
+           "delta": None, "delta_low": None, "delta_high": None, "tokens": 8.0, "gflops": 1.0,
+           "kv_bytes": 1, "errors": 0, "floors": floors}  # fmt: skip
+    out = io.StringIO()
+    print_rows(Console(file=out, width=80), [row])
+    said = "Without the picture: commonest answer 25.0; text-only prior 31.2." in out.getvalue()
+    assert said == bool(floors)
