@@ -92,9 +92,10 @@ class HiLo(nn.Module):
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ConfigError(f"HiLo takes maps [B, H, W, {self.dim}]; got {list(x.shape)}.")
         if self._unobserved():
+            names = ("h_qkv", "h_proj", "l_q", "l_kv", "l_proj")
+            h_qkv, h_proj, l_q, l_kv, l_proj = (self._pair(name) for name in names)
             whole = ops.hilo_layer(
-                x, self.head_dim,
-                *(self._pair(name) for name in ("h_qkv", "h_proj", "l_q", "l_kv", "l_proj")),
+                x, self.head_dim, h_qkv, h_proj, l_q, l_kv, l_proj,
                 window_size=self.window_size, scale=self.scale,
             )  # fmt: skip
             return self.proj_drop(whole)
