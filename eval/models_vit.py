@@ -28,6 +28,7 @@ from visprune.eval.models import (
     offline,
     weights_hash,
 )
+from visprune.eval.seen import seen_by_transform
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.imagenet import ranking_text, zero_shot_classifier
 from visprune.method import PruningMethod
@@ -140,7 +141,7 @@ class Classifier:
         share = {part: value // cost.samples for part, value in cost.parts.items()}
         trace = run.trace
         return [
-            Output(text, tokens=count, macs=share, kept=self._kept(trace, row))
+            Output(text, tokens=count, macs=share, kept=self._kept(trace, row, requests[row]))
             for row, (text, count) in enumerate(zip(texts, trace.mean_tokens, strict=True))
         ]
 
@@ -155,8 +156,8 @@ class Classifier:
             return None, None
         return float(height * width), {**cost.parts, "selection": 0}
 
-    def _kept(self, trace: Any, row: int) -> dict[str, Any] | None:
-        """Patches that a final slot stands for."""
+    def _kept(self, trace: Any, row: int, request: Request) -> dict[str, Any] | None:
+        """Patches that a final slot stands for, and where in the picture they lie."""
         grids: list[tuple[int, int, int]] = list(trace.grids[row])
         if len(grids) != 1 or grids[0][0] != 1:
             return None
@@ -164,7 +165,10 @@ class Classifier:
         alive = torch.zeros(height * width, dtype=torch.bool)
         index = trace.kept[row].cpu()
         alive[index[index >= 0]] = True
-        return {"grid": [height, width], "kept": bits_of(alive.reshape(height, width))}
+        found: dict[str, Any] = {"grid": [height, width]}
+        found["kept"] = bits_of(alive.reshape(height, width))
+        box = request.image and seen_by_transform(self.transform, request.image.size)
+        return {**found, "box": box} if box else found
 
 
 class TimmClassifier(Classifier):

@@ -31,6 +31,7 @@ from visprune.eval.models import (
     offline,
     weights_hash,
 )
+from visprune.eval.seen import seen_by_processor
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.method import PruningMethod
 from visprune.run_cost import prompt_costs, sample_costs
@@ -183,16 +184,11 @@ class VLM:
     ) -> dict[str, Any] | None:
         """Kept patches, and the part of the picture that the model saw where it was cropped."""
         found = kept_map(run, layouts, row) if run is not None else None
-        crop: Any = getattr(self.processor, "image_processor", None)
-        if found is None or request.image is None or not getattr(crop, "do_center_crop", False):
+        if found is None or request.image is None:
             return found
-        width, height = request.image.size
-        edge = min(width, height)
-        size, shortest = crop.crop_size, crop.size.get("shortest_edge") or edge
-        parts = (size["width"] * edge / shortest / width, size["height"] * edge / shortest / height)
-        box = [*(0.5 - part / 2 for part in parts), *(0.5 + part / 2 for part in parts)]
-        whole = all(abs(part - 1.0) < 1e-6 for part in parts)
-        return found if whole else {**found, "box": [round(x, 6) for x in box]}
+        prepares = getattr(self.processor, "image_processor", None)
+        box = seen_by_processor(prepares, self.family, request.image.size)
+        return found if box is None else {**found, "box": box}
 
     def inputs(self, requests: Sequence[Request], style: str) -> dict[str, Any]:
         """What the model takes for these requests, padded on the left, on its device."""
