@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .axis import Layout, Run, product, runs
 
-MAX_HELD = 1 << 19  # numbers in a buffer of a part: fp32 2 MiB, about the cache of a core
+MAX_HELD = 1 << 18  # numbers in a buffer of a part: fp32 1 MiB, so that its buffers stay in cache
 # By number of axes: queries per tile on an axis, and the length from which an axis counts as long.
 TARGETS = {1: (32, 128), 2: (4, 48), 3: (3, 16)}
 
