@@ -206,6 +206,15 @@ def _compare(
     )
 
 
+def _ends(x: Comparison) -> str:
+    if x.pictures < 2:
+        return "(no interval: all questions are about one picture)"
+    return (
+        f"[{x.difference.low:+.2f}, {x.difference.high:+.2f}] (95 %, paired bootstrap over "
+        f"pictures)"
+    )
+
+
 def to_text(comparisons: Sequence[Comparison]) -> str:
     """The comparisons for people, a few lines each."""
     parts = []
@@ -216,7 +225,7 @@ def to_text(comparisons: Sequence[Comparison]) -> str:
             f"  {x.samples} samples of {x.pictures} pictures that both answered"
             + (f" ({x.left_out} left out)" if x.left_out else ""),
             f"  A {x.first_score:.2f} %, B {x.second_score:.2f} %, B - A = {diff.delta:+.2f} "
-            f"points [{diff.low:+.2f}, {diff.high:+.2f}] (95 %, paired bootstrap over pictures)",
+            f"points {_ends(x)}",
             f"  right in A alone: {x.only_first}, in B alone: {x.only_second}; McNemar's exact "
             f"test: p = {x.p_value:.3g}"
             + (" (scores of 0.5 and more count as right)" if x.fractional else ""),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -237,9 +238,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         return "" if row[key] is None else format(row[key] * factor, form)
 
     delta = number("delta", "+.1f")
-    if delta and row["delta_low"] is not None:
+    if delta and row["delta_low"] is not None and math.isfinite(row["delta_low"]):
         delta += f" [{row['delta_low']:+.1f}, {row['delta_high']:+.1f}]"
-    between = f"{row['low']:.1f} - {row['high']:.1f}" if row["low"] is not None else ""
+    low = row["low"]
+    between = f"{low:.1f} - {row['high']:.1f}" if low is not None and math.isfinite(low) else ""
     return [
         number("score", ".1f"), between, delta, number("tokens", ".1f"), number("gflops", ".3g"),
         number("kv_bytes", ".2f", 2**-20), str(row["errors"]),

@@ -40,6 +40,8 @@ def averages(tables: Sequence[Table]) -> list[dict[str, Any]]:
         for arm, rows in by_arm.items()
         if len(rows) == len(tables) and (entry := _entry(arm, rows, tables)) is not None
     ]
+    if len(found) < 2:  # of the untouched model alone there is nothing to say
+        return []
     for entry in found:
         entry["pareto"] = [axis for axis in AXES if _on_front(entry, found, axis)]
     return found

@@ -53,10 +53,13 @@ def _titles(abouts: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:
     for key, about in distinct.items():
         same = [other for other in distinct.values() if other.get(name) == about.get(name)]
         fields = {field for other in same for field in other}
-        differ = [
-            field for field in sorted(fields)
-            if len({canonical(other.get(field)) for other in same}) > 1
-        ]  # fmt: skip
+        values = {
+            field: len({canonical(other.get(field)) for other in same})
+            for field in sorted(fields, key=lambda field: (field != "path", field))
+        }
+        # One field that tells all of them apart is enough: titles head columns.
+        alone = [field for field, count in values.items() if 1 < count == len(same)][:1]
+        differ = alone or [field for field, count in values.items() if count > 1]
         words = [f"{field}={about.get(field)}" for field in differ]
         titles[key] = " ".join([str(about.get(name)), *words])
     return titles
@@ -94,7 +97,7 @@ def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
     return Table(
         model=model, task=title, about=about, prompt_style=runs[0].cell.prompt_style,
         metric=getattr(scorer.task, "metric_name", "score"),
-        unit="%" if all(row.score is None or row.score[0] <= 100 for row in rows) else "points",
+        unit=getattr(scorer.task, "unit", "%"),
         mean=scorer.mean, rows=rows, samples=len(samples),
         pictures=len({line.cluster for line in samples.values()}), kinds=kinds,
         floors=pooled_floors(scorer.task, _by_seed(samples)),
@@ -125,5 +128,8 @@ def _notes(
         notes.append(f"Incomplete, fewer than {most:g} samples: {', '.join(short)}.")
     pictures = len({line.cluster for line in samples.values()})
     if pictures < 30:
-        notes.append(f"Few pictures ({pictures}): a bootstrap interval is then too narrow.")
+        notes.append(
+            f"Few pictures ({pictures}): a bootstrap interval is then too narrow."
+            if pictures > 1 else "One picture: there is no interval."
+        )  # fmt: skip
     return notes

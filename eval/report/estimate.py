@@ -135,6 +135,12 @@ class Scorer:
             pictures = len({line.cluster for line in lines if line.score is not None})
             low, high = wilson(pictures if scores == {1.0} else 0, pictures)
             return 100 * low, 100 * high
+        return self.ends(lines, replicates)
+
+    def ends(self, lines: Sequence[Line], replicates: np.ndarray) -> tuple[float, float]:
+        """Return the percentile interval; NaN for one picture, which says nothing of others."""
+        if len({line.cluster for line in lines if line.score is not None}) < 2:
+            return float("nan"), float("nan")
         return interval(replicates)
 
 

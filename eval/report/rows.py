@@ -12,12 +12,13 @@ import numpy as np
 
 from visprune.eval.metrics.beside import Floors, loyal, yes_rate, yes_wanted
 from visprune.eval.report.cost import Cost, cost_of
-from visprune.eval.report.estimate import Scorer, interval, ratio
+from visprune.eval.report.estimate import Scorer, ratio
 from visprune.eval.report.results import UNTOUCHED, Line, Run
 
 __all__ = ["Arm", "Figure", "Row", "Table", "build_row"]
 
 Figure = tuple[float, float, float]  # value, lower end, upper end
+Pair = tuple[Line, Line]  # ours and the untouched model's, of the same sample
 
 OTHER = "(other kinds)"
 
@@ -159,16 +160,17 @@ def build_row(
     scored = _figures(runs, scorer, errors_count=False)
     strict = [found["score"] for found in _figures(runs, scorer, errors_count=True)]
     values = [found["score"] for found in scored]
-    answered = _both(runs, whole)
-    both = [(a, b) for a, b in answered if a.score is not None and b.score is not None]
-    score, delta, relative = _estimates(arm, runs, lines, both, scored, scorer)
+    answered = [_both(run, whole) for run in runs]
+    by_run = [[(a, b) for a, b in pairs if None not in (a.score, b.score)] for pairs in answered]
+    both = [pair for pairs in by_run for pair in pairs]
+    score, delta, relative = _estimates(arm, runs, by_run, scored, scorer)
     names = dict.fromkeys(name for found in scored for name in found)
     return Row(
         arm=arm, seeds=[run.cell.seed for run in runs], n=len(lines),
         pictures=len({line.cluster for line in lines}), score=score,
         score_errors_wrong=float(np.mean(strict)) if strict else None, delta=delta,
         paired=len(both),
-        agreement=_share(loyal(answered)),
+        agreement=_share(loyal([pair for pairs in answered for pair in pairs])),
         errors=dict(Counter(line.error for line in lines if line.error is not None).most_common()),
         unparsed=sum(line.answer is None and line.error is None for line in lines),
         yes_rate=_share(yes_rate(lines)), yes_wanted=_share(yes_wanted(lines)),
@@ -185,12 +187,10 @@ def _figures(runs: Sequence[Run], scorer: Scorer, *, errors_count: bool) -> list
     return [found for found in every if "score" in found]
 
 
-def _both(runs: Sequence[Run], whole: Mapping[str, Sequence[Run]]) -> list[tuple[Line, Line]]:
+def _both(run: Run, whole: Mapping[str, Sequence[Run]]) -> list[Pair]:
     """Pairs of lines of the same sample, ours and the untouched model's, both with an answer."""
-    pairs = []
-    for run in runs:
-        base = _base(run, whole.get(run.task, ()))
-        pairs += [(line, base[name]) for name, line in run.lines.items() if name in base]
+    base = _base(run, whole.get(run.task, ()))
+    pairs = [(line, base[name]) for name, line in run.lines.items() if name in base]
     return [(a, b) for a, b in pairs if a.error is None and b.error is None]
 
 
@@ -205,39 +205,52 @@ def _share(percent: float | None) -> float | None:
 
 
 def _estimates(
-    arm: Arm, runs: Sequence[Run], lines: Sequence[Line], both: Sequence[tuple[Line, Line]],
+    arm: Arm, runs: Sequence[Run], both: Sequence[Sequence[Pair]],
     scored: Sequence[Mapping[str, float]], scorer: Scorer,
 ) -> tuple[Figure | None, Figure | None, np.ndarray | None]:  # fmt: skip
-    """Return score, paired difference, and replicates of the score relative to the untouched."""
+    """Return score, paired difference, and replicates of the score relative to the untouched.
+
+    Args:
+        arm: which one.
+        runs: one per seed.
+        both: scored pairs of each run.
+        scored: figures of the runs that have some.
+        scorer: of the task.
+    """
     if not scored:
         return None, None, None
-    if scorer.mean:
-        value = 100.0 * float(np.mean([line.score for line in lines if line.score is not None]))
-        draws = scorer.replicates(lines)
-    else:
-        value = float(np.mean([found["score"] for found in scored]))
-        draws = np.mean([scorer.replicates(list(run.lines.values())) for run in runs], axis=0)
+    value, draws = _pooled([list(run.lines.values()) for run in runs], scorer)
+    lines = [line for run in runs for line in run.lines.values()]
     score = (value, *scorer.interval(lines, draws))
-    if not both:
+    pairs = [pair for pairs in both for pair in pairs]
+    if not pairs:
         return score, None, None
-    ours, theirs = _paired(both, scorer)
-    base = scorer.figures([b for _, b in both]) if len(runs) == 1 or scorer.mean else {}
-    mine = scorer.figures([a for a, _ in both]) if base else {}
-    change = mine["score"] - base["score"] if base else float(np.nanmean(ours - theirs))
+    mine, ours = _pooled([[a for a, _ in pairs] for pairs in both], scorer)
+    base, theirs = _pooled([[b for _, b in pairs] for pairs in both], scorer)
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = 100.0 * ours / theirs
     if arm.untouched:
         return score, None, relative
-    return score, (change, *interval(ours - theirs)), relative
+    return score, (mine - base, *scorer.ends([a for a, _ in pairs], ours - theirs)), relative
 
 
-def _paired(both: Sequence[tuple[Line, Line]], scorer: Scorer) -> tuple[np.ndarray, np.ndarray]:
-    """Return replicates of both sides over the same samples, ``[R]`` each."""
-    return scorer.replicates([a for a, _ in both]), scorer.replicates([b for _, b in both])
+def _pooled(sets: Sequence[Sequence[Line]], scorer: Scorer) -> tuple[float, np.ndarray]:
+    """Return score and replicates ``[R]`` of several seeds: of all samples, or in the mean.
+
+    A figure that is no mean over samples (acc+ of two questions per picture) is made of each seed
+    alone: with all seeds in one, a picture would have four questions.
+    """
+    sets = [lines for lines in sets if "score" in scorer.figures(lines)]
+    if scorer.mean:
+        lines = [line for lines in sets for line in lines]
+        known = [line.score for line in lines if line.score is not None]
+        return 100.0 * float(np.mean(known)), scorer.replicates(lines)
+    values = [scorer.figures(lines)["score"] for lines in sets]
+    return float(np.mean(values)), np.mean([scorer.replicates(lines) for lines in sets], axis=0)
 
 
 def _kinds(
-    lines: Sequence[Line], both: Sequence[tuple[Line, Line]], arm: Arm, scorer: Scorer,
+    lines: Sequence[Line], both: Sequence[Pair], arm: Arm, scorer: Scorer,
     shown: Sequence[str],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return the mean score (percent) and the paired difference by kind, each with interval."""
@@ -245,12 +258,14 @@ def _kinds(
         return {}
     group: dict[str, list[Line]] = {}
     pair: dict[str, list[tuple[str, float | None]]] = {}
+    shared: dict[str, list[Line]] = {}
     for line in lines:
         group.setdefault(line.kind if line.kind in shown else OTHER, []).append(line)
     for a, b in both:
         name = a.kind if a.kind in shown else OTHER
         change = (a.score or 0.0) - (b.score or 0.0)
         pair.setdefault(name, []).append((a.cluster, change))
+        shared.setdefault(name, []).append(a)
     names = [name for name in (*shown, OTHER) if name in group]
     columns = [scorer.totals([(x.cluster, x.score) for x in group[name]]) for name in names]
     columns += [scorer.totals(pair.get(name, [])) for name in names]
@@ -263,6 +278,6 @@ def _kinds(
             "n": len(group[name]),
             "score": (float(point[number]), *scorer.interval(group[name], draws[:, number])),
             "delta": None if arm.untouched or name not in pair
-            else (float(point[other]), *interval(draws[:, other])),
+            else (float(point[other]), *scorer.ends(shared[name], draws[:, other])),
         }  # fmt: skip
     return found

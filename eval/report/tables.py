@@ -17,7 +17,8 @@ __all__ = ["HOW_TO_READ", "to_csv", "to_kinds_csv", "to_latex", "to_markdown"]
 
 HOW_TO_READ = (
     "Brackets hold 95 % intervals from a bootstrap over pictures; a difference is paired, to the "
-    "untouched model on the same samples. Tokens are visual tokens in the mean over decoder "
+    "untouched model on the same samples; one of [+0.0, +0.0] says that no score changed here, not "
+    "that none would. Tokens are visual tokens in the mean over decoder "
     "layers. FLOPs are two per multiply-add, per sample; times are medians at batch 1. "
     "Agreement is the share of answers equal to the untouched model's. Errors are left out of the "
     "score; the column beside them scores them 0. * marks the front of score against FLOPs, + that "

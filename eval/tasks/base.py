@@ -110,6 +110,7 @@ class Task:
     name: ClassVar[str] = ""
     VERSION: ClassVar[int] = 1
     metric_name: ClassVar[str] = "exact_match"
+    unit: ClassVar[str] = "%"  # of the score, or "points"
     max_new_tokens: ClassVar[int] = 16
     generates: ClassVar[bool] = True
 

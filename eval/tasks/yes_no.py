@@ -150,6 +150,7 @@ class MME(DataTask):
     """
 
     name: ClassVar[str] = "mme"
+    unit: ClassVar[str] = "points"
     VERSION: ClassVar[int] = 1
     HUB: ClassVar[str] = "lmms-lab-encoder/MME"
     SPLITS: ClassVar[Mapping[str, str]] = {"test": "test"}

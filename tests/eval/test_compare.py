@@ -68,6 +68,14 @@ def test_two_folders_are_compared_method_by_method(folders: tuple[str, str]) -> 
     assert "right in A alone: 24, in B alone: 0" in text
 
 
+def test_one_picture_has_no_interval(tmp_path: Path) -> None:
+    study = instant_study(task=Tiling(limit=3), methods=["todre"], budgets=[4])
+    run_study(study, tmp_path, loader=loader(Instant()))
+    text = to_text(compare(f"{tmp_path}:none", f"{tmp_path}:todre 4", resamples=100))
+    assert "3 samples of 1 pictures" in text
+    assert "no interval: all questions are about one picture" in text
+
+
 def test_two_methods_of_one_folder(folders: tuple[str, str]) -> None:
     (found,) = compare(f"{folders[0]}:none", f"{folders[0]}:todre 4", resamples=100)
     assert (found.first, found.second) == ("none", "todre 4")

@@ -376,8 +376,78 @@ def test_the_scores_of_real_tasks_are_their_own(
         assert row.score[1] < row.score[0] < row.score[2]
         assert row.figures == pytest.approx(wanted)
     assert table.floors is not None or name == "refcoco_rec"
-    if name == "mme":
-        assert table.unit == "points" or table.rows[0].score[0] <= 100  # type: ignore[index]
+    assert table.unit == ("points" if name == "mme" else "%")
+
+
+def test_a_bad_mme_is_in_points_too_and_its_seeds_are_not_mixed(folder: ResultsFolder) -> None:
+    """With two seeds in one, every picture has four questions and none has all of them right."""
+    right = {"none": (20, 12), "todre": (6, 10)}
+    scores: dict[str, list[float]] = {}
+    for seed in (0, 1):
+        task = dataclasses.replace(get_task("mme"), seed=seed)
+        for method, many in right.items():
+            of = dataclasses.replace(cell(method, task=task.to_dict()), seed=seed)
+            told = [_said("mme", i, i < many[seed]) for i in range(60)]
+            fill(folder, of, [dataclasses.replace(record(of, i, **t), sample=str(i))
+                              for i, t in enumerate(told)])  # fmt: skip
+            figures = task.aggregate(folder.records(of.id))
+            scores.setdefault(method, []).append(figures["score"])
+    (table,) = tables(folder)
+    base, row = table.rows
+    assert table.unit == "points"
+    assert base.score is not None
+    assert row.delta is not None
+    assert base.score[0] == pytest.approx(np.mean(scores["none"]))
+    assert base.score[0] < 100
+    assert row.delta[0] == pytest.approx(np.mean(scores["todre"]) - np.mean(scores["none"]))
+    assert row.delta[1] < row.delta[0] < row.delta[2]
+
+
+def test_one_picture_has_no_interval(folder: ResultsFolder) -> None:
+    whole, pruned = cell(), cell("todre", 64)
+    for of, right in ((whole, 6), (pruned, 3)):
+        fill(folder, of, [record(of, i, score=float(i < right), kind=f"k{i % 2}")
+                          for i in range(8)])  # fmt: skip
+    (table,) = tables(folder)
+    assert table.notes[-1] == "One picture: there is no interval."
+    text = to_markdown([table], {})
+    assert "| 37.5 | -37.5 |" in text
+    assert "nan" not in text.lower()
+    for kind in table.rows[1].kinds.values():
+        assert np.isnan(kind["delta"][1:]).all()
+
+
+def test_an_empty_task_and_nothing_but_errors_are_no_scores(folder: ResultsFolder) -> None:
+    whole, pruned = cell(), cell("todre", 64)
+    fill(folder, whole, [record(whole, i, cluster=f"p{i}") for i in range(4)])
+    broken = {"score": None, "answer": None, "text": None, "error": {"type": "OSError"}}
+    fill(folder, pruned, [record(pruned, i, cluster=f"p{i}", **broken) for i in range(4)])
+    folder.add_cells([cell("fastv", 8)])
+    results = read_results(folder.path)
+    (table,) = build_tables(results, resamples=400)
+    row = table.rows[1]
+    assert (row.score, row.delta, row.agreement, row.paired) == (None, None, None, 0)
+    assert row.score_errors_wrong == 0.0
+    assert row.errors == {"OSError": 4}
+    assert [empty.label for empty in results.empty] == ["fastv 8"]
+    assert "nan" not in to_markdown([table], {}).lower()
+    assert averages([table, table]) == []
+
+
+def test_namesakes_are_told_apart_by_their_files_alone(folder: ResultsFolder) -> None:
+    for path, metric in (("a.jsonl", "gqa"), ("b.jsonl", "exact_match"), ("c.jsonl", "gqa")):
+        of = cell(task={"task": "folder", "version": 1, "path": path, "metric_name": metric})
+        fill(folder, of, [record(of, 0)])
+    titles = sorted(table.task for table in tables(folder))
+    assert titles == ["folder path=a.jsonl", "folder path=b.jsonl", "folder path=c.jsonl"]
+
+
+def test_a_task_on_which_nothing_is_right_leaves_no_average(folder: ResultsFolder) -> None:
+    for name, score in (("t", 1.0), ("u", 0.0)):
+        for method in ("none", "todre"):
+            of = cell(method, task={"task": name, "version": 1})
+            fill(folder, of, [record(of, i, score=score, cluster=f"p{i}") for i in range(4)])
+    assert averages(tables(folder)) == []
 
 
 def test_the_average_over_tasks_is_relative_to_the_untouched_model(made: ResultsFolder) -> None:

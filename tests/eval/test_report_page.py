@@ -397,6 +397,24 @@ def test_a_folder_without_costs_pictures_or_baseline_still_draws(
     assert page.complaints() == []
 
 
+def test_long_names_of_tasks_do_not_widen_a_phone(page: Page, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "long", create=True)
+    for path in ("somewhere/rather/far/away/questions.jsonl", "elsewhere/as/far/away/others.jsonl"):
+        task = {"task": "folder", "version": 1, "path": path, "metric_name": "exact_match"}
+        cell = Cell(model={"name": "m"}, method={"method": "none"}, task=task,
+                    prompt_style="plain", label="none")  # fmt: skip
+        folder.add_cells([cell])
+        with folder.writer() as writer:
+            writer.write([
+                Record(cell=cell.id, sample=str(i), cluster=str(i), score=1.0, answer="a",
+                       text="a", answers=["a"])
+                for i in range(4)
+            ])  # fmt: skip
+    page.open(write_report(folder.path, resamples=100)["page"], width=390, height=844)
+    assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    assert page.complaints() == []
+
+
 def test_levels_outside_a_plot_are_not_drawn(page: Page, tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path / "low", create=True)
     cell = Cell(model={"name": "m"}, method={"method": "todre"}, task={"task": "t"},
