@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from selenium.webdriver import ActionChains, Keys
 
 from tests.eval.browser import Page, browser, missing
@@ -395,6 +399,27 @@ def test_a_folder_without_costs_pictures_or_baseline_still_draws(
     assert "not run" in page.one("#glance").text
     assert len(page.all(".shot")) == 1
     assert page.complaints() == []
+
+
+def test_what_was_cut_off_does_not_look_kept(page: Page, tmp_path: Path) -> None:
+    """A wide picture of which the model saw the middle: the sides are veiled, the middle is not."""
+    folder = ResultsFolder(tmp_path / "cut", create=True)
+    cell = Cell(model={"name": "m"}, method={"method": "todre"}, task={"task": "t"},
+                prompt_style="plain", label="todre")  # fmt: skip
+    folder.add_cells([cell])
+    name = folder.add_picture(Image.new("RGB", (320, 80), (255, 0, 0)), "0" * 16)
+    bits = base64.b64encode(np.packbits(np.ones((4, 4), bool)).tobytes()).decode()
+    kept = {"grid": [4, 4], "kept": bits, "box": [0.375, 0.0, 0.625, 1.0]}
+    with folder.writer() as writer:
+        writer.write([Record(cell=cell.id, sample="s", cluster="s", score=1.0, answer="a",
+                             text="a", answers=["a"], picture=name, kept=kept)])  # fmt: skip
+    page.open(write_report(folder.path, resamples=100)["page"])
+    page.run("document.querySelector('.shot .pic').scrollIntoView({block: 'center'})")
+    shown = Image.open(io.BytesIO(page.one(".shot .pic").screenshot_as_png)).convert("RGB")
+    across = [shown.getpixel((shown.width * part // 16, shown.height // 2)) for part in (2, 8, 14)]
+    left, middle, right = (pixel[1] for pixel in across)  # green: none in the picture
+    assert middle < 40
+    assert min(left, right) > 150
 
 
 def test_long_names_of_tasks_do_not_widen_a_phone(page: Page, tmp_path: Path) -> None:

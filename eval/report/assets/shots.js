@@ -131,6 +131,7 @@ function keptCount(kept) {
 
 // Where the grid covers a part of the picture, or reaches beyond it (padding).
 function placeGrid(canvas, [left, top, right, bottom]) {
+  canvas.className = "cut"; // what lies around it was cut off before the model saw it
   const share = (x) => `${100 * x}%`;
   Object.assign(canvas.style, {
     inset: "auto",

@@ -68,7 +68,7 @@ function tableSection() {
         h(
           "p",
           {},
-          `${count(DATA.resamples)} draws of whole pictures (200 where the score is no mean over samples). Many intervals stand on this page: of twenty differences that are truly zero, one interval of 95 % is expected to miss zero. Bits in a picture mark the tokens that survive; where a method merges, the patch that the merged token stands at.`,
+          `${count(DATA.resamples)} draws of whole pictures (200 where the score is no mean over samples). Many intervals stand on this page: of twenty differences that are truly zero, one interval of 95 % is expected to miss zero. Bits in a picture mark the tokens that survive; where a method merges, the patch that the merged token stands at. What lies outside a dashed frame was cut off before the model saw it.`,
         ),
       ),
     ),
