@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from PIL import Image
 
@@ -17,7 +18,10 @@ from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Task, check_op
 from visprune.eval.tasks.loading import ImageFile, LazySamples, jsonl_lines, require_columns
 from visprune.eval.tasks.scoring import SCORINGS, Scoring
 
-__all__ = ["Folder", "class_folders"]
+__all__ = ["Folder", "class_folders", "in_turn"]
+
+Item = TypeVar("Item")
+_NONE: Any = object()
 
 _COLUMNS = ("image", "question", "answers")
 _ANNOTATORS = 4  # fewer people than that cannot give a VQA soft accuracy of 1
@@ -74,7 +78,7 @@ class Folder(Task):
         return SCORINGS[self.metric_name]
 
     def samples(self) -> Sequence[Sample]:
-        """Return the samples in the order of the file, or of classes and file names.
+        """Return the samples in the order of the file, or one of each class in turn.
 
         Raises:
             ConfigError: nothing there, a column is missing, or an answer does not suit the metric.
@@ -146,7 +150,9 @@ class Folder(Task):
         if self._scoring.multiple_choice and len(found) > 26:
             raise ConfigError(f"{len(found)} classes; letters reach to 26. Use exact_match.")
         names = tuple(name.replace("_", " ") for name in found)
-        files = [(number, file) for number, files in enumerate(found.values()) for file in files]
+        files = in_turn(
+            [[(number, f) for f in files] for number, files in enumerate(found.values())]
+        )
 
         def make(number: int) -> Sample:
             label, file = files[number]
@@ -164,6 +170,15 @@ class Folder(Task):
             )
 
         return LazySamples(make, self._chosen([str(file) for _, file in files]))
+
+
+def in_turn(groups: Sequence[Sequence[Item]]) -> list[Item]:
+    """Return the first of each group, then the second of each, to the end of the longest.
+
+    The first samples are what a limit takes: of folders in a row they would be one class.
+    """
+    rounds = itertools.zip_longest(*groups, fillvalue=_NONE)
+    return [item for together in rounds for item in together if item is not _NONE]
 
 
 def class_folders(path: Path) -> dict[str, list[Path]]:

@@ -18,7 +18,7 @@ from visprune.eval.metrics.base import percent
 from visprune.eval.metrics.topk import TopK, parse_ranking
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored
 from visprune.eval.tasks.data import DataTask, FileRows, Rows
-from visprune.eval.tasks.folder import class_folders
+from visprune.eval.tasks.folder import class_folders, in_turn
 from visprune.eval.tasks.loading import find_file
 from visprune.eval.tasks.scoring import first_class, score_class
 
@@ -85,10 +85,9 @@ class ImageNet(DataTask):
         numbers = _class_numbers(list(found))
         rows: list[Mapping[str, Any]] = []
         files: list[Path] = []
-        for name, pictures in found.items():
-            for file in pictures:
-                rows.append({"label": numbers[name], "name": file.relative_to(root).as_posix()})
-                files.append(file)
+        for name, file in in_turn([[(n, file) for file in found[n]] for n in found]):
+            rows.append({"label": numbers[name], "name": file.relative_to(root).as_posix()})
+            files.append(file)
         return FileRows(rows, files)
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:

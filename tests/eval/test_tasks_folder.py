@@ -111,6 +111,23 @@ def test_an_image_folder(tmp_path: Path) -> None:
     assert _scores(lettered, "A", "B", "A") == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_a_limit_of_an_image_folder_is_not_one_class(tmp_path: Path, name: str) -> None:
+    counts = {"apple": 5, "pear": 2, "plum": 3}
+    for label, count in counts.items():
+        for number in range(count):
+            save(tmp_path / label / f"{number}.png")
+    where = {"path" if name == "folder" else "data": str(tmp_path)}
+
+    def asked(limit: int | None) -> list[str]:
+        return [sample.id for sample in get_task(name, limit=limit, **where).samples()]
+
+    assert asked(4) == ["apple/0.png", "pear/0.png", "plum/0.png", "apple/1.png"]
+    whole = asked(None)
+    assert whole[-3:] == ["plum/2.png", "apple/3.png", "apple/4.png"]
+    assert len(set(whole)) == 10
+
+
 def test_limit_and_seed(tmp_path: Path) -> None:
     rows = [{"image": "a.png", "question": f"{i}?", "answers": "x"} for i in range(50)]
     dump_lines(tmp_path / "x.jsonl", rows)
