@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import sys
@@ -420,6 +421,43 @@ def test_what_was_cut_off_does_not_look_kept(page: Page, tmp_path: Path) -> None
     left, middle, right = (pixel[1] for pixel in across)  # green: none in the picture
     assert middle < 40
     assert min(left, right) > 150
+
+
+def _same_everywhere(path: Path, pictures: int) -> Path:
+    """Three arms that get everything right, so that floors lie on one height; written as a page."""
+    folder = ResultsFolder(path, create=True)
+    for method, macs in (("none", 100), ("todre", 50), ("no_image", 5)):
+        cell = Cell(model={"name": "m"}, method={"method": method}, task={"task": "t"},
+                    prompt_style="plain", label=method, control=method == "no_image")  # fmt: skip
+        folder.add_cells([cell])
+        with folder.writer() as writer:
+            writer.write([
+                Record(cell=cell.id, sample=str(i), cluster=str(i), question="a?", answers=["a"],
+                       text="a", answer="a", score=1.0, macs={"prefill": macs})
+                for i in range(pictures)
+            ])  # fmt: skip
+    return write_report(folder.path, resamples=100)["page"]
+
+
+@pytest.mark.parametrize(("pictures", "said"), [(1, None), (20, "none"), (400, "todre")])
+def test_few_pictures_prove_no_small_loss(
+    page: Page, tmp_path: Path, pictures: int, said: str | None
+) -> None:
+    page.open(_same_everywhere(tmp_path / "same", pictures))
+    cards = [card.text for card in page.all(".cards .card")]
+    found = [text.split("\n")[1] for text in cards if text.startswith("Cheapest")]
+    assert found == ([] if said is None else [said])  # and never the one without the picture
+    assert page.complaints() == []
+
+
+def test_names_of_equal_heights_do_not_lie_on_each_other(page: Page, tmp_path: Path) -> None:
+    page.open(_same_everywhere(tmp_path / "same", 40))
+    boxes = page.run(
+        "return [...document.querySelectorAll('#plot-0 text.level')].map((node) => {"
+        " const box = node.getBoundingClientRect(); return [box.left, box.right]; })"
+    )
+    assert len(boxes) >= 3
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(sorted(boxes)))
 
 
 def test_long_names_of_tasks_do_not_widen_a_phone(page: Page, tmp_path: Path) -> None:

@@ -140,18 +140,28 @@ function backdrop(spec, scale, box, narrow) {
   parts.push(
     s("text", { class: "axis", x: box.right, y: box.bottom + 38, "text-anchor": "end" }, unit.name),
   );
-  for (const { value, kind, name } of spec.levels) {
-    if (value > scale.y0 && value <= scale.y1) parts.push(...level(value, kind, name, scale, box));
-  }
+  parts.push(...levels(spec, scale, box));
   return parts;
 }
 
-function level(value, kind, name, scale, box) {
-  const y = scale.y(value);
-  return [
-    s("line", { class: kind, x1: box.left, x2: box.right, y1: y, y2: y }),
-    s("text", { class: "axis", x: box.left + 4, y: y - 5 }, `${name} ${fixed(value)}`),
-  ];
+// Names of heights that lie close together stand in a row; the caption of the table has those that
+// find no place.
+function levels(spec, scale, box) {
+  const parts = [],
+    placed = [];
+  for (const { value, kind, name } of spec.levels) {
+    if (value <= scale.y0 || value > scale.y1) continue;
+    const y = scale.y(value),
+      text = `${name} ${fixed(value)}`;
+    const beside = placed.filter((other) => Math.abs(other.y - y) < 15);
+    const x = Math.max(box.left + 4, ...beside.map((other) => other.end + 12)),
+      end = x + 6.5 * text.length;
+    parts.push(s("line", { class: kind, x1: box.left, x2: box.right, y1: y, y2: y }));
+    if (end > box.right && beside.length) continue;
+    placed.push({ y, end });
+    parts.push(s("text", { class: "axis level", x, y: y - 5 }, text));
+  }
+  return parts;
 }
 
 function frontPath(best, scale) {

@@ -133,7 +133,11 @@ function glance() {
                 .filter(Boolean)
                 .join(" · "),
             )
-          : card("Untouched model", "not run", "No differences can be computed."),
+          : card(
+              "Untouched model",
+              base ? "no score" : "not run",
+              "No differences can be computed.",
+            ),
         cheapest(rows, base, card),
         smallest(rows, unit, card),
         health(table, card),
@@ -156,16 +160,27 @@ const savings = (row, base) =>
     .filter(Boolean)
     .join(", ");
 
+// Where no score changed, the interval is a point; 3 / n is then the largest share that may change
+// unseen (the rule of three, over pictures).
+const surely = (row) =>
+  row.delta[1] === row.delta[2] ? row.delta[1] - 300 / row.pictures : row.delta[1];
+
 // A wide interval that happens to hold 0 proves nothing: what counts is how much it can have lost.
 function cheapest(rows, base, card) {
   const cost = (row) => row.cost.flops ?? row.cost.tokens;
   const title = "Cheapest, loss surely below 2 %";
-  const all = rows.filter((row) => row.delta && known(cost(row)) && cost(row) < cost(base));
+  const all = rows.filter(
+    (row) =>
+      known(row.delta?.[1]) &&
+      known(cost(row)) &&
+      cost(row) < cost(base) &&
+      DATA.arms[row.arm].method !== BLIND,
+  );
   if (!base?.score || !all.length) return null;
-  const fine = all.filter((row) => row.delta[1] > -0.02 * base.score[0]);
+  const fine = all.filter((row) => surely(row) > -0.02 * base.score[0]);
   const told = (row) => `${signed(row.delta[0])} ${ends(row.delta, signed)} to untouched`;
   if (!fine.length) {
-    const near = all.reduce((a, b) => (b.delta[1] > a.delta[1] ? b : a));
+    const near = all.reduce((a, b) => (surely(b) > surely(a) ? b : a));
     return card(title, "none", `Nearest: ${armName(DATA.arms[near.arm])},`, told(near));
   }
   const row = fine.reduce((a, b) => (cost(b) < cost(a) ? b : a));
