@@ -21,10 +21,10 @@ _KINDS = 24  # columns of a breakdown; what is rarer goes into one more
 def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Table]:
     """Return one table for each model and task, in the order in which they come."""
     models = _titles([run.cell.model for run in results.runs], "name")
-    tasks = _titles([_task(run) for run in results.runs], "task")
+    tasks = _titles([_setting(run) for run in results.runs], "task")
     settings: dict[str, dict[str, list[Run]]] = {}
     for run in results.runs:
-        by_model = settings.setdefault(canonical([_task(run), run.cell.generation]), {})
+        by_model = settings.setdefault(canonical(_setting(run)), {})
         by_model.setdefault(models[canonical(run.cell.model)], []).append(run)
     tables = []
     for by_model in settings.values():
@@ -34,7 +34,7 @@ def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Tab
             resamples=resamples, seed=seed,
         )  # fmt: skip
         for model, group in by_model.items():
-            tables.append(_table(model, tasks[canonical(_task(group[0]))], group, draws))
+            tables.append(_table(model, tasks[canonical(_setting(group[0]))], group, draws))
     order = list(dict.fromkeys(table.task for table in tables))
     names = list(models.values())
     return sorted(tables, key=lambda table: (names.index(table.model), order.index(table.task)))
@@ -44,6 +44,12 @@ def _task(run: Run) -> dict[str, Any]:
     """The task and how it was put, without the seed: seeds are pooled."""
     task = {name: value for name, value in run.cell.task.items() if name != "seed"}
     return {**task, "prompt_style": run.cell.prompt_style}
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """The task, and how its answers are generated: what one table holds."""
+    generation = {f"generation.{name}": value for name, value in run.cell.generation.items()}
+    return {**_task(run), **generation}
 
 
 def _titles(abouts: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:

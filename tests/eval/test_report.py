@@ -434,6 +434,20 @@ def test_an_empty_task_and_nothing_but_errors_are_no_scores(folder: ResultsFolde
     assert averages([table, table]) == []
 
 
+def test_batches_of_half_precision_are_tables_of_their_own(folder: ResultsFolder) -> None:
+    """They may answer otherwise: neither is paired with the other, and titles name them."""
+    for size, score in ((2, 0.0), (8, 1.0)):
+        for method in ("none", "todre"):
+            of = cell(method, generation={"do_sample": False, "batch_size": size})
+            fill(folder, of, [record(of, i, score=score, cluster=f"p{i}") for i in range(4)])
+    found = {table.task: table for table in tables(folder)}
+    assert sorted(found) == ["t generation.batch_size=2", "t generation.batch_size=8"]
+    for table in found.values():
+        delta = table.rows[1].delta
+        assert delta is not None
+        assert delta[0] == 0.0
+
+
 def test_namesakes_are_told_apart_by_their_files_alone(folder: ResultsFolder) -> None:
     for path, metric in (("a.jsonl", "gqa"), ("b.jsonl", "exact_match"), ("c.jsonl", "gqa")):
         of = cell(task={"task": "folder", "version": 1, "path": path, "metric_name": metric})
