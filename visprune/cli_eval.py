@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,11 @@ def evaluate(
         list[str] | None, typer.Option(help="KEY=VALUE of the tasks named by --task; repeat.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="A name from `visprune methods`; repeat.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[,KEY=VALUE...]",
+            help="A name from `visprune methods`, with parameters (tome,r=13); repeat.",
+        ),
     ] = None,
     num_keep: Annotated[
         list[int] | None, typer.Option(min=1, help="Visual tokens to keep; repeat.")
@@ -80,7 +85,7 @@ def evaluate(
     changes: dict[str, Any] = {
         "models": [_model(name, dtype, device, attention) for name in model or []],
         "tasks": [{"task": name, **options} for name in task or []],
-        "methods": method,
+        "methods": [_method(text) for text in method or []],
         "budgets": [*(num_keep or []), *(keep_ratio or [])],
         "limit": limit,
         "seeds": seed,
@@ -96,6 +101,14 @@ def evaluate(
         study, out, changes, dry_run=dry_run, retry_errors=retry_errors, threads=threads,
         answers=answers,
     )  # fmt: skip
+
+
+def _method(text: str) -> str | dict[str, Any]:
+    """``"tome,r=13"`` as ``{"method": "tome", "r": 13}``; a name alone stays one."""
+    from visprune.cli import _overrides
+
+    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # lists and mappings stay whole
+    return {"method": name, **_overrides(pairs)} if pairs else name
 
 
 def _model(name: str, dtype: str, device: str, attention: str | None) -> dict[str, Any]:

@@ -37,14 +37,15 @@ class Floors:
     Attributes:
         majority: the task's score if every question gets the same answer, the best one.
         majority_answer: that answer.
-        per_kind: the task's score if every question gets the commonest answer of its kind.
+        per_kind: the task's score if every question gets the commonest answer of its kind; ``None``
+            where no kind has two answers: such a kind (a class of pictures) is the answer.
         prior: the task's score if every question gets the commonest answer of the questions that
             begin with the same words, as many as possible (a text-only model; chance has no part).
     """
 
     majority: float
     majority_answer: str
-    per_kind: float
+    per_kind: float | None
     prior: float
 
 
@@ -169,12 +170,10 @@ def floors(task: Any, asked: Iterable[Any], fit: Iterable[Any] | None = None) ->
     commonest = Counter(guess.usual for guess in known).most_common(3)
     constant = {answer: _score(task, guesses, [answer] * len(guesses)) for answer, _ in commonest}
     best = max(constant, key=lambda answer: constant[answer])
-    kinds = _commonest_by_kind(known)
-    usual = [kinds.get(guess.kind, best) for guess in guesses]
     prior = _prior_answers(guesses, known, hold_out=fit is None)
     return Floors(
         majority=constant[best], majority_answer=best,
-        per_kind=_score(task, guesses, usual), prior=_score(task, guesses, prior),
+        per_kind=_per_kind(task, guesses, known, best), prior=_score(task, guesses, prior),
     )  # fmt: skip
 
 
@@ -218,11 +217,17 @@ def _guess(item: Any, written: dict[str, str]) -> _Guess:
     )
 
 
-def _commonest_by_kind(known: Sequence[_Guess]) -> dict[str, str]:
+def _per_kind(
+    task: Any, guesses: Sequence[_Guess], known: Sequence[_Guess], otherwise: str
+) -> float | None:
+    """Return the score of the commonest answer of each kind; a kind not known gets another one."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for guess in known:
         counts[guess.kind][guess.usual] += 1
-    return {kind: found.most_common(1)[0][0] for kind, found in counts.items()}
+    if all(len(found) == 1 for found in counts.values()):
+        return None
+    usual = {kind: found.most_common(1)[0][0] for kind, found in counts.items()}
+    return _score(task, guesses, [usual.get(guess.kind, otherwise) for guess in guesses])
 
 
 def _prior_answers(guesses: Sequence[_Guess], known: Sequence[_Guess], hold_out: bool) -> list[str]:

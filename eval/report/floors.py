@@ -36,8 +36,13 @@ def pooled_floors(task: Task | None, sets: Mapping[str, Sequence[Line]]) -> Floo
         return None
     weights = [count for _, count in found]
 
-    def mean(name: str) -> float:
-        return float(np.average([getattr(floor, name) for floor, _ in found], weights=weights))
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=weights))
 
-    said = dict.fromkeys(floor.majority_answer for floor, _ in found)
-    return Floors(mean("majority"), " / ".join(said), mean("per_kind"), mean("prior"))
+    kinds = [floor.per_kind for floor, _ in found if floor.per_kind is not None]
+    return Floors(
+        majority=mean([floor.majority for floor, _ in found]),
+        majority_answer=" / ".join(dict.fromkeys(floor.majority_answer for floor, _ in found)),
+        per_kind=mean(kinds) if len(kinds) == len(found) else None,
+        prior=mean([floor.prior for floor, _ in found]),
+    )

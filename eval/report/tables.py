@@ -119,7 +119,7 @@ def floor_list(table: Table) -> list[tuple[str, float]]:
     if table.floors is None:
         return []
     found = [("commonest answer", table.floors.majority)]
-    if len(table.kinds) > 1:
+    if len(table.kinds) > 1 and table.floors.per_kind is not None:
         found.append(("commonest answer of each kind", table.floors.per_kind))
     return [*found, ("text-only prior", table.floors.prior)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.eval.task_fixtures import LOCAL, dump_lines
+from tests.eval.task_fixtures import LOCAL, dump_lines, save
 from visprune.eval.metrics import (
     Loyalty,
     beside,
@@ -99,6 +99,17 @@ def test_floors_learned_on_a_train_split(task: Task, tmp_path: Path) -> None:
     assert (found.majority, found.majority_answer) == (pytest.approx(100 / 6), "no")
     # "what color is the sky" and "is it day" are known word for word.
     assert found.prior == pytest.approx(100 * 2 / 6)
+
+
+def test_a_kind_that_is_the_answer_is_no_floor(tmp_path: Path) -> None:
+    """The kind of a picture in a folder of classes is its class: who knows it has not to look."""
+    for label in ("cat", "dog"):
+        for number in range(2):
+            save(tmp_path / label / f"{number}.png")
+    task = get_task("folder", path=str(tmp_path), metric_name="top1")
+    found = floors(task, task.samples())
+    assert found is not None
+    assert (found.majority, found.per_kind) == (50.0, None)
 
 
 def test_the_prior_does_not_know_the_questions_it_is_asked() -> None:

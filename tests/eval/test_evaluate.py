@@ -350,7 +350,8 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     words = (
         "eval s.yaml --model embedded --task embedded --task-option limit=3 --method todre "
-        "--method fastv --num-keep 64 --keep-ratio 0.5 --limit 9 --seed 1 --seed 2 --no-controls "
+        "--method fastv --method pyramiddrop,depths=[0.25,0.5],factor=0.4 "
+        "--num-keep 64 --keep-ratio 0.5 --limit 9 --seed 1 --seed 2 --no-controls "
         "--attention eager --max-new-tokens 5 --dry-run --out o"
     )
     monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
@@ -362,7 +363,11 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changes == {
         "models": [{"name": "embedded", "dtype": "auto", "device": "auto", "attention": "eager"}],
         "tasks": [{"task": "embedded", "limit": 3}],
-        "methods": ["todre", "fastv"],
+        "methods": [
+            "todre",
+            "fastv",
+            {"method": "pyramiddrop", "depths": [0.25, 0.5], "factor": 0.4},
+        ],
         "budgets": [64, 0.5],
         "limit": 9,
         "seeds": [1, 2],

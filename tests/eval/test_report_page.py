@@ -460,6 +460,21 @@ def test_names_of_equal_heights_do_not_lie_on_each_other(page: Page, tmp_path: P
     assert all(a[1] < b[0] for a, b in itertools.pairwise(sorted(boxes)))
 
 
+@pytest.mark.parametrize(("answer", "shown"), [("1", "0. cat 1. dog"), ("B", "A. cat B. dog")])
+def test_classes_have_numbers_and_options_letters(
+    page: Page, tmp_path: Path, answer: str, shown: str
+) -> None:
+    folder = ResultsFolder(tmp_path / "classes", create=True)
+    cell = Cell(model={"name": "m"}, method={"method": "none"}, task={"task": "t"},
+                prompt_style="plain", label="none")  # fmt: skip
+    folder.add_cells([cell])
+    with folder.writer() as writer:
+        writer.write([Record(cell=cell.id, sample="s", cluster="s", score=1.0, answer=answer,
+                             text=answer, answers=[answer], choices=("cat", "dog"))])  # fmt: skip
+    page.open(write_report(folder.path, resamples=100)["page"])
+    assert shown in " ".join(page.one("#samples .facts").text.split())
+
+
 def test_long_names_of_tasks_do_not_widen_a_phone(page: Page, tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path / "long", create=True)
     for path in ("somewhere/rather/far/away/questions.jsonl", "elsewhere/as/far/away/others.jsonl"):

@@ -39,7 +39,7 @@ function sampleDetail(sample, parts) {
       sample.choices.length
         ? fact(
             "choices",
-            sample.choices.map((text, i) => `${String.fromCharCode(65 + i)}. ${text}`).join("  "),
+            sample.choices.map((text, i) => `${optionName(sample, i)}. ${text}`).join("  "),
           )
         : null,
     ),
@@ -55,6 +55,10 @@ function sampleDetail(sample, parts) {
       : null,
   ].filter(Boolean);
 }
+
+// Classes are answered by number, options by letter.
+const optionName = (sample, i) =>
+  sample.answers.every((answer) => /^\d+$/.test(answer)) ? i : String.fromCharCode(65 + i);
 
 function shot(sample, number, first) {
   const arm = DATA.arms[number],
