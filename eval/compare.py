@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.records import Cell, Record
+from visprune.eval.records import Cell, Record, canonical
 from visprune.eval.results import ResultsFolder
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 
 __all__ = ["Comparison", "compare", "mcnemar", "to_text"]
+
+_Setting = tuple[str, str]  # name of the model; generation options and style of the prompts
+_Records = dict[tuple[int, str], Record]
 
 _RIGHT = 0.5  # a fractional score counts as right from here on, for McNemar's test alone
 
@@ -97,12 +100,12 @@ def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Compari
         )
     found = []
     for a, b in pairs:
-        tasks = {**_by_task(left, a)}
-        others = _by_task(right, b)
+        tasks, others = _by_task(left, a), _by_task(right, b)
         for task in tasks:
-            if task in others:
-                names = (_title(left, a, right), _title(right, b, left))
-                made = _compare(task, names, tasks[task], others[task], resamples)
+            names = (_title(left, a, right), _title(right, b, left))
+            for on, one, other in _matched(tasks[task], others.get(task, {}), names):
+                told = (names[0] + on, names[1] + on)
+                made = _compare(task, told, one, other, resamples)
                 found += [made] if made is not None else []
     if not found:
         raise ConfigError(
@@ -146,15 +149,61 @@ def _pairs(
     return [(label, label) for label in common]
 
 
-def _by_task(folder: ResultsFolder, label: str) -> dict[str, dict[tuple[int, str], Record]]:
-    """Records of a method by task (with options), then by seed and sample."""
-    found: dict[str, dict[tuple[int, str], Record]] = {}
+def _by_task(folder: ResultsFolder, label: str) -> dict[str, dict[_Setting, _Records]]:
+    """Records of a method by task (with options), then by setting, then by seed and sample.
+
+    Raises:
+        ConfigError: two cells of the same setting are called the same.
+    """
+    found: dict[str, dict[_Setting, _Records]] = {}
     for cell in folder.cells().values():
         if cell.label == label:
-            records = found.setdefault(_task_title(cell), {})
+            how = canonical({**cell.generation, "prompt_style": cell.prompt_style}).decode()
+            settings = found.setdefault(_task_title(cell), {})
+            records = settings.setdefault((str(cell.model["name"]), how), {})
             for record in folder.records(cell.id):
+                if (cell.seed, record.sample) in records:
+                    raise ConfigError(
+                        f"{str(folder.path)!r} calls two methods {label!r}, with different "
+                        f"parameters; it cannot be told which one is meant."
+                    )
                 records[cell.seed, record.sample] = record
     return found
+
+
+def _matched(
+    first: Mapping[_Setting, _Records], second: Mapping[_Setting, _Records], names: tuple[str, str]
+) -> list[tuple[str, _Records, _Records]]:
+    """What to compare of one task: each model with itself, where a folder has several.
+
+    Two runs of one model each are compared whatever the models are.
+
+    Returns:
+        What tells the pair from the others, for its title; the records of A; those of B.
+
+    Raises:
+        ConfigError: a folder has several models, and the other none of them.
+    """
+    if not first or not second:
+        return []
+    if len(first) == len(second) == 1:
+        ((_, one),), ((_, other),) = first.items(), second.items()
+        return [("", one, other)]
+    same = [key for key in first if key in second]
+    if same:
+        words = [model if len({m for m, _ in same}) > 1 else how for model, how in same]
+        return [
+            (f" on {word}" * (len(same) > 1), first[key], second[key])
+            for key, word in zip(same, words, strict=True)
+        ]
+    by_model = [(f" on {a[0]}", first[a], second[b]) for a in first for b in second if a[0] == b[0]]
+    if by_model and len(by_model) == len({on for on, _, _ in by_model}):
+        return by_model
+    have = [", ".join(f"{model} {how}" for model, how in keys) for keys in (first, second)]
+    raise ConfigError(
+        f"{names[0]} and {names[1]} cannot be paired: the one was run on {have[0]}, the other on "
+        f"{have[1]}."
+    )
 
 
 def _task_title(cell: Cell) -> str:

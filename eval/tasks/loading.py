@@ -60,6 +60,12 @@ def open_image(path: Path, owner: str = "") -> Image.Image:
     return decode(path, f"{path}{of}")
 
 
+# What Pillow raises on damaged files, also a byte away from a size of gigabytes: that one is an
+# Exception of its own, which would end the whole run.
+_DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError,
+            NotImplementedError, Image.DecompressionBombError)  # fmt: skip
+
+
 def decode(source: Path | IO[bytes], where: str) -> Image.Image:
     """Decode a picture whole, RGB.
 
@@ -69,8 +75,7 @@ def decode(source: Path | IO[bytes], where: str) -> Image.Image:
     try:
         with Image.open(source) as picture:
             return picture.convert("RGB")
-    # SyntaxError and ValueError: what Pillow's decoders raise on damaged PNG and other files.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _DAMAGED as error:
         raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
 from visprune.eval.compare import compare, mcnemar, to_text
+from visprune.eval.models import ModelSpec
 from visprune.eval.runner import run_study
 
 
@@ -81,6 +82,50 @@ def test_two_methods_of_one_folder(folders: tuple[str, str]) -> None:
     assert (found.first, found.second) == ("none", "todre 4")
     assert found.difference.delta == 0.0
     assert found.p_value == 1.0
+
+
+def test_each_model_is_compared_with_itself(tmp_path: Path) -> None:
+    """Several models of a folder share labels and questions: their answers are not one run."""
+    both = {"good": Instant(name="good"), "bad": Wrong(name="bad", weights="1" * 16)}
+    specs = [ModelSpec(name) for name in both]
+    for folder, models in (("two", specs), ("one", specs[:1]), ("other", specs[1:])):
+        study = instant_study(
+            task=Tiling(limit=70), models=models, methods=["todre"], budgets=[4]
+        )  # fmt: skip
+        run_study(study, tmp_path / folder, loader=lambda spec: both[spec.name])
+    two, one, other = (str(tmp_path / name) for name in ("two", "one", "other"))
+
+    found = compare(f"{two}:none", f"{two}:todre 4", resamples=100)
+    assert [x.first for x in found] == ["none on good", "none on bad"]
+    assert [x.samples for x in found] == [70, 70]
+    assert [x.first_score for x in found] == pytest.approx([100 * 60 / 70, 100 * 48 / 70])
+    (found,) = compare(f"{one}:none", f"{two}:none", resamples=100)
+    assert (found.only_first, found.only_second) == (0, 0)  # the same model, not the other one
+    # One model each: that is the comparison that was asked for.
+    (found,) = compare(f"{one}:none", f"{other}:none", resamples=100)
+    assert (found.only_first, found.only_second) == (12, 0)
+
+
+def test_models_that_cannot_be_paired_are_named(tmp_path: Path) -> None:
+    for folder, names in (("two", ("a", "b")), ("one", ("c",))):
+        study = instant_study(task=Tiling(limit=4), models=[ModelSpec(name) for name in names])
+        run_study(
+            study, tmp_path / folder,
+            loader=lambda spec: Instant(name=spec.name, weights=spec.name * 16),
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"cannot be paired: the one was run on a .*, b .*on c "):
+        compare(str(tmp_path / "two"), str(tmp_path / "one"))
+
+
+def test_two_methods_of_one_name_are_not_mixed(tmp_path: Path) -> None:
+    run_study(
+        instant_study(task=Tiling(limit=4), methods=["todre"], budgets=[4, 8]), tmp_path / "a",
+        loader=loader(Instant()),
+    )  # fmt: skip
+    for path in (tmp_path / "a" / "cells").iterdir():
+        path.write_text(path.read_text().replace("todre 8", "todre 4"))
+    with pytest.raises(ConfigError, match="calls two methods 'todre 4'"):
+        compare(f"{tmp_path / 'a'}:none", f"{tmp_path / 'a'}:todre 4")
 
 
 def test_what_cannot_be_compared_is_named(folders: tuple[str, str], tmp_path: Path) -> None:

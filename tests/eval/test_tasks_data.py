@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.eval.hub_fixtures import HUB, write_hub
 from tests.eval.task_fixtures import LOCAL, dump, dump_lines, save
 from visprune.errors import ConfigError
 from visprune.eval.tasks.base import SampleError, Task, get_task, list_tasks
+from visprune.eval.tasks.loading import decode
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "textvqa": {"ocr": True},
@@ -363,3 +367,23 @@ def test_gqa_without_a_picture_says_which(tmp_path: Path) -> None:
     dump(tmp_path / "testdev_balanced_questions.json", {})
     with pytest.raises(ConfigError, match="has no rows"):
         _task("gqa", tmp_path).samples()
+
+
+@pytest.mark.parametrize("form", ["BMP", "TIFF", "GIF"])
+def test_a_damaged_size_is_an_error_of_that_picture_alone(form: str) -> None:
+    """One wrong byte claims gigabytes; Pillow's refusal of that is of no common class."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, form)
+    raw = bytearray(file.getvalue())
+    if form == "BMP":
+        raw[18:26] = struct.pack("<ii", 60_000, 60_000)
+    elif form == "GIF":
+        raw[6:10] = struct.pack("<HH", 60_000, 60_000)
+        frame = raw.index(b",", 13)
+        raw[frame + 5 : frame + 9] = struct.pack("<HH", 60_000, 60_000)
+    else:
+        (first,) = struct.unpack("<I", raw[4:8])
+        for entry in range(first + 2, first + 26, 12):  # width and height come first
+            raw[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, 60_000)
+    with pytest.raises(SampleError, match=r"a\.png .*exceeds limit"):
+        decode(io.BytesIO(bytes(raw)), "a.png")
