@@ -22,8 +22,11 @@ from visprune.eval.records import canonical
 from visprune.eval.results import ResultsFolder
 from visprune.eval.study import Study
 from visprune.eval.tasks.base import Sample, Task
+from visprune.eval.tasks.loading import Unreachable
 
 __all__ = ["Planned", "plan_study", "print_plan"]
+
+_Sets = dict[bytes, Sequence[Sample] | None]
 
 _PROBES = 2  # samples asked for the estimate; the last one counts
 
@@ -37,7 +40,7 @@ class Planned:
         task: name of the task, with the options that are not its defaults.
         seed: the seed.
         label: the method.
-        samples: how many the task has.
+        samples: how many the task has; ``None``: its data is not on this machine.
         done: how many of them have a record.
         seconds: for what is left, in one process; ``None``: the model is not on this machine.
         refused: why the cell cannot run, if it cannot.
@@ -47,7 +50,7 @@ class Planned:
     task: str
     seed: int
     label: str
-    samples: int
+    samples: int | None
     done: int = 0
     seconds: float | None = None
     refused: str | None = None
@@ -75,7 +78,7 @@ def plan_study(
         folder = ResultsFolder(out)
     done = Done(folder) if folder is not None else None
     planned: list[Planned] = []
-    sets: dict[bytes, Sequence[Sample]] = {}
+    sets: _Sets = {}
     for spec in study.models:
         try:
             model = loader(spec)
@@ -85,9 +88,10 @@ def plan_study(
         jobs = jobs_of(study, model)
         each = _probe(model, jobs, sets)
         for job in jobs:
-            total = len(_samples(job.task, sets))
-            have = 0 if done is None else min(done.count(job.cell.id), total)
-            left = None if each is None else each * (total - have)
+            total = _count(job.task, sets)
+            have = 0 if done is None else done.count(job.cell.id)
+            have = have if total is None else min(have, total)
+            left = None if each is None or total is None else each * (total - have)
             if job.cell.refused is not None:
                 left = 0.0
             planned.append(
@@ -108,27 +112,32 @@ def _title(task: Task) -> str:
     return f"{task.name} ({', '.join(words)})" if words else task.name
 
 
-def _samples(task: Task, sets: dict[bytes, Sequence[Sample]]) -> Sequence[Sample]:
+def _samples(task: Task, sets: _Sets) -> Sequence[Sample] | None:
+    """Samples of a task; ``None`` where its data cannot be reached from here."""
     key = canonical(task.to_dict())
     if key not in sets:
-        sets[key] = task.samples()
+        try:
+            sets[key] = task.samples()
+        except Unreachable:
+            sets[key] = None
     return sets[key]
 
 
-def _unloaded(study: Study, spec: ModelSpec, sets: dict[bytes, Sequence[Sample]]) -> list[Planned]:
+def _count(task: Task, sets: _Sets) -> int | None:
+    samples = _samples(task, sets)
+    return None if samples is None else len(samples)
+
+
+def _unloaded(study: Study, spec: ModelSpec, sets: _Sets) -> list[Planned]:
     return [
-        Planned(
-            spec.name, _title(task), seed, variant.label, len(_samples(task_at(task, seed), sets))
-        )
+        Planned(spec.name, _title(task), seed, variant.label, _count(task_at(task, seed), sets))
         for task in study.tasks
         for seed in study.seeds
         for variant in study.variants
     ]
 
 
-def _probe(
-    model: EvalModel, jobs: Sequence[Job], sets: dict[bytes, Sequence[Sample]]
-) -> float | None:
+def _probe(model: EvalModel, jobs: Sequence[Job], sets: _Sets) -> float | None:
     """Seconds of one sample, of the first cell that the model can run."""
     for job in jobs:
         samples = _samples(job.task, sets)
@@ -171,13 +180,15 @@ def print_plan(
     for label, reason in reasons:
         _say(console, f"{label}: {reason}")
     known = [row.seconds for row in planned if row.seconds is not None]
-    missing = sum(row.samples - row.done for row in planned if not row.refused)
+    missing = sum((row.samples or row.done) - row.done for row in planned if not row.refused)
     text = f"{len(planned)} cells, {missing} samples to ask"
     if known:
         text += f", about {_duration(sum(known) / processes)} in {processes} process(es) like this"
         text += ", latency not counted" * timed
-    if len(known) < len(planned):
-        names = dict.fromkeys(row.model for row in planned if row.seconds is None)
+    counted = [row for row in planned if row.samples is not None]
+    if unknown := dict.fromkeys(row.task for row in planned if row.samples is None):
+        text += f", not counting {', '.join(unknown)}: data not on this machine"
+    if names := dict.fromkeys(row.model for row in counted if row.seconds is None):
         text += f"; no estimate for {', '.join(names)}: not on this machine"
     console.print(f"{text}. Nothing was run.", markup=False, highlight=False)
 
@@ -193,7 +204,9 @@ def _plan_table(rows: Sequence[Planned]) -> Table:
         seconds = [row.seconds for row in mine if row.seconds is not None]
         left = _duration(sum(seconds) if len(seconds) == len(mine) else None)
         left = "cannot run" if all(row.refused for row in mine) else left
-        counts = (sum(row.samples for row in mine), sum(row.done for row in mine))
+        every = [row.samples for row in mine if row.samples is not None]
+        total = sum(every) if len(every) == len(mine) else "?"
+        counts = (total, sum(row.done for row in mine))
         table.add_row(label, *map(str, counts), left)
     return table
 

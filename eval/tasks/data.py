@@ -18,7 +18,13 @@ from PIL import Image
 
 from visprune.errors import ConfigError
 from visprune.eval.tasks.base import Sample, SampleError, Task, check_option
-from visprune.eval.tasks.loading import ImageFile, LazySamples, decode, require_columns
+from visprune.eval.tasks.loading import (
+    ImageFile,
+    LazySamples,
+    Unreachable,
+    decode,
+    require_columns,
+)
 
 __all__ = ["DataTask", "FileRows", "HubRows", "Picture", "Rows", "import_datasets", "numbered"]
 
@@ -239,7 +245,8 @@ class DataTask(Task):
         """Load the split through ``datasets``; it keeps to its cache where it is told to.
 
         Raises:
-            ConfigError: not reachable, or no such configuration or split.
+            Unreachable: the Hub cannot be reached, and the cache does not hold it.
+            ConfigError: no such configuration or split.
         """
         datasets = import_datasets()
         config, split = config or self.CONFIG, self.SPLITS[self.split]
@@ -250,7 +257,7 @@ class DataTask(Task):
         except (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
             offline = [key for key in _OFFLINE if os.environ.get(key, "0") not in ("", "0")]
             why = f" {offline[0]} is set and the cache does not hold it." if offline else ""
-            raise ConfigError(
+            raise Unreachable(
                 f"{self.name}: cannot load {name} ({split}): {error}.{why} Where there is a "
                 f"network, `hf download --repo-type dataset {self.HUB} --local-dir DIR`, then "
                 f"data=DIR. {self._help}"

@@ -17,6 +17,7 @@ from visprune.eval.tasks.base import Sample, SampleError
 __all__ = [
     "ImageFile",
     "LazySamples",
+    "Unreachable",
     "decode",
     "find_file",
     "jsonl_lines",
@@ -58,6 +59,10 @@ def open_image(path: Path, owner: str = "") -> Image.Image:
     if not path.is_file():
         raise SampleError(f"The picture{of} is missing: {path}.")
     return decode(path, f"{path}{of}")
+
+
+class Unreachable(ConfigError):
+    """Data that lies elsewhere and cannot be reached from here; nothing is wrong with the study."""
 
 
 # What Pillow raises on damaged files, also a byte away from a size of gigabytes: that one is an

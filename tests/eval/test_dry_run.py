@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 
+import datasets
 import pytest
 from rich.console import Console
 
@@ -59,6 +60,29 @@ def test_two_tasks_of_one_name_are_told_apart_by_what_was_set() -> None:
     })  # fmt: skip
     planned = plan_study(study)
     assert [row.task for row in planned] == ["embedded (limit=2)", "embedded (limit=3)"]
+
+
+def test_a_study_is_listed_where_its_data_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a published study would run is no secret of the machine that holds its data."""
+
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("OfflineModeIsEnabled")
+
+    monkeypatch.setattr(datasets, "load_dataset", away)
+    study = build_study({
+        "models": ["embedded"], "methods": ["todre"], "budgets": [8], "controls": ["none"],
+        "tasks": ["gqa", {"task": "embedded", "limit": 2}],
+    })  # fmt: skip
+    planned = plan_study(study)
+    assert [(row.task, row.label, row.samples) for row in planned] == [
+        ("gqa", "none", None), ("gqa", "todre 8", None),
+        ("embedded (limit=2)", "none", 2), ("embedded (limit=2)", "todre 8", 2),
+    ]  # fmt: skip
+    lines = printed(planned)
+    assert ["todre", "8", "?", "0", "?"] in [line.split() for line in lines]
+    text = " ".join(lines)
+    assert "4 cells, 4 samples to ask, about" in text
+    assert "not counting gqa: data not on this machine. Nothing was run." in text
 
 
 @pytest.mark.parametrize("floors", [{}, {"commonest answer": 25.0, "text-only prior": 31.25}])
