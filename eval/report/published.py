@@ -30,6 +30,8 @@ def attach_published(study: Mapping[str, Any], tables: Sequence[Table]) -> list[
         for table in tables:
             if not _same_task(entry, table) or not _same_model(entry, table.model):
                 continue
+            if entry.get("metric") not in (None, "score", table.metric):
+                continue  # it would stand beside a score of another kind
             for row in table.rows:
                 if _same_arm(entry, row):
                     row.published.append(entry)
@@ -53,6 +55,11 @@ def _plain(text: Any) -> str:
     return re.sub(r"[^a-z0-9]+", "", str(text or "").lower())
 
 
+def _label(text: Any) -> str:
+    """A method's name to compare: 25 % is not 25 tokens, and 2.5 % not 25 %."""
+    return re.sub(r"[^a-z0-9%.]+", "", str(text or "").lower())
+
+
 def _same_task(entry: Mapping[str, Any], table: Table) -> bool:
     names = (_plain(table.about.get("task")), _plain(table.task))
     return _plain(entry.get("task")) in names
@@ -65,9 +72,9 @@ def _same_model(entry: Mapping[str, Any], model: str) -> bool:
 
 
 def _same_arm(entry: Mapping[str, Any], row: Row) -> bool:
-    label, keep = _plain(entry.get("label")), entry.get("num_keep")
-    if label == _plain(row.arm.label):
+    label, keep = _label(entry.get("label")), entry.get("num_keep")
+    if label == _label(row.arm.label):
         return keep is None or row.arm.num_keep is None or keep == row.arm.num_keep
-    if label == _plain(row.arm.method) and keep is not None:
+    if label == _label(row.arm.method) and keep is not None:
         return bool(keep == row.arm.num_keep)
     return row.arm.untouched and label in ("untouched", "full", "original", "upperbound", "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -218,8 +219,15 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: csv_text(v) if isinstance(v, str) else v for k, v in row.items()})
+        writer.writerow({name: _csv_value(value) for name, value in row.items()})
     return out.getvalue()
+
+
+def _csv_value(value: Any) -> Any:
+    """Text made harmless; an end that there is not (one picture) as an empty cell."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return csv_text(value) if isinstance(value, str) else value
 
 
 def _ends(name: str, value: tuple[float, float, float] | None) -> dict[str, float | None]:

@@ -521,6 +521,30 @@ def test_published_numbers_stand_beside_measured_ones(made: ResultsFolder) -> No
     assert attach_published({}, found) == attach_published({"published": "?"}, found) == []
 
 
+def test_a_published_number_stands_beside_no_other_budget_or_metric(tmp_path: Path) -> None:
+    """25 % is not 25 tokens, 2.5 % not 25 %, and a figure of another metric not the score."""
+    folder = made_results(tmp_path, pictures=3, methods=["todre"], budgets=[25], speed=False)
+    labels = ("todre 25", "todre 25 %", "todre 2.5", "TODRE-25")
+    rows = [{"label": label, "task": "embedded", "score": 50.0 + i}
+            for i, label in enumerate(labels)]  # fmt: skip
+    rows.append({"label": "todre 25", "task": "embedded", "score": 1.0, "metric": "f1"})
+    found = tables(folder)
+    published = attach_published({"published": {"source": "Paper", "rows": rows}}, found)
+    assert [entry["matched"] for entry in published] == [True, False, False, True, False]
+    (row,) = [row for row in found[0].rows if row.arm.label == "todre 25"]
+    assert [p["score"] for p in row.published] == [50.0, 53.0]
+
+
+def test_one_picture_leaves_cells_of_the_csv_empty(tmp_path: Path) -> None:
+    """There is no interval of a difference: an empty cell, not the text nan."""
+    folder = made_results(tmp_path, pictures=1, methods=["todre"], budgets=[32], speed=False)
+    text = to_csv(tables(folder))
+    _, line, *_ = csv.DictReader(io.StringIO(text))
+    assert line["delta"] != ""
+    assert (line["delta_low"], line["delta_high"]) == ("", "")
+    assert "nan" not in text
+
+
 def test_everything_a_table_must_carry_is_in_every_format(made: ResultsFolder) -> None:
     found = tables(made)
     row = next(row for row in found[0].rows if row.arm.label == "todre 32")
