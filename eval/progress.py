@@ -35,6 +35,9 @@ class Silent:
     def advance(self, count: int) -> None:
         """Samples were answered, here or elsewhere."""
 
+    def step(self) -> None:
+        """The cell went on by something that is no sample, such as a timed run."""
+
     def note(self, text: str) -> None:
         """Say one line."""
 
@@ -86,6 +89,10 @@ class Progress(Silent):
         """Samples were answered, here or elsewhere."""
         self._bars.advance(self._all, count)
         self._bars.advance(self._cell, count)
+
+    def step(self) -> None:
+        """The cell went on by something that is no sample, such as a timed run."""
+        self._bars.advance(self._cell, 1)
 
     def note(self, text: str) -> None:
         """Say one line."""

@@ -146,7 +146,7 @@ def _rounds(
             parts[name] = {}
 
     def after(case: Case, turn: int, seconds: dict[str, float]) -> None:
-        shown.advance(1)
+        shown.step()
         if turn >= 0:
             for part, value in seconds.items():
                 parts[case.name].setdefault(part, []).append(value)
