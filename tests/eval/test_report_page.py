@@ -423,7 +423,7 @@ def test_what_was_cut_off_does_not_look_kept(page: Page, tmp_path: Path) -> None
     assert min(left, right) > 150
 
 
-def _same_everywhere(path: Path, pictures: int) -> Path:
+def _same_everywhere(path: Path, pictures: int, answers: str = "a") -> Path:
     """Three arms that get everything right, so that floors lie on one height; written as a page."""
     folder = ResultsFolder(path, create=True)
     for method, macs in (("none", 100), ("todre", 50), ("no_image", 5)):
@@ -432,9 +432,9 @@ def _same_everywhere(path: Path, pictures: int) -> Path:
         folder.add_cells([cell])
         with folder.writer() as writer:
             writer.write([
-                Record(cell=cell.id, sample=str(i), cluster=str(i), question="a?", answers=["a"],
-                       text="a", answer="a", score=1.0, macs={"prefill": macs})
-                for i in range(pictures)
+                Record(cell=cell.id, sample=str(i), cluster=str(i), question="a?", answers=[said],
+                       text=said, answer=said, score=1.0, macs={"prefill": macs})
+                for i, said in zip(range(pictures), itertools.cycle(answers), strict=False)
             ])  # fmt: skip
     return write_report(folder.path, resamples=100)["page"]
 
@@ -443,10 +443,19 @@ def _same_everywhere(path: Path, pictures: int) -> Path:
 def test_few_pictures_prove_no_small_loss(
     page: Page, tmp_path: Path, pictures: int, said: str | None
 ) -> None:
-    page.open(_same_everywhere(tmp_path / "same", pictures))
+    page.open(_same_everywhere(tmp_path / "same", pictures, answers="ab"))
     cards = [card.text for card in page.all(".cards .card")]
     found = [text.split("\n")[1] for text in cards if text.startswith("Cheapest")]
     assert found == ([] if said is None else [said])  # and never the one without the picture
+    assert page.complaints() == []
+
+
+def test_a_model_no_better_than_its_floor_has_nothing_to_lose(page: Page, tmp_path: Path) -> None:
+    page.open(_same_everywhere(tmp_path / "same", 400))
+    (card,) = [c.text for c in page.all(".cards .card") if c.text.startswith("Cheapest")]
+    assert card.split("\n")[1:] == [
+        "none", "The untouched model is not surely above the commonest answer,", "100.0",
+    ]  # fmt: skip
     assert page.complaints() == []
 
 

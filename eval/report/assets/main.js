@@ -138,7 +138,7 @@ function glance() {
               base ? "no score" : "not run",
               "No differences can be computed.",
             ),
-        cheapest(rows, base, card),
+        cheapest(table, rows, base, card),
         smallest(rows, unit, card),
         health(table, card),
       ].filter(Boolean),
@@ -166,7 +166,7 @@ const surely = (row) =>
   row.delta[1] === row.delta[2] ? row.delta[1] - 300 / row.pictures : row.delta[1];
 
 // A wide interval that happens to hold 0 proves nothing: what counts is how much it can have lost.
-function cheapest(rows, base, card) {
+function cheapest(table, rows, base, card) {
   const cost = (row) => row.cost.flops ?? row.cost.tokens;
   const title = "Cheapest, loss surely below 2 %";
   const all = rows.filter(
@@ -177,6 +177,10 @@ function cheapest(rows, base, card) {
       DATA.arms[row.arm].method !== BLIND,
   );
   if (!base?.score || !all.length) return null;
+  // A model that shows nothing has nothing to lose.
+  const [name, floor] = floorsOf(table).reduce((a, b) => (b[1] > a[1] ? b : a), ["", -1]);
+  if (base.score[1] <= floor)
+    return card(title, "none", `The untouched model is not surely above the ${name},`, fixed(floor));
   const fine = all.filter((row) => surely(row) > -0.02 * base.score[0]);
   const told = (row) => `${signed(row.delta[0])} ${ends(row.delta, signed)} to untouched`;
   if (!fine.length) {
