@@ -2,13 +2,16 @@
 """`visprune bench vit`: images per second of reduced and efficient ViTs beside a dense one.
 
 What a reduction promises is the ratio of multiply-adds; `share` is how much of it is there on the
-clock. Before any timing, each method that keeps everything must give the dense model's very bits.
+clock. `ideal` is the speed-up of the dense model on sequences of the same lengths, with nothing
+that chooses (:mod:`visprune.eval.ideal_vit`). Before any timing, each method that keeps everything
+must give the dense model's very bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +32,7 @@ from visprune.apply import prune
 from visprune.backbones.towers.macs import counted_macs
 from visprune.errors import ConfigError, VispruneError, did_you_mean
 from visprune.eval.environment import describe, describe_line, set_threads, writable_folder
+from visprune.eval.ideal_vit import forward_shortened, has_ideal
 from visprune.eval.latency import Case, Timings, interleaved
 
 __all__ = ["METHODS", "Entry", "attention_share", "check", "main", "measure"]
@@ -45,6 +49,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "random 0.7": ("random", {"keep_ratio": 0.7}, {"keep_ratio": 1.0}),
 }
 ARCHITECTURES = ("litv2_s", "nat_mini")
+_IDEAL = "ideal of "
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,14 @@ class Entry:
         model: what runs.
         macs: multiply-adds of one picture, the method's own included.
         around: attaches the method.
+        ideal: runs the dense model on as many tokens; None where that cannot be.
     """
 
     name: str
     model: Any
     macs: float
     around: Callable[[], AbstractContextManager[Any]]
+    ideal: Callable[[int], Any] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,7 +161,8 @@ def measure(
     Returns:
         One row per method and architecture. ``speedup`` is the median over rounds of dense time /
         its time within a round, ``promised`` the ratio of multiply-adds, ``share`` the one over the
-        other.
+        other, ``ideal`` the speed-up of the same token counts without the method (None for
+        architectures, and for models of other blocks than timm's plain one).
     """
     made: dict[str, Any] = {"depth": depth, "size": size, "device": device, "dtype": dtype}
     dense = build(name, **made)
@@ -162,14 +170,17 @@ def measure(
     entries = []
     for label in labels:
         check(dense, pixels, label)
-        entries.append(_pruned(dense, label))
+        entries.append(_pruned(dense, label, pixels))
     for other in architectures:
         model = build(other, **made)
         entries.append(Entry(other, model, counted_macs(model, (3, size, size)), nullcontext))
     with prune(dense, "keep_all") as run:
         whole = run.cost().macs
     cases = [Case(name, _on(dense, pixels))]
-    cases += [Case(e.name, _on(e.model, pixels), e.around) for e in entries]
+    for entry in entries:
+        cases.append(Case(entry.name, _on(entry.model, pixels), entry.around))
+        if entry.ideal is not None:
+            cases.append(Case(_IDEAL + entry.name, entry.ideal))
     with Progress(transient=True) as bars, torch.inference_mode():
         warmup = 2 if batch < 32 else 1
         bar = bars.add_task(f"batch {batch}", total=len(cases) * (rounds + warmup))
@@ -183,11 +194,22 @@ def _on(model: Any, pixels: Tensor) -> Callable[[int], Any]:
     return lambda turn: model(pixels)
 
 
-def _pruned(model: Any, label: str) -> Entry:
+def _pruned(model: Any, label: str, pixels: Tensor) -> Entry:
     method, params, _ = METHODS[label]
-    with prune(model, method, **params) as run:
+    with prune(model, method, **params) as run, torch.inference_mode():
         macs = run.cost().macs
-    return Entry(label, model, macs, lambda: prune(model, method, **params))
+        model(pixels[:1])
+        counts = run.trace.tokens_per_layer[0], run.trace.mlp_tokens_per_layer[0]
+    ideal = None
+    if has_ideal(model):
+        ideal = functools.partial(_shortened, model, pixels, *counts)
+    return Entry(label, model, macs, lambda: prune(model, method, **params), ideal)
+
+
+def _shortened(
+    model: Any, pixels: Tensor, attended: Sequence[int], mapped: Sequence[int], turn: int
+) -> Tensor:
+    return forward_shortened(model, pixels, attended, mapped)
 
 
 def _row(name: str, batch: int, entry: Entry, whole: float, timings: Timings) -> dict[str, Any]:
@@ -203,6 +225,7 @@ def _row(name: str, batch: int, entry: Entry, whole: float, timings: Timings) ->
         "speedup": speedup,
         "promised": promised,
         "share": speedup / promised,
+        "ideal": None if entry.ideal is None else timings.ratio(name, _IDEAL + entry.name),
         "iqr_ms": timings.iqr_ms(entry.name),
     }
 
@@ -242,13 +265,14 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     title = f"Beside {options.model}, {options.dtype}, {options.device}"
     table = Table(title=title, title_justify="left")
     table.add_column("method or model")
-    for name in ("batch", "GMACs", "images/s", "dense", "speed-up", "promised", "share"):
+    for name in ("batch", "GMACs", "images/s", "dense", "speed-up", "promised", "share", "ideal"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"], str(row["batch"]), f"{row['gmacs']:.3f}", f"{row['images_s']:.1f}",
             f"{row['dense_images_s']:.1f}", f"{row['speedup']:.2f}x", f"{row['promised']:.2f}x",
             f"{100 * row['share']:.0f} %",
+            "" if row["ideal"] is None else f"{row['ideal']:.2f}x",
         )  # fmt: skip
     console = Console()
     (console if console.is_terminal else Console(width=120, file=console.file)).print(table)

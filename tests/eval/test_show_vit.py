@@ -59,6 +59,7 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert row["promised"] > 1.0
         assert row["speedup"] > 0.0
         assert row["share"] == pytest.approx(row["speedup"] / row["promised"])
+        assert row["ideal"] > 0.0
     assert "gave the dense model's bits" in capsys.readouterr().out
 
 
