@@ -17,12 +17,41 @@ from torch import Tensor
 
 from .axis import Layout, Run, product, runs
 
-MAX_HELD = 1 << 18  # numbers in a buffer of a part: fp32 1 MiB, so that its buffers stay in cache
+MAX_HELD = 1 << 19  # numbers in a buffer of a part: fp32 2 MiB, about the cache of a core
 # By number of axes: queries per tile on an axis, and the length from which an axis counts as long.
 TARGETS = {1: (32, 128), 2: (4, 48), 3: (3, 16)}
 
 Ranges = tuple[tuple[int, int], ...]
 View = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+class Scratch:
+    """The buffers of one part after another, in one allocation.
+
+    Buffers of their own are given back to the system when a call ends, and every page of them is
+    made anew in the next one: a third of a forward over 56 x 56 tokens.
+
+    Args:
+        numbers: that the largest part takes.
+        dtype: of all buffers.
+        device: where they are.
+    """
+
+    def __init__(self, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(numbers, dtype=dtype, device=device)
+        self._used = 0
+
+    def begin(self) -> None:
+        """A new part: what was taken before may be overwritten."""
+        self._used = 0
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """A buffer, not initialised. What does not fit is allocated."""
+        count = product(shape)
+        start, self._used = self._used, self._used + -(-count // 16) * 16
+        if self._used > len(self._flat):
+            return self._flat.new_empty(tuple(shape))
+        return self._flat[start : start + count].view(tuple(shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,17 +102,22 @@ class Part:
         """The part cut where spans are not evenly apart: distance on each axis, and where."""
         return tuple(_cuts(self, [r.pieces for r in self.runs]))
 
-    def queries(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+    @cached_property
+    def cells_of_heads(self) -> int:
+        """Tiles of all images, groups and heads."""
+        return product(self.shape)
+
+    def queries(self, t: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
         """The tiles of ``t`` [B, *space, H, D] -> [tiles, images * groups * H, tile, D]."""
         size, strides, offset = _query_view(self, t.stride(), t.shape[-1])
         view = t.as_strided(size, strides, t.storage_offset() + offset)
-        copy = torch.empty(size, dtype=dtype, device=t.device).copy_(view)
+        copy = _room(size, dtype, t.device, scratch).copy_(view)
         return copy.view(self.count, -1, self.tile, t.shape[-1])
 
-    def keys(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+    def keys(self, t: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
         """The halos of ``t`` [B, *space, H, D] -> [tiles, images * groups * H, span, D]."""
         size = (*self.shape, *(run.span for run in self.runs), t.shape[-1])
-        out = torch.empty(size, dtype=dtype, device=t.device)
+        out = _room(size, dtype, t.device, scratch)
         at = t.storage_offset()
         for slices, (inner, strides, offset) in _key_views(self, t.stride(), t.shape[-1]):
             out[slices].copy_(t.as_strided(inner, strides, at + offset))
@@ -125,15 +159,17 @@ class Part:
                 first = at + (run.group + run.step * start) * out.stride(1)
                 t.as_strided(part.shape, strides, t.storage_offset() + first).add_(part)
 
-    def by_class(self, table: Tensor) -> Tensor:
+    def by_class(self, table: Tensor, out: Tensor | None = None) -> Tensor:
         """Spread [*classes, x, a, b] over the tiles -> [tiles, 1, a, b].
 
-        With x = H over images, groups and heads too: [tiles, images * groups * H, a, b].
+        With x = H over images, groups and heads too: [tiles, images * groups * H, a, b], which
+        ``out`` may be.
         """
         rank = len(self.runs)
-        shared = table.shape[rank] == 1
+        shared = table.shape[rank] == 1 and out is None
         lead = self.shape[:rank] if shared else self.shape
-        out = table.new_empty(*lead, *table.shape[-2:])
+        size = (*lead, *table.shape[-2:])
+        out = table.new_empty(size) if out is None else out.view(size)
         for where, tiles in self.cells:
             out[_slices(tiles)] = table[where][0] if shared else table[where]
         return out.view(self.count, -1, *table.shape[-2:])
@@ -147,6 +183,14 @@ class Part:
         tiles = tiles.view(*self.shape, *tiles.shape[-2:])
         for where, cell in self.cells:
             sums[where] += tiles[_slices(cell)].sum(tuple(range(tiles.ndim - 3)))
+
+
+def _room(
+    size: Sequence[int], dtype: torch.dtype, device: torch.device, scratch: Scratch | None
+) -> Tensor:
+    if scratch is None:
+        return torch.empty(size, dtype=dtype, device=device)
+    return scratch.take(size)
 
 
 def _slices(ranges: Ranges) -> tuple[slice, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import bands, tiles
 from .axis import Layout, product
-from .tiles import Part
+from .tiles import Part, Scratch
 
 
 def wide(t: Tensor) -> Tensor:
@@ -30,14 +30,31 @@ def _plan(t: Tensor, layout: Layout, dim: int) -> tuple:
     return tiles.plan(layout, t.shape[0], t.shape[-2], dim, tiles.MAX_HELD)
 
 
-def _bias(part: Part, table: Tensor | None, like: Tensor) -> Tensor:
-    """What is added to the scores: [tiles, 1 or images * groups * H, tile, span]; read only."""
-    return part.mask(like) if table is None else part.by_class(table)
+def _scratch(plan: tuple, like: Tensor, dim: int, value_dim: int, backward: bool) -> Scratch:
+    """Room for the largest part: queries, halos, scores, probabilities, what comes of them."""
+    most = 0
+    for _, parts in plan:
+        if not parts:  # no pictures
+            continue
+        part = parts[0]  # the others are no larger
+        rows, halo = part.tile * (dim + value_dim), part.span * (dim + value_dim)
+        pairs = part.tile * part.span
+        each = 2 * rows + 2 * halo + 4 * pairs if backward else rows + halo + 2 * pairs
+        most = max(most, part.cells_of_heads * each)
+    return Scratch(most + 16 * 12, like.dtype, like.device)
 
 
-def _scores(part: Part, qt: Tensor, kt: Tensor, table: Tensor | None, scale: float) -> Tensor:
+def _scores(
+    part: Part, qt: Tensor, kt: Tensor, table: Tensor | None, scale: float,
+    scratch: Scratch | None = None,
+) -> Tensor:  # fmt: skip
     """``scale * q k^T + bias`` of every tile -> [tiles, images * groups * H, tile, span]."""
-    s = qt.new_empty(*qt.shape[:-1], part.span).copy_(_bias(part, table, qt))
+    size = (*qt.shape[:-1], part.span)
+    s = qt.new_empty(size) if scratch is None else scratch.take(size)
+    if table is None:
+        s.copy_(part.mask(qt))
+    else:
+        part.by_class(table, out=s)
     s.flatten(0, 1).baddbmm_(qt.flatten(0, 1), kt.flatten(0, 1).mT, alpha=scale)
     return s
 
@@ -77,13 +94,17 @@ def forward(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
     lse = (torch.empty if with_lse else torch.zeros)(q.shape[:-1], dtype=dtype, device=q.device)
-    for chosen, parts in _plan(q, layout, max(q.shape[-1], v.shape[-1])):
+    plan = _plan(q, layout, max(q.shape[-1], v.shape[-1]))
+    scratch = _scratch(plan, lse, q.shape[-1], v.shape[-1], backward=False)
+    for chosen, parts in plan:
         table = None if rpb is None else tiles.bias(chosen, rpb, lse)
         for part in parts:
-            qt, kt, vt = part.queries(q, dtype), part.keys(k, dtype), part.keys(v, dtype)
-            s = _scores(part, qt, kt, table, scale)
-            p = torch.softmax(s, -1)
-            part.store(out, _bmm(p, vt))
+            scratch.begin()
+            qt = part.queries(q, dtype, scratch)
+            kt, vt = part.keys(k, dtype, scratch), part.keys(v, dtype, scratch)
+            s = _scores(part, qt, kt, table, scale, scratch)
+            p = torch.softmax(s, -1, out=scratch.take(s.shape))
+            part.store(out, _bmm(p, vt, out=scratch.take((*qt.shape[:-1], vt.shape[-1]))))
             if with_lse:
                 part.store(lse[..., None], _lse(s, p))
     return out, lse
@@ -118,28 +139,32 @@ def backward(
     grad_rpb = None
     if rpb is not None and rpb_grad:
         grad_rpb = grad_q.new_zeros(heads, product(2 * a.kernel for a in layout))
-    for chosen, parts in _plan(q, layout, max(q.shape[-1], v.shape[-1])):
+    plan = _plan(q, layout, max(q.shape[-1], v.shape[-1]))
+    scratch = _scratch(plan, grad_q, q.shape[-1], v.shape[-1], backward=True)
+    for chosen, parts in plan:
         table = None if rpb is None else tiles.bias(chosen, rpb, grad_q)
         sums = None if grad_rpb is None or table is None else torch.zeros_like(table)
         for part in parts:
-            qt, kt, vt = part.queries(q, dtype), part.keys(k, dtype), part.keys(v, dtype)
-            gt = part.queries(grad_out, dtype)
+            scratch.begin()
+            qt, gt = part.queries(q, dtype, scratch), part.queries(grad_out, dtype, scratch)
+            kt, vt = part.keys(k, dtype, scratch), part.keys(v, dtype, scratch)
             # Not exp(s - lse): MKL's exp takes 5 times longer at -inf, and its sum is less exact.
-            s = _scores(part, qt, kt, table, scale)
-            p = torch.softmax(s, -1)
-            ds = _bmm(gt, vt.mT)
+            s = _scores(part, qt, kt, table, scale, scratch)
+            p = torch.softmax(s, -1, out=scratch.take(s.shape))
+            ds = _bmm(gt, vt.mT, out=scratch.take(s.shape))
             if delta is not None:
                 p *= torch.exp(_lse(s, p) - part.queries(lse[..., None], dtype))
                 ds = ds.sub_(part.queries(delta[..., None], dtype)).mul_(p)
             else:
-                ds = torch._softmax_backward_data(ds, p, -1, dtype)
+                room = scratch.take(s.shape)
+                ds = torch.ops.aten._softmax_backward_data.out(ds, p, -1, dtype, grad_input=room)
                 if grad_lse is not None:
                     ds.addcmul_(p, part.queries(grad_lse[..., None], dtype))
             if sums is not None:
                 part.add_by_class(sums, ds)
-            part.store(grad_q, _bmm(ds, kt, scale))
+            part.store(grad_q, _bmm(ds, kt, scale, scratch.take(qt.shape)))
             if q.shape[-1] == v.shape[-1]:
-                both = kt.new_empty(2, *kt.shape)
+                both = scratch.take((2, *kt.shape))
                 _bmm(ds.mT, qt, scale, both[0])
                 _bmm(p.mT, gt, 1.0, both[1])
                 part.fold((grad_k, grad_v), both)

@@ -300,7 +300,7 @@ def test_memory_is_linear_in_the_tokens() -> None:
             torch_impl.backward(*args)
         measured.append((seen.total, seen.largest))
         # A map of scores would hold 2 * N * N numbers.
-        assert seen.largest <= max(q.nbytes, 4 * 4 * tiles.MAX_HELD)
+        assert seen.largest <= max(q.nbytes, 8 * 4 * tiles.MAX_HELD)  # the buffers of a part
     # All bytes ever asked for, so also what is held at one time: 4 times the tokens, 4 times that.
     assert measured[1][0] < 4.5 * measured[0][0]
 
