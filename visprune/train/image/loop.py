@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from visprune.eval.environment import describe
 from visprune.train.checkpoint import read_info
 from visprune.train.image.batches import Batch, ImageData
 from visprune.train.image.mixing import Mixer, check_micro_batch
+from visprune.train.image.optimizer import build_optimizer, take_step
 from visprune.train.image.progress import Progress
 from visprune.train.image.reading import build_recipe, recipe_dict
 from visprune.train.image.recipe import FREE_ON_RESUME, Recipe
@@ -80,7 +80,7 @@ class _Run:
         self.data: ImageData = self.student.data
         self.mixer = Mixer(recipe.augment, len(self.data.classes), recipe.seed)
         self.last = round(recipe.schedule.epochs * self.data.steps_per_epoch)
-        self.optimizer = _optimizer(recipe, self.student)
+        self.optimizer = build_optimizer(recipe.optimizer, self.student.model)
         self.schedule = _schedule(recipe, self.optimizer, self.data.steps_per_epoch)
         self.step = 0
         self.broken: set[str] = set()
@@ -151,7 +151,7 @@ class _Run:
         average_gradients(parameters, self.world)
         if recipe.optimizer.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip_grad)
-        self.optimizer.step()
+        take_step(self.optimizer, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.student.after_step(self.step)
@@ -251,22 +251,6 @@ def _at(recipe: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
-
-
-def _optimizer(recipe: Recipe, student: Student) -> torch.optim.Optimizer:
-    config = recipe.optimizer
-    known_name(config.name, [str(name) for name in list_optimizers()], "optimizer.name")
-    try:
-        return create_optimizer_v2(
-            student.model,
-            opt=config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            **config.args,
-        )
-    except TypeError as error:
-        raise ConfigError(f"optimizer.args do not fit {config.name}: {error}.") from error
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
