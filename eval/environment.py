@@ -28,7 +28,7 @@ __all__ = [
     "writable_folder",
 ]
 
-_PACKAGES = ("visprune", "torch", "transformers", "numpy", "triton")
+_PACKAGES = ("visprune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "triton")
 
 
 def usable_cores() -> int:

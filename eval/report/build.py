@@ -34,7 +34,9 @@ def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Tab
             resamples=resamples, seed=seed,
         )  # fmt: skip
         for model, group in by_model.items():
-            tables.append(_table(model, tasks[canonical(_setting(group[0]))], group, draws))
+            table = _table(model, tasks[canonical(_setting(group[0]))], group, draws)
+            table.notes.extend(_versions(group, results.environments))
+            tables.append(table)
     order = list(dict.fromkeys(table.task for table in tables))
     names = list(models.values())
     return sorted(tables, key=lambda table: (names.index(table.model), order.index(table.task)))
@@ -139,3 +141,20 @@ def _notes(
             if pictures > 1 else "One picture: there is no interval."
         )  # fmt: skip
     return notes
+
+
+def _versions(runs: Sequence[Run], environments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A remark where a table's answers were made by several versions of a library."""
+    used = {line.env for run in runs for line in run.lines.values()}
+    known = [environments[name].get("versions") or {} for name in sorted(used & {*environments})]
+    found = []
+    for library in ("torch", "transformers", "timm", "open_clip_torch", "visprune"):
+        versions = sorted({str(of[library]) for of in known if library in of})
+        if len(versions) > 1:
+            found.append(f"{library} {', '.join(versions)}")
+    if not found:
+        return []
+    return [
+        f"Answers of several versions stand beside each other ({'; '.join(found)}): differences "
+        f"between rows may be theirs. A new folder asks everything again."
+    ]

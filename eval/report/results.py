@@ -39,6 +39,7 @@ class Line:
         macs: multiply-adds by part.
         kv_bytes: bytes of keys and values in the cache.
         new_tokens: tokens generated.
+        env: id of the environment that it was made in.
     """
 
     sample: str
@@ -56,6 +57,7 @@ class Line:
     macs: Mapping[str, float] | None
     kv_bytes: float | None
     new_tokens: float | None
+    env: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ class _Reader:
             macs=self._macs(values.get("macs")),
             kv_bytes=self._once(_number(values.get("kv_bytes"))),
             new_tokens=self._once(_number(values.get("new_tokens"))),
+            env=self._once(str(values.get("env") or "")),
         )
 
     def _once(self, value: Any) -> Any:

@@ -490,6 +490,24 @@ def test_a_run_that_is_not_finished_says_so(folder: ResultsFolder) -> None:
     assert [c.refused for c in read_results(folder.path).empty] == ["the model shows no attention"]
 
 
+def test_answers_of_several_versions_are_a_remark(folder: ResultsFolder) -> None:
+    old, new = (
+        folder.add_environment({"versions": {"torch": "2.14.1", "transformers": version}})
+        for version in ("5.23.0", "5.24.0")
+    )
+    plain, other = cell(), cell("todre", 4)
+    folder.add_cells([plain, other])
+    with folder.writer() as writer:
+        writer.write([record(plain, i, cluster=str(i), env=old) for i in range(40)])
+        writer.write([record(other, i, cluster=str(i), env=old) for i in range(40)])
+    assert not any("versions" in note for note in tables(folder)[0].notes)
+    with folder.writer() as writer:
+        writer.write([record(other, 40, cluster="40", env=new)])
+        writer.write([record(plain, 40, cluster="40", env=new)])
+    (note,) = (note for note in tables(folder)[0].notes if "versions" in note)
+    assert "(transformers 5.23.0, 5.24.0)" in note
+
+
 def test_repeats_collapse_as_in_the_records(folder: ResultsFolder) -> None:
     whole = cell()
     failed = {"score": None, "answer": None, "error": {"type": "OSError", "message": "x"}}
