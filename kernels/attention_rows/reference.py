@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 
-def visible(mask: Tensor | None, row_pos: Tensor | None, shape: torch.Size) -> Tensor:
-    """Additive mask [B, H, R, N] from a boolean or additive mask and the causal positions."""
-    out = torch.zeros(shape, dtype=torch.float64)
+def visible(mask: Tensor | None, row_pos: Tensor | None, s: Tensor) -> Tensor:
+    """Additive mask like ``s`` [B, H, R, N] from a given one and the causal positions."""
+    out = torch.zeros_like(s, dtype=torch.float64)
     if mask is not None and mask.dtype == torch.bool:
         out = out.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         out = out + mask
     if row_pos is not None:  # [B, R]: key j is visible when j <= position of the row
-        later = torch.arange(shape[-1]) > row_pos[:, :, None]
+        later = torch.arange(s.shape[-1], device=s.device) > row_pos[:, :, None]
         out = out.masked_fill(later[:, None], -torch.inf)
     return out
 
@@ -39,7 +39,7 @@ def attention_rows(
     s = q @ k.transpose(2, 3) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    s = s + visible(mask, row_pos, s.shape).to(s.dtype)
+    s = s + visible(mask, row_pos, s).to(s.dtype)
     dead = s.isneginf().all(-1, keepdim=True)
     p = torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
     if reduce == "none":
@@ -61,7 +61,7 @@ def column_sums(
 ) -> Tensor:
     """Attention that each key receives, summed over rows -> [B, N], or [B, H, N] unreduced."""
     rows, n = q.shape[2], k.shape[2]
-    row_pos = torch.arange(n - rows, n).expand(len(q), rows) if causal else None
+    row_pos = torch.arange(n - rows, n, device=q.device).expand(len(q), rows) if causal else None
     p = attention_rows(q, k, scale, mask, row_pos, "none", softcap)
     if row_weight is not None:
         p = p * row_weight.to(p.dtype)[:, None, :, None]

@@ -9,10 +9,14 @@ input gives the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from visprune.kernels.common.triton_launch import dot, launch, precision
 
 ROWS, KEYS = 16, 64
 
@@ -22,7 +26,7 @@ def _scores(
     q, k, mask, pos, b, h, r, n, group, ROWS_N, KEYS_N, DIM,
     sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    D_BLOCK: tl.constexpr, IEEE: tl.constexpr,
+    D_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Masked scores [rows, keys] of one head; -inf outside and where hidden."""
     d = tl.arange(0, D_BLOCK)
@@ -30,10 +34,7 @@ def _scores(
     k_at = k + b * sk0 + (h // group) * sk1 + n[None].to(tl.int64) * sk2 + d[:, None]
     qs = tl.load(q_at, mask=(r < ROWS_N)[:, None] & (d < DIM)[None], other=0.0)
     ks = tl.load(k_at, mask=(n < KEYS_N)[None] & (d < DIM)[:, None], other=0.0)
-    if IEEE:
-        s = tl.dot(qs, ks, input_precision="ieee") * scale
-    else:
-        s = tl.dot(qs, ks) * scale
+    s = dot(qs, ks, PRECISION) * scale
     if CAP:
         e = tl.exp(-2.0 * tl.abs(s / softcap))  # tanh without overflow
         s = softcap * tl.where(s < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
@@ -55,7 +56,7 @@ def _lse_kernel(
     q, k, mask, pos, lse, heads, group, ROWS_N, KEYS_N, DIM,
     sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    D_BLOCK: tl.constexpr, IEEE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D_BLOCK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp [B, H, R] of a block of rows; +inf for a row without keys, so that it is 0."""
     bh = tl.program_id(0).to(tl.int64)
@@ -68,7 +69,7 @@ def _lse_kernel(
         s = _scores(
             q, k, mask, pos, b, h, r, n, group, ROWS_N, KEYS_N, DIM,
             sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
-            MASK, CAUSAL, CAP, D_BLOCK, IEEE,
+            MASK, CAUSAL, CAP, D_BLOCK, PRECISION,
         )  # fmt: skip
         new = tl.maximum(top, tl.max(s, axis=1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -84,7 +85,7 @@ def _rows_kernel(
     q, k, mask, pos, lse, out, heads, group, ROWS_N, KEYS_N, DIM,
     sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    D_BLOCK: tl.constexpr, IEEE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D_BLOCK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of a block of rows and keys. REDUCE: 0 none, 1 sum, 2 max over heads."""
@@ -102,7 +103,7 @@ def _rows_kernel(
         s = _scores(
             q, k, mask, pos, b, h, r, n, group, ROWS_N, KEYS_N, DIM,
             sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
-            MASK, CAUSAL, CAP, D_BLOCK, IEEE,
+            MASK, CAUSAL, CAP, D_BLOCK, PRECISION,
         )  # fmt: skip
         total = tl.load(lse + (b * heads + h) * ROWS_N + r, mask=r < ROWS_N, other=float("inf"))
         p = tl.exp(s - total[:, None])
@@ -119,7 +120,7 @@ def _columns_kernel(
     q, k, mask, pos, lse, weight, out, heads, group, ROWS_N, KEYS_N, DIM,
     sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    D_BLOCK: tl.constexpr, IEEE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    D_BLOCK: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Sum of weight times probability over all rows, for a block of keys of one head."""
     bh = tl.program_id(0).to(tl.int64)
@@ -131,7 +132,7 @@ def _columns_kernel(
         s = _scores(
             q, k, mask, pos, b, h, r, n, group, ROWS_N, KEYS_N, DIM,
             sq0, sq1, sq2, sk0, sk1, sk2, sm0, sm1, sm2, sm3, sp0, scale, softcap,
-            MASK, CAUSAL, CAP, D_BLOCK, IEEE,
+            MASK, CAUSAL, CAP, D_BLOCK, PRECISION,
         )  # fmt: skip
         total = tl.load(lse + bh * ROWS_N + r, mask=r < ROWS_N, other=float("inf"))
         w = tl.load(weight + b * ROWS_N + r, mask=r < ROWS_N, other=0.0)
@@ -141,7 +142,7 @@ def _columns_kernel(
 
 def _arguments(
     q: Tensor, k: Tensor, scale: float, mask: Tensor | None, pos: Tensor | None, softcap: float
-) -> tuple[list[Tensor], list[int | float], dict[str, int | bool]]:
+) -> tuple[list[Tensor], list[int | float], dict[str, Any]]:
     """Tensors, numbers and compile-time switches that all kernels share."""
     b, h, r, d = q.shape
     n = k.shape[2]
@@ -165,7 +166,7 @@ def _arguments(
         "CAUSAL": pos is not None,
         "CAP": softcap > 0,
         "D_BLOCK": max(16, triton.next_power_of_2(d)),
-        "IEEE": q.dtype == torch.float32,
+        "PRECISION": precision(q.dtype),
         "ROWS": ROWS,
         "KEYS": KEYS,
     }
@@ -177,7 +178,7 @@ def _log_sum_exp(
 ) -> Tensor:
     lse = torch.empty(len(q), heads, rows, device=q.device)
     grid = (len(q) * heads, triton.cdiv(rows, ROWS))
-    _lse_kernel[grid](*tensors, lse, heads, *numbers, **switches)
+    launch(_lse_kernel, grid, *tensors, lse, heads, *numbers, **switches)
     return lse
 
 
@@ -201,7 +202,7 @@ def attention_rows(
     lse = _log_sum_exp(q, h, r, tensors, numbers, switches)
     grid = (b * (h if reduce == "none" else 1), triton.cdiv(r, ROWS), triton.cdiv(n, KEYS))
     code = {"none": 0, "sum": 1, "mean": 1, "max": 2}[reduce]
-    _rows_kernel[grid](*tensors, lse, out, h, *numbers, **switches, REDUCE=code)
+    launch(_rows_kernel, grid, *tensors, lse, out, h, *numbers, **switches, REDUCE=code)
     return out / h if reduce == "mean" else out
 
 
@@ -226,5 +227,5 @@ def column_sums(
     lse = _log_sum_exp(q, h, r, tensors, numbers, switches)
     out = torch.empty(b, h, n, device=q.device)
     grid = (b * h, triton.cdiv(n, KEYS))
-    _columns_kernel[grid](*tensors, lse, weight.contiguous(), out, h, *numbers, **switches)
+    launch(_columns_kernel, grid, *tensors, lse, weight.contiguous(), out, h, *numbers, **switches)
     return out if reduce == "none" else out.mean(1) if reduce == "mean" else out.sum(1)

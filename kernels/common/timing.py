@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
+CLOCKS = ("wall", "cpu", "graph")
+_REPEATS = 20  # calls in one graph
+
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -32,7 +35,10 @@ def interleaved(
 
     On a CUDA machine each call is waited for. ``clock="cpu"`` counts the processor time of this
     thread: with one thread it is the work done, whatever else the machine is busy with.
+    ``clock="graph"`` replays CUDA graphs of the calls: the device's time, without launches.
     """
+    if clock == "graph":
+        return _replayed(contestants, rounds, warmup)
     now = time.perf_counter if clock == "wall" else time.thread_time
     wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -45,6 +51,38 @@ def interleaved(
             if turn >= warmup:
                 times[name].append((now() - start) * 1e3)
     return times
+
+
+def _replayed(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of one call in a graph of several, by the device's events."""
+    graphs = {name: _captured(call) for name, call in contestants.items()}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmup + rounds):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= warmup:
+                times[name].append(begin.elapsed_time(end) / _REPEATS)
+    return times
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, allocates and fills tables, which a graph may not
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_REPEATS):
+            call()
+    return graph
 
 
 def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:

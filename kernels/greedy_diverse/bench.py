@@ -7,14 +7,13 @@ then medians of interleaved rounds and the ratio to the baseline of the same rou
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from visprune.kernels.common import timing
+from visprune.kernels.common import options, results, timing
 
 from . import cases, op
 from .reference import unit_rows
@@ -174,22 +173,19 @@ def _measure(
 
 def main() -> int:
     """Print the table; exit 1 if any sets differ."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--kind", choices=("normal", "clustered"), default="normal")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rule", choices=tuple(RULES), nargs="*", default=list(RULES))
-    args = parser.parse_args()
+    made = options.parser(__doc__, rounds=7)
+    made.add_argument("--batch", type=int, nargs="*", default=[1, 8])
+    made.add_argument("--kind", choices=("normal", "clustered"), default="normal")
+    made.add_argument("--rule", choices=tuple(RULES), nargs="*", default=list(RULES))
+    # The baseline reads each pick back, which no graph can hold.
+    made.set_defaults(clock="wall")
+    args = options.read(made)
     rows = run(
         args.rounds, args.threads, batches=args.batch, kind=args.kind,
         device=args.device, rules=args.rule, clock=args.clock,
     )  # fmt: skip
-    print(timing.table(rows))
-    about = f"torch {torch.__version__}, {args.threads} CPU threads, {args.rounds} rounds"
-    print(f"{about}, {args.clock} time")
+    about = results.machine(args.device, args.threads)
+    results.show(rows, {**about, "rounds": args.rounds, "clock": args.clock}, args.csv)
     return int(any(row["sets"] == "DIFFER" for row in rows))
 
 

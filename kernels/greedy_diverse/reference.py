@@ -33,7 +33,9 @@ def first_pick(xn: Tensor, cos: Tensor, rule: str, relevance: Tensor | None) -> 
     if rule == "mean":
         return int((xn @ xn.sum(0)).argmin())
     if rule == "farthest_neighbor":
-        others = cos.masked_fill(torch.eye(len(cos), dtype=torch.bool), -torch.inf)
+        others = cos.masked_fill(
+            torch.eye(len(cos), dtype=torch.bool, device=cos.device), -torch.inf
+        )
         return int(others.amax(1).argmin())
     here = xn.any(1).to(xn.dtype)  # a token of zeros has no variance in the kernel
     return int((here if relevance is None else here * relevance).argmax())
@@ -44,7 +46,7 @@ def greedy_one(
 ) -> Tensor:
     """Pick ``k`` rows of ``x`` [N, D] in selection order -> int64 [k]."""
     if k <= 0:
-        return torch.empty(0, dtype=torch.long)
+        return torch.empty(0, dtype=torch.long, device=x.device)
     xn = unit_rows(x)
     cos = xn @ xn.T  # [N, N]
     pick = first_pick(xn, cos, rule, relevance) if pivot is None else pivot
@@ -56,12 +58,12 @@ def greedy_one(
         gain = 1 - kept.amax(1) if objective == "k_center" else -kept.sum(1)
         gain[order] = -torch.inf
         order.append(int(gain.argmax()))
-    return torch.tensor(order)
+    return torch.tensor(order, device=cos.device)
 
 
 def _dpp(cos: Tensor, k: int, pick: int, relevance: Tensor | None) -> Tensor:
     """Greedy MAP: residual variance = Schur complement of the kept block, grown row by row."""
-    r = torch.ones(len(cos), dtype=cos.dtype) if relevance is None else relevance.to(cos.dtype)
+    r = cos.new_ones(len(cos)) if relevance is None else relevance.to(cos.dtype)
     kernel = r[:, None] * cos * r[None, :]
     residual, rows, order = kernel.diagonal().clone(), kernel.new_zeros(k, len(cos)), []
     for i in range(k):
@@ -72,7 +74,7 @@ def _dpp(cos: Tensor, k: int, pick: int, relevance: Tensor | None) -> Tensor:
         residual = residual - rows[i].square()
         residual[order] = -torch.inf
         pick = int(residual.argmax())
-    return torch.tensor(order)
+    return torch.tensor(order, device=cos.device)
 
 
 def greedy_diverse(
@@ -85,9 +87,11 @@ def greedy_diverse(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Batched reference: ``x`` [B, N, D] -> int64 [B, max(num_keep)], padded with -1."""
-    out = torch.full((len(x), max(num_keep, default=0)), -1)
+    out = torch.full((len(x), max(num_keep, default=0)), -1, device=x.device)
     for b, k in enumerate(num_keep):
-        rows = torch.arange(x.shape[1]) if mask is None else mask[b].nonzero()[:, 0]
+        rows = (
+            torch.arange(x.shape[1], device=x.device) if mask is None else mask[b].nonzero()[:, 0]
+        )
         k = min(k, len(rows))
         start = None if pivot is None else int((rows == pivot[b]).nonzero()[0, 0])
         rel = None if relevance is None else relevance[b, rows]

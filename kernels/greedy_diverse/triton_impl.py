@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visprune.kernels.common.triton_launch import launch
+
 from . import torch_impl
 
 
@@ -93,12 +95,25 @@ def select(
     if objective == "dpp":
         residual = torch_impl.start_residual(gram, rel, gone).contiguous()
         chol = torch.empty(batch, width, n, device=x.device)
-        _dpp_kernel[(batch,)](
-            gram, rel, residual, chol, pick, out, n, width, n * n, BLOCK=block, num_warps=warps
+        launch(
+            _dpp_kernel,
+            (batch,),
+            gram,
+            rel,
+            residual,
+            chol,
+            pick,
+            out,
+            n,
+            width,
+            n * n,
+            BLOCK=block,
+            num_warps=warps,
         )
     else:
         flags = gone.to(torch.int8)
-        _distance_kernel[(batch,)](
+        launch(
+            _distance_kernel, (batch,),
             gram, flags, pick, out, n, width, n * n,
             MAX_SUM=objective == "max_sum", BLOCK=block, num_warps=warps,
         )  # fmt: skip

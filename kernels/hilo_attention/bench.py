@@ -8,15 +8,13 @@ rows with device, versions, date and command.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from visprune.kernels.common import results, timing
+from visprune.kernels.common import options, results, timing
 
 from . import cases, op
 
@@ -200,21 +198,21 @@ def run(
 
 def main() -> int:
     """Print the table; exit 1 if any result disagrees."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--csv", type=Path, help="add the rows to this file")
-    args = parser.parse_args()
+    made = options.parser(__doc__, rounds=15)
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    made.add_argument("--backward", action="store_true")
+    made.add_argument("--batch", type=int, help="pictures in every case, instead of its own")
+    args = options.read(made)
+    shapes: tuple[Shape, ...] = cases.BENCH_SHAPES
+    if args.batch:
+        shapes = tuple(dict.fromkeys((*s[:-1], args.batch) for s in shapes))
     rows = run(
-        args.rounds, args.threads, device=args.device, dtype=getattr(torch, args.dtype),
+        args.rounds, args.threads, shapes, args.device, getattr(torch, args.dtype),
         backward=args.backward, clock=args.clock,
     )  # fmt: skip
     about = results.machine(args.device, args.threads)
-    results.show(rows, {**about, "rounds": args.rounds, "dtype": args.dtype}, args.csv)
+    about |= {"rounds": args.rounds, "dtype": args.dtype, "clock": args.clock}
+    results.show(rows, about, args.csv)
     return int(not all(row["agree"] for row in rows))
 
 

@@ -10,22 +10,18 @@ the probabilities; each gradient is summed by one program, no atomics.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from visprune.kernels.common.triton_launch import dot, launch, precision
+
 from .torch_impl import grid, hidden, padded
 
-ROWS, KEYS = 64, 64  # tile of the low branch
-
-
-@triton.jit
-def _dot(a, b, IEEE: tl.constexpr):
-    if IEEE:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
+SIDE = 64  # of a tile of the low branch
 
 
 @triton.jit
@@ -57,9 +53,9 @@ def _store(t, value, b, y, x, h, d, s0, s1, s2, s3, inside, DIM):
 
 
 @triton.jit
-def _window_softmax(q, k, slot, inside, scale, IEEE: tl.constexpr):
+def _window_softmax(q, k, slot, inside, scale, PRECISION: tl.constexpr):
     """Probabilities [tile, tile]; a row without keys (outside) is zero."""
-    s = _dot(q, tl.trans(k), IEEE) * scale
+    s = dot(q, tl.trans(k), PRECISION) * scale
     seen = (slot[:, None] == slot[None]) & inside[None]
     s = tl.where(seen, s, float("-inf"))
     top = tl.max(s, axis=1)
@@ -72,7 +68,7 @@ def _window_softmax(q, k, slot, inside, scale, IEEE: tl.constexpr):
 def _high_kernel(
     q, k, v, out, height, width, rows, cols, windows, DIM, scale,
     q0, q1, q2, q3, k0, k1, k2, k3, v0, v1, v2, v3, o0, o1, o2, o3,
-    WS: tl.constexpr, TILE: tl.constexpr, D_BLOCK: tl.constexpr, IEEE: tl.constexpr,
+    WS: tl.constexpr, TILE: tl.constexpr, D_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention inside the windows of one tile, one head."""
     b, y, x, slot, inside = _window_tokens(height, width, rows, cols, windows, WS, TILE)
@@ -81,8 +77,8 @@ def _high_kernel(
     qs = _load(q, b, y, x, h, d, q0, q1, q2, q3, inside, DIM)
     ks = _load(k, b, y, x, h, d, k0, k1, k2, k3, inside, DIM)
     vs = _load(v, b, y, x, h, d, v0, v1, v2, v3, inside, DIM)
-    p = _window_softmax(qs, ks, slot, inside, scale, IEEE)
-    o = _dot(p.to(vs.dtype), vs, IEEE)
+    p = _window_softmax(qs, ks, slot, inside, scale, PRECISION)
+    o = dot(p.to(vs.dtype), vs, PRECISION)
     _store(out, o, b, y, x, h, d, o0, o1, o2, o3, inside, DIM)
 
 
@@ -90,7 +86,7 @@ def _high_kernel(
 def _high_backward_kernel(
     q, k, v, grad, grad_q, grad_k, grad_v, height, width, rows, cols, windows, DIM, scale,
     q0, q1, q2, q3, k0, k1, k2, k3, v0, v1, v2, v3, g0, g1, g2, g3, o0, o1, o2, o3,
-    WS: tl.constexpr, TILE: tl.constexpr, D_BLOCK: tl.constexpr, IEEE: tl.constexpr,
+    WS: tl.constexpr, TILE: tl.constexpr, D_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the windows of one tile, one head."""
     b, y, x, slot, inside = _window_tokens(height, width, rows, cols, windows, WS, TILE)
@@ -100,12 +96,12 @@ def _high_backward_kernel(
     ks = _load(k, b, y, x, h, d, k0, k1, k2, k3, inside, DIM)
     vs = _load(v, b, y, x, h, d, v0, v1, v2, v3, inside, DIM)
     gs = _load(grad, b, y, x, h, d, g0, g1, g2, g3, inside, DIM)
-    p = _window_softmax(qs, ks, slot, inside, scale, IEEE)
-    gp = _dot(gs, tl.trans(vs), IEEE)
+    p = _window_softmax(qs, ks, slot, inside, scale, PRECISION)
+    gp = dot(gs, tl.trans(vs), PRECISION)
     ds = p * (gp - tl.sum(p * gp, axis=1)[:, None]) * scale
-    dv = _dot(tl.trans(p).to(gs.dtype), gs, IEEE)
-    dq = _dot(ds.to(ks.dtype), ks, IEEE)
-    dk = _dot(tl.trans(ds).to(qs.dtype), qs, IEEE)
+    dv = dot(tl.trans(p).to(gs.dtype), gs, PRECISION)
+    dq = dot(ds.to(ks.dtype), ks, PRECISION)
+    dk = dot(tl.trans(ds).to(qs.dtype), qs, PRECISION)
     _store(grad_q, dq, b, y, x, h, d, o0, o1, o2, o3, inside, DIM)
     _store(grad_k, dk, b, y, x, h, d, o0, o1, o2, o3, inside, DIM)
     _store(grad_v, dv, b, y, x, h, d, o0, o1, o2, o3, inside, DIM)
@@ -128,7 +124,7 @@ def _put_rows(t, value, b, h, r, d, s0, s1, s2, COUNT, DIM):
 def _low_kernel(
     q, k, v, out, norm, heads, QUERIES, KEYS_N, DIM, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, o0, o1, o2,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr, IEEE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of queries against all pooled keys of one head, online softmax."""
     bh = tl.program_id(0).to(tl.int64)
@@ -143,12 +139,12 @@ def _low_kernel(
         n = start + tl.arange(0, KEYS)
         ks = _rows_of(k, b, h, n, d, k0, k1, k2, KEYS_N, DIM)
         vs = _rows_of(v, b, h, n, d, v0, v1, v2, KEYS_N, DIM)
-        s = tl.where((n < KEYS_N)[None], _dot(qs, tl.trans(ks), IEEE) * scale, float("-inf"))
+        s = tl.where((n < KEYS_N)[None], dot(qs, tl.trans(ks), PRECISION) * scale, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
         p = tl.exp(s - new[:, None])
         shrink = tl.exp(top - new)
         total = total * shrink + tl.sum(p, axis=1)
-        acc = acc * shrink[:, None] + _dot(p.to(vs.dtype), vs, IEEE)
+        acc = acc * shrink[:, None] + dot(p.to(vs.dtype), vs, PRECISION)
         top = new
     _put_rows(out, acc / total[:, None], b, h, r, d, o0, o1, o2, QUERIES, DIM)
     # Largest score and sum apart: their log-sum-exp would round away digits of both.
@@ -157,18 +153,18 @@ def _low_kernel(
 
 
 @triton.jit
-def _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, IEEE: tl.constexpr):
+def _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, PRECISION: tl.constexpr):
     """(probabilities, their gradient) of one tile [rows, keys]."""
-    s = _dot(qs, tl.trans(ks), IEEE) * scale
+    s = dot(qs, tl.trans(ks), PRECISION) * scale
     p = tl.where((n < KEYS_N)[None], tl.exp(s - top[:, None]) / total[:, None], 0.0)
-    return p, _dot(gs, tl.trans(vs), IEEE)
+    return p, dot(gs, tl.trans(vs), PRECISION)
 
 
 @triton.jit
 def _low_query_grad_kernel(
     q, k, v, grad, norm, delta, grad_q, heads, QUERIES, KEYS_N, DIM, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, o0, o1, o2,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr, IEEE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of queries, over all keys; leaves ``delta`` for the keys' kernel."""
     bh = tl.program_id(0).to(tl.int64)
@@ -186,7 +182,7 @@ def _low_query_grad_kernel(
         n = start + tl.arange(0, KEYS)
         ks = _rows_of(k, b, h, n, d, k0, k1, k2, KEYS_N, DIM)
         vs = _rows_of(v, b, h, n, d, v0, v1, v2, KEYS_N, DIM)
-        p, gp = _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, IEEE)
+        p, gp = _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, PRECISION)
         drop += tl.sum(p * gp, axis=1)
     tl.store(delta + bh * QUERIES + r, drop, mask=r < QUERIES)
     acc = tl.zeros([ROWS, D_BLOCK], tl.float32)
@@ -194,9 +190,9 @@ def _low_query_grad_kernel(
         n = start + tl.arange(0, KEYS)
         ks = _rows_of(k, b, h, n, d, k0, k1, k2, KEYS_N, DIM)
         vs = _rows_of(v, b, h, n, d, v0, v1, v2, KEYS_N, DIM)
-        p, gp = _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, IEEE)
+        p, gp = _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, PRECISION)
         ds = p * (gp - drop[:, None]) * scale
-        acc += _dot(ds.to(ks.dtype), ks, IEEE)
+        acc += dot(ds.to(ks.dtype), ks, PRECISION)
     _put_rows(grad_q, acc, b, h, r, d, o0, o1, o2, QUERIES, DIM)
 
 
@@ -204,7 +200,7 @@ def _low_query_grad_kernel(
 def _low_key_grad_kernel(
     q, k, v, grad, norm, delta, grad_k, grad_v, heads, QUERIES, KEYS_N, DIM, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2, o0, o1, o2,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr, IEEE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values: over all queries."""
     bh = tl.program_id(0).to(tl.int64)
@@ -222,10 +218,10 @@ def _low_key_grad_kernel(
         top = tl.load(norm + 2 * (bh * QUERIES + r), mask=r < QUERIES, other=float("inf"))
         total = tl.load(norm + 2 * (bh * QUERIES + r) + 1, mask=r < QUERIES, other=1.0)
         drop = tl.load(delta + bh * QUERIES + r, mask=r < QUERIES, other=0.0)
-        p, gp = _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, IEEE)
+        p, gp = _low_tile(qs, ks, vs, gs, top, total, n, KEYS_N, scale, PRECISION)
         ds = p * (gp - drop[:, None]) * scale
-        acc_v += _dot(tl.trans(p).to(gs.dtype), gs, IEEE)
-        acc_k += _dot(tl.trans(ds).to(qs.dtype), qs, IEEE)
+        acc_v += dot(tl.trans(p).to(gs.dtype), gs, PRECISION)
+        acc_k += dot(tl.trans(ds).to(qs.dtype), qs, PRECISION)
     _put_rows(grad_k, acc_k, b, h, n, d, o0, o1, o2, KEYS_N, DIM)
     _put_rows(grad_v, acc_v, b, h, n, d, o0, o1, o2, KEYS_N, DIM)
 
@@ -235,9 +231,19 @@ def _rowwise(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _switches(t: Tensor) -> dict[str, int | bool]:
+def _switches(t: Tensor) -> dict[str, Any]:
+    products = precision(t.dtype)
     block = max(16, triton.next_power_of_2(t.shape[-1]))
-    return {"D_BLOCK": block, "IEEE": t.dtype == torch.float32}
+    # Without tensor cores whole operands lie in registers, and want more threads.
+    warps = 8 if products == "ieee" else 4
+    return {"D_BLOCK": block, "PRECISION": products, "num_warps": warps}
+
+
+def _low_tiles(q: Tensor) -> dict[str, Any]:
+    """Rows and keys of a tile of the low branch, and what its kernels are compiled for."""
+    switches = _switches(q)
+    side = SIDE // 2 if switches["PRECISION"] == "ieee" else SIDE
+    return {"ROWS": side, "KEYS": side, **switches}
 
 
 def _tile(ws: int) -> int:
@@ -263,7 +269,8 @@ def _high_launch(kernel, inputs: list[Tensor], outputs: list[Tensor], ws: int, s
     windows = b * rows * cols
     tile = _tile(ws)
     strides = [n for t in (*inputs, outputs[0]) for n in t.stride()[:4]]
-    kernel[(triton.cdiv(windows, tile // (ws * ws)), heads)](
+    launch(
+        kernel, (triton.cdiv(windows, tile // (ws * ws)), heads),
         *inputs, *outputs, height, width, rows, cols, windows, dim, scale, *strides,
         WS=ws, TILE=tile, **_switches(q),
     )  # fmt: skip
@@ -311,9 +318,11 @@ def hilo_attention(
         of = out.flatten(1, 2)[:, :, split:]
         n, keys = qf.shape[1], kf.shape[1]
         norm = torch.empty(b, heads, n, 2, device=like.device)
-        _low_kernel[(b * heads, triton.cdiv(n, ROWS))](
+        tile = _low_tiles(qf)
+        launch(
+            _low_kernel, (b * heads, triton.cdiv(n, tile["ROWS"])),
             qf, kf, vf, of, norm, heads, n, keys, dim, scale, *_low_strides(qf, kf, vf, of),
-            ROWS=ROWS, KEYS=KEYS, **_switches(qf),
+            **tile,
         )  # fmt: skip
     return out, norm
 
@@ -350,11 +359,23 @@ def low_backward(
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (qf, kf, vf)]
     shared = (qf, kf, vf, gf, norm, delta)
     numbers = (heads, n, keys, dim, scale, *_low_strides(qf, kf, vf, gf))
-    tile = {"ROWS": ROWS, "KEYS": KEYS, **_switches(qf)}
-    _low_query_grad_kernel[(b * heads, triton.cdiv(n, ROWS))](
-        *shared, grads[0], *numbers, *_low_strides(grads[0]), **tile
+    tile = _low_tiles(qf)
+    launch(
+        _low_query_grad_kernel,
+        (b * heads, triton.cdiv(n, tile["ROWS"])),
+        *shared,
+        grads[0],
+        *numbers,
+        *_low_strides(grads[0]),
+        **tile,
     )
-    _low_key_grad_kernel[(b * heads, triton.cdiv(keys, KEYS))](
-        *shared, *grads[1:], *numbers, *_low_strides(grads[1]), **tile
+    launch(
+        _low_key_grad_kernel,
+        (b * heads, triton.cdiv(keys, tile["KEYS"])),
+        *shared,
+        *grads[1:],
+        *numbers,
+        *_low_strides(grads[1]),
+        **tile,
     )
     return [g.view(t.shape) for g, t in zip(grads, (q, k, v), strict=True)]

@@ -8,13 +8,8 @@ hold the floor too: bytes over bandwidth, operations over rate (``--bandwidth``,
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
-import platform
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +18,15 @@ from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from visprune.kernels.common import timing
+from visprune.kernels.common import options, results, timing
 
 from . import cases, op, reference
 
 Row = dict[str, object]
 Call = Callable[[], object]
 GPU_SHAPES = tuple(
-    cases.Shape(f"gpu_{length}_k{kernel}_d{dim}", length, 256 // dim, (1,), dim, kernel)
-    for length in (56, 64, 128)
+    cases.Shape(f"gpu_{length}_k{kernel}_d{dim}", length, 256 // dim, (1,), dim, kernel, batch)
+    for length, batch in ((56, 16), (64, 16), (128, 4))
     for kernel in (7, 13)
     for dim in (32, 64, 128)
 )
@@ -173,6 +168,7 @@ def _measured(
 def floor(row: Row, width: int, bandwidth: float, rate: float) -> dict[str, object]:
     """Least milliseconds: tensors moved once (GB/s), the neighbours' products done (TFLOP/s)."""
     n, h, d = int(str(row["case"])[:-1]) ** 2, int(str(row["H"])), int(str(row["d"]))
+    n *= int(str(row.get("B", 1)))
     products, tensors = (2, 4) if row["direction"] == "forward" else (7, 12)
     moved = tensors * n * h * d * width / bandwidth / 1e6
     worked = products * 2 * n * h * d * int(str(row["k"])) ** 2 / rate / 1e9
@@ -199,48 +195,31 @@ def run(
         ]
 
 
-def _write(path: Path, rows: list[Row], device: str) -> None:
-    """Append the rows with what a reader needs to repeat them."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    about: Row = {"machine": name, "torch": torch.__version__, "python": platform.python_version()}
-    about |= {"date": datetime.date.today().isoformat(), "command": " ".join(sys.argv)}
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *about])
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
-
-
 def main() -> int:
     """Print the table; exit 1 if any result disagrees."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20 if cuda else 5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
-    parser.add_argument("--sides", type=int, nargs="+", help="sides of the pictures; default all")
-    parser.add_argument("--small", action="store_true", help="pictures of 7 to 28 tokens a side")
-    parser.add_argument("--csv", type=Path, help="file to add the rows to")
-    parser.add_argument("--bandwidth", type=float, help="GB/s of the device, for the floor")
-    parser.add_argument("--rate", type=float, help="TFLOP/s of the device, for the floor")
-    args = parser.parse_args()
+    made = options.parser(__doc__, rounds=5)
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    made.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
+    made.add_argument("--sides", type=int, nargs="+", help="sides of the pictures; default all")
+    made.add_argument("--kernels", type=int, nargs="+", help="kernel sizes; default all")
+    made.add_argument("--dims", type=int, nargs="+", help="head dims; default all")
+    made.add_argument("--small", action="store_true", help="pictures of 7 to 28 tokens a side")
+    made.add_argument("--bandwidth", type=float, help="GB/s of the device, for the floor")
+    made.add_argument("--rate", type=float, help="TFLOP/s of the device, for the floor")
+    args = options.read(made)
     on_gpu = args.device == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     shapes = GPU_SHAPES if on_gpu else cases.BENCH_SHAPES
     shapes = cases.SMALL_SHAPES if args.small else shapes
-    shapes = tuple(s for s in shapes if not args.sides or s.length in args.sides)
+    wanted = ((args.sides, "length"), (args.kernels, "kernel"), (args.dims, "dim"))
+    for values, name in wanted:
+        shapes = tuple(s for s in shapes if not values or getattr(s, name) in values)
     rows = run(args.rounds, args.threads, shapes, args.clock, not args.no_flex, args.device, dtype)
     if args.bandwidth and args.rate:
         rows = [row | floor(row, dtype.itemsize, args.bandwidth, args.rate) for row in rows]
-    print(timing.table(rows))
-    about = f"torch {torch.__version__}, {args.threads} CPU threads, {args.rounds} rounds"
-    print(f"{about}, {args.clock} time, {dtype}, on {args.device}")
-    if args.csv:
-        _write(args.csv, rows, args.device)
+    about = results.machine(args.device, args.threads)
+    about |= {"rounds": args.rounds, "clock": args.clock, "dtype": str(dtype)}
+    results.show(rows, about, args.csv)
     return int(not all(row["agree"] for row in rows))
 
 

@@ -337,7 +337,10 @@ def add_by_index(total: Tensor, index: Tensor, sums: Tensor) -> None:
     heads, bins = total.shape
     first = torch.arange(heads, device=total.device) * bins
     at = index.to(total.device).unsqueeze(-3) + first[:, None, None]
-    total.view(-1).index_add_(0, at.flatten(), sums.flatten())
+    if total.is_cuda:  # sorted first: atomic additions would have no order
+        total.view(-1).index_put_((at.flatten(),), sums.flatten(), accumulate=True)
+    else:
+        total.view(-1).index_add_(0, at.flatten(), sums.flatten())
 
 
 def unpadded(table: Tensor, layout: Layout) -> Tensor:

@@ -18,10 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visprune.kernels.common.triton_launch import dot, launch, precision
+
 from . import torch_impl
 from .axis import Axis, Layout, product
 
-TILES = {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)}  # queries and keys per block and axis
+# Queries and keys per block and axis, by dimensions and by lanes.
+TILES = {
+    64: {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)},
+    32: {1: (1, 1, 32), 2: (1, 4, 8), 3: (2, 4, 4)},
+    16: {1: (1, 1, 16), 2: (1, 4, 4), 3: (2, 2, 4)},
+}
 _FAR = tl.constexpr(1 << 30)
 _DENSE = torch.contiguous_format
 
@@ -93,19 +100,12 @@ def _save(base, i0, i1, i2, st0, st1, st2, there, x, DIM, D_BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _dot(a, b, IEEE: tl.constexpr):
-    if IEEE:
-        return tl.dot(a, b, input_precision="ieee")
-    return tl.dot(a, b)
-
-
-@triton.jit
 def _query_kernel(
     q, k, v, x, rpb, table, lse, delta, out, out_lse, heads, DIM, DIM_V, DIM_OUT, scale,
     l0, l1, l2, d0, d1, d2, n0, n1, n2, z0, z1, z2,
     qb, q0, q1, q2, qh, kb, k0_, k1_, k2_, kh, vb, v0, v1, v2, vh, xb, x0, x1, x2, xh,
     ob, o0, o1, o2, oh, rb, r0_, r1_, r2_, rh,
-    MODE: tl.constexpr, BIAS: tl.constexpr, IEEE: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     D_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def _query_kernel(
         known = (k0 < hi0) & (k1 < hi1) & (k2 < hi2)
         if MODE != 3:
             ks = _rows(k, j0, j1, j2, k0_, k1_, k2_, known, DIM, D_BLOCK)
-            s = _dot(qs, tl.trans(ks), IEEE) * scale
+            s = dot(qs, tl.trans(ks), PRECISION) * scale
             if BIAS:
                 bias_at = _offset(
                     p0, p1, p2, k0, k1, k2, 2 * z0 - 1, 2 * z1 - 1, 2 * z2 - 1,
@@ -171,17 +171,17 @@ def _query_kernel(
             keep = tl.exp(top - safe)
             total = total * keep + tl.sum(p, axis=1)
             vs = _rows(v, j0, j1, j2, v0, v1, v2, known, DIM_V, V_BLOCK)
-            acc = acc * keep[:, None] + _dot(p.to(vs.dtype), vs, IEEE)
+            acc = acc * keep[:, None] + dot(p.to(vs.dtype), vs, PRECISION)
             top = new
         elif MODE == 1:
             p = tl.where(seen, tl.exp(s - rows[:, None]), 0.0)
             vs = _rows(v, j0, j1, j2, v0, v1, v2, known, DIM_V, V_BLOCK)
-            ds = p * (_dot(xs, tl.trans(vs), IEEE) - deltas[:, None])
-            acc += _dot(ds.to(ks.dtype), ks, IEEE)
+            ds = p * (dot(xs, tl.trans(vs), PRECISION) - deltas[:, None])
+            acc += dot(ds.to(ks.dtype), ks, PRECISION)
         elif MODE == 4:
             p = tl.where(seen, tl.exp(s - rows[:, None]), 0.0)
             vs = _rows(v, j0, j1, j2, v0, v1, v2, known, DIM_V, V_BLOCK)
-            top += tl.sum(p * _dot(xs, tl.trans(vs), IEEE), axis=1)
+            top += tl.sum(p * dot(xs, tl.trans(vs), PRECISION), axis=1)
             total += tl.sum(p, axis=1)
         else:
             slot = _offset(a0, a1, a2, k0, k1, k2, z0, z1, z2, 0, 0, 0)
@@ -192,7 +192,7 @@ def _query_kernel(
                 at = _at(x, i0, i1, i2, x0, x1, x2)[:, None] + slot
                 vs = _rows(v, j0, j1, j2, v0, v1, v2, known, DIM_V, V_BLOCK)
                 w = tl.load(at, mask=seen, other=0.0)
-                acc += _dot(w.to(vs.dtype), vs, IEEE)
+                acc += dot(w.to(vs.dtype), vs, PRECISION)
     if MODE == 0:
         total = tl.where(there, total, 1.0)
         acc = acc / total[:, None]
@@ -213,7 +213,7 @@ def _key_kernel(
     l0, l1, l2, d0, d1, d2, n0, n1, n2, z0, z1, z2,
     qb, q0, q1, q2, qh, kb, k0_, k1_, k2_, kh, vb, v0, v1, v2, vh, xb, x0, x1, x2, xh,
     ob, o0, o1, o2, oh, ub, u0, u1, u2, uh, rb, r0_, r1_, r2_, rh,
-    MODE: tl.constexpr, BIAS: tl.constexpr, IEEE: tl.constexpr,
+    MODE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     D_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +253,7 @@ def _key_kernel(
         xs = _rows(x, i0, i1, i2, x0, x1, x2, there, DIM_V, V_BLOCK)
         if MODE == 0:
             qs = _rows(q, i0, i1, i2, q0, q1, q2, there, DIM, D_BLOCK)
-            s = _dot(qs, tl.trans(ks), IEEE) * scale
+            s = dot(qs, tl.trans(ks), PRECISION) * scale
             if BIAS:
                 bias_at = _offset(
                     p0, p1, p2, k0, k1, k2, 2 * z0 - 1, 2 * z1 - 1, 2 * z2 - 1,
@@ -266,14 +266,14 @@ def _key_kernel(
             at = _at(delta + row, i0, i1, i2, r0_, r1_, r2_)
             deltas = tl.load(at, mask=there, other=0.0)
             p = tl.where(seen, tl.exp(s - rows[:, None]), 0.0)
-            ds = p * (_dot(xs, tl.trans(vs), IEEE) - deltas[:, None])
-            acc_k += _dot(tl.trans(ds.to(qs.dtype)), qs, IEEE)
+            ds = p * (dot(xs, tl.trans(vs), PRECISION) - deltas[:, None])
+            acc_k += dot(tl.trans(ds.to(qs.dtype)), qs, PRECISION)
         else:
             w0, w1, w2, _e0, _e1, _e2 = _range(table, 0, i0, i1, i2, l0, l1, l2, there)
             slot = _offset(w0, w1, w2, k0, k1, k2, z0, z1, z2, 0, 0, 0)
             at = _at(q, i0, i1, i2, q0, q1, q2)[:, None] + slot
             p = tl.load(at, mask=seen, other=0.0)
-        acc_v += _dot(tl.trans(p.to(xs.dtype)), xs, IEEE)
+        acc_v += dot(tl.trans(p.to(xs.dtype)), xs, PRECISION)
     if MODE == 0:
         base = out_k + b * ob + h * oh
         _save(base, j0, j1, j2, o0, o1, o2, known, acc_k * scale, DIM, D_BLOCK)
@@ -332,13 +332,37 @@ def _grid(layout: Layout, tile: tuple[int, ...]) -> tuple[list[int], int]:
     return numbers, product(counts) * product(dilations)
 
 
-def _switches(q: Tensor, v: Tensor, rpb: Tensor | None, tile: tuple[int, ...]) -> dict:
-    return {
+def tuned(rows: str, width: int, products: str) -> tuple[int, int, int]:
+    """(lanes, warps, stages) of the kernel over ``rows`` (``"queries"`` or ``"keys"``).
+
+    ``width``: of the head dims the larger, a power of 2; ``products``: their precision. Half types
+    by measurement on an H100 (56 and 64 tokens a side, kernels 7 and 13); fp32 without tensor
+    cores holds whole operands in registers and wants them spread over more threads.
+    """
+    if products == "ieee":
+        return 32, 8, 2
+    if rows == "queries" and width == 64:
+        return 64, 4, 1
+    return 32, 2, 1 if width <= 32 or rows == "keys" else 2
+
+
+def _switches(
+    rows: str, mode: int, q: Tensor, v: Tensor, rpb: Tensor | None, rank: int
+) -> tuple[tuple[int, ...], dict[str, int | bool | str]]:
+    """The tile, and what a kernel is compiled for."""
+    dims = [max(16, triton.next_power_of_2(t.shape[-1])) for t in (q, v)]
+    products = precision(q.dtype)
+    lanes, warps, stages = tuned(rows, max(dims), products)
+    tile = TILES[lanes][rank]
+    return tile, {
+        "MODE": mode,
         "BIAS": rpb is not None,
-        "IEEE": q.dtype == torch.float32,
-        "D_BLOCK": max(16, triton.next_power_of_2(q.shape[-1])),
-        "V_BLOCK": max(16, triton.next_power_of_2(v.shape[-1])),
+        "PRECISION": products,
+        "D_BLOCK": dims[0],
+        "V_BLOCK": dims[1],
         **dict(zip(("T0", "T1", "T2"), tile, strict=True)),
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
@@ -352,15 +376,16 @@ def _run_queries(
     """
     if out.numel() == 0:
         return
-    tile = TILES[len(layout)]
+    tile, switches = _switches("queries", mode, q, v, rpb, len(layout))
     q, k, v, x = _dense(q, k, v, x)
     numbers, programs = _grid(layout, tile)
     strides = [s for t in (q, k, v, x, out, lse[..., None]) for s in _strides(t)]
     bias = q if rpb is None else rpb.contiguous()
     table = _table(layout, q.device)
-    _query_kernel[(programs * len(q) * q.shape[-2],)](
+    launch(
+        _query_kernel, (programs * len(q) * q.shape[-2],),
         q, k, v, x, bias, table, lse, delta, out, delta, q.shape[-2], q.shape[-1], v.shape[-1],
-        out.shape[-1], scale, *numbers, *strides, MODE=mode, **_switches(q, v, rpb, tile),
+        out.shape[-1], scale, *numbers, *strides, **switches,
     )  # fmt: skip
 
 
@@ -370,15 +395,16 @@ def _run_keys(
 ) -> None:  # fmt: skip
     if out_v.numel() == 0:
         return
-    tile = TILES[len(layout)]
+    tile, switches = _switches("keys", mode, k, v, rpb, len(layout))
     q, k, v, x = _dense(q, k, v, x)
     numbers, programs = _grid(layout, tile)
     strides = [s for t in (q, k, v, x, out_k, out_v, lse[..., None]) for s in _strides(t)]
     bias = q if rpb is None else rpb.contiguous()
     table = _table(layout, q.device)
-    _key_kernel[(programs * len(k) * k.shape[-2],)](
+    launch(
+        _key_kernel, (programs * len(k) * k.shape[-2],),
         q, k, v, x, bias, table, lse, delta, out_k, out_v, k.shape[-2], k.shape[-1], v.shape[-1],
-        scale, *numbers, *strides, MODE=mode, **_switches(k, v, rpb, tile),
+        scale, *numbers, *strides, **switches,
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visprune.kernels.common.triton_launch import launch
+
 
 @triton.jit
 def _reduce_kernel(
@@ -68,7 +70,7 @@ def _best_partner_kernel(
                 mask=(j < odds)[None] & (dd < dim)[:, None],
                 other=0.0,
             )
-            s += tl.dot(a, o, input_precision="ieee")
+            s += tl.dot(a, o, input_precision="ieee")  # a near tie is decided by the last bits
         s = tl.where((j < odds)[None], s, float("-inf"))
         if DISTILL:
             s = tl.where((j == 0)[None], float("-inf"), s)
@@ -96,7 +98,8 @@ def reduce_tokens(
     source = source if source is None else source.contiguous()
     weight = weight if weight is None else weight.float().contiguous()
     block = min(1024, triton.next_power_of_2(dim))
-    _reduce_kernel[(batch * num_slots, triton.cdiv(dim, block))](
+    launch(
+        _reduce_kernel, (batch * num_slots, triton.cdiv(dim, block)),
         x, order, starts, order if source is None else source,
         x if weight is None else weight, out, tokens, entries, num_slots, dim, *x.stride(),
         SOURCE=source is not None, WEIGHT=weight is not None, BLOCK=block,
@@ -126,7 +129,8 @@ def best_partners(metric: Tensor, class_token: bool, distill_token: bool) -> tup
     evens = (count + 1) // 2
     value = torch.empty(batch, evens, device=metric.device)
     partner = torch.empty(batch, evens, dtype=torch.long, device=metric.device)
-    _best_partner_kernel[(batch, triton.cdiv(evens, 16))](
+    launch(
+        _best_partner_kernel, (batch, triton.cdiv(evens, 16)),
         metric, value, partner, count, dim, CLASS=class_token, DISTILL=distill_token,
         EVEN=16, ODD=32, D_BLOCK=min(64, max(16, triton.next_power_of_2(dim))),
     )  # fmt: skip

@@ -9,15 +9,13 @@ versions, date and command.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from visprune.kernels.common import results, timing
+from visprune.kernels.common import options, results, timing
 
 from . import cases, op, reference
 
@@ -160,18 +158,14 @@ def overtakes(rows: list[Row], column: str = "forward ratio") -> list[str]:
 
 def main() -> int:
     """Print the tables; exit 1 if any result disagrees."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=int, nargs="*", default=list(cases.BENCH_TOKENS))
-    parser.add_argument("--keys", type=int, nargs="*", default=list(cases.BENCH_KEYS))
-    parser.add_argument("--part", choices=("index", "blocks", "topk"), nargs="*")
-    parser.add_argument("--csv", type=Path, help="add the rows to this file")
-    args = parser.parse_args()
+    made = options.parser(__doc__, rounds=9)
+    made.add_argument("--tokens", type=int, nargs="*", default=list(cases.BENCH_TOKENS))
+    made.add_argument("--keys", type=int, nargs="*", default=list(cases.BENCH_KEYS))
+    made.add_argument("--part", choices=("index", "blocks", "topk"), nargs="*")
+    args = options.read(made)
     parts = args.part or ["index", "blocks", "topk"]
-    about = {**results.machine(args.device, args.threads), "rounds": args.rounds}
+    about = results.machine(args.device, args.threads)
+    about |= {"rounds": args.rounds, "clock": args.clock}
     shared = (args.rounds, args.device, args.clock)
     agree = True
     with timing.threads(args.threads):

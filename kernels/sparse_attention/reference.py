@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, count: Tensor, scale: float) -> Tens
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, scale: float) -> Tensor:
     """``q`` [B, H, N, d], ``k`` [B, H, M, d], ``v`` [B, H, M, dv], ``idx`` [B, H, N, K]."""
     batch, heads, n, keys = *q.shape[:3], k.shape[2]
-    count = torch.zeros(batch, heads, n, keys + 1, dtype=torch.long)
+    count = torch.zeros(batch, heads, n, keys + 1, dtype=torch.long, device=q.device)
     at = torch.where(idx < 0, keys, idx).long()
     count.scatter_add_(3, at, torch.ones_like(at))
     if keys == 0:
@@ -53,7 +53,7 @@ def lowrank_topk(
     """
     scores = coef @ basis
     n = scores.shape[-1]
-    barred = torch.zeros(scores.shape, dtype=torch.bool)
+    barred = torch.zeros_like(scores, dtype=torch.bool)
     if threshold is not None:
         barred |= scores <= threshold
     if mask is not None:

@@ -10,21 +10,17 @@ then by columns. No atomics: the same input gives the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from visprune.kernels.common.triton_launch import dot, launch, precision
+
 TILE = 32  # keys of one query at a time
 SIDE = 64  # largest tile of a block, in queries and in keys
-
-
-@triton.jit
-def _dot(a, b, IEEE: tl.constexpr):
-    if IEEE:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
 
 
 @triton.jit
@@ -172,8 +168,8 @@ def _part(block, part, SIZE, COUNT, TILE: tl.constexpr):
 
 
 @triton.jit
-def _tile_softmax(qs, ks, top, total, seen, scale, IEEE: tl.constexpr):
-    s = _dot(qs, tl.trans(ks), IEEE) * scale
+def _tile_softmax(qs, ks, top, total, seen, scale, PRECISION: tl.constexpr):
+    s = dot(qs, tl.trans(ks), PRECISION) * scale
     return tl.where(seen[None], tl.exp(s - top[:, None]) / total[:, None], 0.0)
 
 
@@ -182,7 +178,7 @@ def _block_kernel(
     q, k, v, blocks, out, norm, heads, QUERIES, KEYS_N, DIM, DIM_V, scale, DOWN, ACROSS,
     SIZE_Q, SIZE_K, PARTS_Q, PARTS_K, m0, m1, q0, q1, q2, k0, k1, k2, v0, v1, v2,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries over the blocks that its row of the mask holds."""
     bh = tl.program_id(1).to(tl.int64)
@@ -200,13 +196,13 @@ def _block_kernel(
                 n, seen = _part(j, part, SIZE_K, KEYS_N, COLS)
                 ks = _tile_rows(k, b * k0 + h * k1, k2, n, seen, d, DIM)
                 vs = _tile_rows(v, b * v0 + h * v1, v2, n, seen, dv, DIM_V)
-                s = tl.where(seen[None], _dot(qs, tl.trans(ks), IEEE) * scale, float("-inf"))
+                s = tl.where(seen[None], dot(qs, tl.trans(ks), PRECISION) * scale, float("-inf"))
                 new = tl.maximum(top, tl.max(s, axis=1))
                 safe = tl.where(new == float("-inf"), 0.0, new)
                 p = tl.exp(s - safe[:, None])
                 shrink = tl.exp(top - safe)
                 total = total * shrink + tl.sum(p, axis=1)
-                acc = acc * shrink[:, None] + _dot(p.to(vs.dtype), vs, IEEE)
+                acc = acc * shrink[:, None] + dot(p.to(vs.dtype), vs, PRECISION)
                 top = new
     total = tl.where(total > 0, total, 1.0)
     _put_tile(out, acc / total[:, None], bh * QUERIES * DIM_V, DIM_V, r, inside, dv, DIM_V)
@@ -220,7 +216,7 @@ def _block_query_grad_kernel(
     ACROSS, SIZE_Q, SIZE_K, PARTS_Q, PARTS_K, m0, m1, q0, q1, q2, k0, k1, k2, v0, v1, v2,
     g0, g1, g2,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries; leaves ``delta`` (sum of p times its gradient)."""
     bh = tl.program_id(1).to(tl.int64)
@@ -241,13 +237,13 @@ def _block_query_grad_kernel(
                     n, seen = _part(j, part, SIZE_K, KEYS_N, COLS)
                     ks = _tile_rows(k, b * k0 + h * k1, k2, n, seen, d, DIM)
                     vs = _tile_rows(v, b * v0 + h * v1, v2, n, seen, dv, DIM_V)
-                    p = _tile_softmax(qs, ks, top, total, seen, scale, IEEE)
-                    gp = _dot(gs, tl.trans(vs), IEEE)
+                    p = _tile_softmax(qs, ks, top, total, seen, scale, PRECISION)
+                    gp = dot(gs, tl.trans(vs), PRECISION)
                     if pas == 0:
                         drop += tl.sum(p * gp, axis=1)
                     else:
                         ds = p * (gp - drop[:, None]) * scale
-                        acc += _dot(ds.to(ks.dtype), ks, IEEE)
+                        acc += dot(ds.to(ks.dtype), ks, PRECISION)
     tl.store(delta + bh * QUERIES + r, drop, mask=inside)
     _put_tile(grad_q, acc, bh * QUERIES * DIM, DIM, r, inside, d, DIM)
 
@@ -258,7 +254,7 @@ def _block_key_grad_kernel(
     scale, DOWN, ACROSS, SIZE_Q, SIZE_K, PARTS_Q, PARTS_K, m0, m1,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-    IEEE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, over the blocks of queries that see it."""
     bh = tl.program_id(1).to(tl.int64)
@@ -280,10 +276,10 @@ def _block_key_grad_kernel(
                 total = tl.load(norm + 2 * (bh * QUERIES + r) + 1, mask=inside, other=1.0)
                 drop = tl.load(delta + bh * QUERIES + r, mask=inside, other=0.0)
                 # Rows outside have q = g = 0, so they add nothing.
-                p = _tile_softmax(qs, ks, top, total, seen, scale, IEEE)
-                ds = p * (_dot(gs, tl.trans(vs), IEEE) - drop[:, None]) * scale
-                acc_v += _dot(tl.trans(p).to(gs.dtype), gs, IEEE)
-                acc_k += _dot(tl.trans(ds).to(qs.dtype), qs, IEEE)
+                p = _tile_softmax(qs, ks, top, total, seen, scale, PRECISION)
+                ds = p * (dot(gs, tl.trans(vs), PRECISION) - drop[:, None]) * scale
+                acc_v += dot(tl.trans(p).to(gs.dtype), gs, PRECISION)
+                acc_k += dot(tl.trans(ds).to(qs.dtype), qs, PRECISION)
     _put_tile(grad_k, acc_k, bh * KEYS_N * DIM, DIM, n, seen, d, DIM)
     _put_tile(grad_v, acc_v, bh * KEYS_N * DIM_V, DIM_V, n, seen, dv, DIM_V)
 
@@ -359,7 +355,8 @@ def sparse_attention(
         return out, norm
     q, k, v, idx = (_rowwise(q), _rowwise(k), _rowwise(v), idx.contiguous())
     b, h, n, dim = q.shape
-    _index_kernel[(n, b * h)](
+    launch(
+        _index_kernel, (n, b * h),
         q, k, v, idx, out, norm, h, n, idx.shape[3], dim, v.shape[3], scale,
         *_strides(q, k, v), TILE=TILE, **_widths(k, v),
     )  # fmt: skip
@@ -391,12 +388,14 @@ def sparse_backward(
     p = torch.empty(idx.shape, device=q.device)
     ds = torch.empty_like(p)
     tile = {"TILE": TILE, **_widths(k, v)}
-    _index_query_grad_kernel[(n, b * h)](
+    launch(
+        _index_query_grad_kernel, (n, b * h),
         q, k, v, idx, grad, norm, grads[0], p, ds, h, n, width, dim, dim_v, scale,
         *_strides(q, k, v, grad), **tile,
     )  # fmt: skip
     order, starts = _transposed(idx, keys)
-    _index_key_grad_kernel[(keys, b * h)](
+    launch(
+        _index_key_grad_kernel, (keys, b * h),
         q, grad, order, starts, p, ds, grads[1], grads[2], h, n, keys, width, dim, dim_v,
         *_strides(q, grad), **tile,
     )  # fmt: skip
@@ -405,7 +404,7 @@ def sparse_backward(
 
 def _block_numbers(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_q: int, block_k: int, scale: float
-) -> tuple[Tensor, list[int | float], dict[str, int | bool], tuple[int, int]]:
+) -> tuple[Tensor, list[int | float], dict[str, Any], tuple[int, int]]:
     """(mask, numbers, switches, tiles of queries and keys) that the block kernels share."""
     _, h, n, dim = q.shape
     rows, cols = (min(SIDE, max(16, triton.next_power_of_2(s))) for s in (block_q, block_k))
@@ -417,7 +416,8 @@ def _block_numbers(
     numbers = [
         h, n, k.shape[2], dim, v.shape[3], scale, down, across, block_q, block_k, *parts, m0, m1
     ]  # fmt: skip
-    switches = {"ROWS": rows, "COLS": cols, "IEEE": q.dtype == torch.float32, **_widths(k, v)}
+    switches: dict[str, Any] = {"ROWS": rows, "COLS": cols, "PRECISION": precision(q.dtype)}
+    switches |= {"num_warps": 8 if switches["PRECISION"] == "ieee" else 4, **_widths(k, v)}
     return mask, numbers, switches, (down * parts[0], across * parts[1])
 
 
@@ -430,8 +430,18 @@ def block_sparse_attention(
         return out, norm
     q, k, v = (_rowwise(t) for t in (q, k, v))
     mask, numbers, switches, tiles = _block_numbers(q, k, v, blocks, block_q, block_k, scale)
-    _block_kernel[(tiles[0], q.shape[0] * q.shape[1])](
-        q, k, v, mask, out, norm, *numbers, *_strides(q, k, v), **switches
+    launch(
+        _block_kernel,
+        (tiles[0], q.shape[0] * q.shape[1]),
+        q,
+        k,
+        v,
+        mask,
+        out,
+        norm,
+        *numbers,
+        *_strides(q, k, v),
+        **switches,
     )
     return out, norm
 
@@ -450,8 +460,8 @@ def block_backward(
     heads = q.shape[0] * q.shape[1]
     shared = (q, k, v, mask, grad, norm, delta)
     numbers += _strides(q, k, v, grad)
-    _block_query_grad_kernel[(tiles[0], heads)](*shared, grads[0], *numbers, **switches)
-    _block_key_grad_kernel[(tiles[1], heads)](*shared, *grads[1:], *numbers, **switches)
+    launch(_block_query_grad_kernel, (tiles[0], heads), *shared, grads[0], *numbers, **switches)
+    launch(_block_key_grad_kernel, (tiles[1], heads), *shared, *grads[1:], *numbers, **switches)
     return grads[0], grads[1], grads[2]
 
 
@@ -466,7 +476,8 @@ def lowrank_topk(
         return out
     basis = _rowwise(basis)
     strides = [basis.stride(i) if basis.shape[i] > 1 else 0 for i in (0, 1)]
-    _topk_kernel[(rows, b * h)](
+    launch(
+        _topk_kernel, (rows, b * h),
         coef.contiguous(), basis, out if mask is None else mask.to(torch.int8).contiguous(), out,
         h, rows, n, rank, num_keep, 0.0 if threshold is None else threshold,
         *strides, basis.stride(2),

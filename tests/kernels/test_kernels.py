@@ -68,13 +68,18 @@ def run(case: Case, inputs: Inputs, backend: str = "torch") -> tuple[Tensor, dic
     if not leaves:
         return out, {}
     noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    grads = torch.autograd.grad((out * noise.to(out.dtype)).sum(), list(leaves.values()))
+    grads = torch.autograd.grad((out * noise.to(out)).sum(), list(leaves.values()))
     return out.detach(), dict(zip(leaves, grads, strict=True))
 
 
-def check_errors(case: Case, dtype: torch.dtype, backend: str) -> None:
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """The same inputs with their tensors on ``device``."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def check_errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """The 2x rule: error against fp64 at most twice that of the plain code in the same dtype."""
-    inputs = case.inputs(dtype)
+    inputs = moved(case.inputs(dtype), device)
     truth, truth_grads = run(case, cast(inputs, torch.float64), "reference")
     plain, plain_grads = run(case, inputs, "reference")
     got, got_grads = run(case, inputs, backend)
