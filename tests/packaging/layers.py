@@ -96,7 +96,8 @@ def violations(module: str, source: str, *, known: set[str], is_package: bool) -
                 why = f"{layer} may not import {layer_of(target) or 'what stands in no layer'}"
                 found.append(f"line {line}: {module} -> {target}: {why}")
         elif library == "triton":
-            if not layer.startswith("kernel") or not module.rpartition(".")[2].startswith("triton_"):
+            last = module.rpartition(".")[2]
+            if not layer.startswith("kernels") or not last.startswith("triton_"):
                 found.append(f"line {line}: {module} -> {target}: only kernels/*/triton_* may")
         elif layer not in OWNERS.get(library, {layer}):
             owners = ", ".join(sorted(OWNERS[library]))
