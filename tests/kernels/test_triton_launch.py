@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 from triton.runtime.errors import OutOfResources
 
 from visprune.kernels.common.triton_launch import launch, precision
