@@ -138,7 +138,7 @@ def refused(message: str, path: Path, part: str = "train", **more: str) -> None:
 
 def test_folders_that_cannot_be_classified_are_refused(tmp_path: Path) -> None:
     root = tmp_path / "photos"
-    refused("There is no data at", root)
+    refused("There is no data at.*Give data.path=FOLDER with train/CLASS/PICTURE", root)
     (root / "train").mkdir(parents=True)
     refused("There is no picture in", root)
     refused("holds no 'vall'.*It holds: train", root, "val", val="vall")

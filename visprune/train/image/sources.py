@@ -112,7 +112,11 @@ def open_pictures(config: DataConfig, part: str) -> Pictures:
 def _local(config: DataConfig, path: Path, split: str) -> Pictures:
     if not path.exists():
         near = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise ConfigError(f"There is no data at {str(path)!r}.{did_you_mean(path.name, near)}")
+        raise ConfigError(
+            f"There is no data at {str(path)!r}.{did_you_mean(path.name, near)} "
+            f"Give data.path=FOLDER with {split}/CLASS/PICTURE or {split}.npz, .zip, .tar or "
+            f".parquet in it, an archive of class folders, or hf:NAME of the Hub."
+        )
     if path.is_file():
         return _file(config, path, split)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
