@@ -31,7 +31,7 @@ def machine(device: str, threads: int) -> Row:
         "triton": triton,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(sys.argv),
+        "command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}",  # argv[0] is `visprune bench NAME`
     }
 
 

@@ -21,11 +21,20 @@ def precision(dtype: torch.dtype) -> str:
 
     ``torch.set_float32_matmul_precision``: ``"highest"``, the default, is fp32 without tensor
     cores; ``"high"`` three products on them, which lose the last two or three bits; ``"medium"``
-    is TF32. The setting is PyTorch's own, so a model has one for its matrix products and these.
+    is TF32. ``torch.backends.cuda.matmul.fp32_precision = "tf32"`` counts as ``"high"``. The
+    setting is PyTorch's own, so a model has one for its matrix products and these.
     """
     if dtype != torch.float32:
         return "tf32"  # half types have one way
-    return _PRECISION[torch.get_float32_matmul_precision()]
+    try:
+        return _PRECISION[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # the newer setting was used, and PyTorch does not translate it
+        return "tf32x3" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def warps(products: str) -> int:
+    """Warps of a tile; without tensor cores whole operands lie in registers and want more."""
+    return 8 if products == "ieee" else 4
 
 
 @triton.jit

@@ -96,20 +96,9 @@ def select(
         residual = torch_impl.start_residual(gram, rel, gone).contiguous()
         chol = torch.empty(batch, width, n, device=x.device)
         launch(
-            _dpp_kernel,
-            (batch,),
-            gram,
-            rel,
-            residual,
-            chol,
-            pick,
-            out,
-            n,
-            width,
-            n * n,
-            BLOCK=block,
-            num_warps=warps,
-        )
+            _dpp_kernel, (batch,),
+            gram, rel, residual, chol, pick, out, n, width, n * n, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     else:
         flags = gone.to(torch.int8)
         launch(

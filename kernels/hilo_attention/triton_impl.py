@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visprune.kernels.common.triton_launch import dot, launch, precision
+from visprune.kernels.common.triton_launch import dot, launch, precision, warps
 
 from .torch_impl import grid, hidden, padded
 
@@ -234,9 +234,7 @@ def _rowwise(t: Tensor) -> Tensor:
 def _switches(t: Tensor) -> dict[str, Any]:
     products = precision(t.dtype)
     block = max(16, triton.next_power_of_2(t.shape[-1]))
-    # Without tensor cores whole operands lie in registers, and want more threads.
-    warps = 8 if products == "ieee" else 4
-    return {"D_BLOCK": block, "PRECISION": products, "num_warps": warps}
+    return {"D_BLOCK": block, "PRECISION": products, "num_warps": warps(products)}
 
 
 def _low_tiles(q: Tensor) -> dict[str, Any]:
@@ -361,21 +359,11 @@ def low_backward(
     numbers = (heads, n, keys, dim, scale, *_low_strides(qf, kf, vf, gf))
     tile = _low_tiles(qf)
     launch(
-        _low_query_grad_kernel,
-        (b * heads, triton.cdiv(n, tile["ROWS"])),
-        *shared,
-        grads[0],
-        *numbers,
-        *_low_strides(grads[0]),
-        **tile,
-    )
+        _low_query_grad_kernel, (b * heads, triton.cdiv(n, tile["ROWS"])),
+        *shared, grads[0], *numbers, *_low_strides(grads[0]), **tile,
+    )  # fmt: skip
     launch(
-        _low_key_grad_kernel,
-        (b * heads, triton.cdiv(keys, tile["KEYS"])),
-        *shared,
-        *grads[1:],
-        *numbers,
-        *_low_strides(grads[1]),
-        **tile,
-    )
+        _low_key_grad_kernel, (b * heads, triton.cdiv(keys, tile["KEYS"])),
+        *shared, *grads[1:], *numbers, *_low_strides(grads[1]), **tile,
+    )  # fmt: skip
     return [g.view(t.shape) for g, t in zip(grads, (q, k, v), strict=True)]

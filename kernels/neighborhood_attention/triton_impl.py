@@ -27,7 +27,6 @@ from .axis import Axis, Layout, product
 TILES = {
     64: {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)},
     32: {1: (1, 1, 32), 2: (1, 4, 8), 3: (2, 4, 4)},
-    16: {1: (1, 1, 16), 2: (1, 4, 4), 3: (2, 2, 4)},
 }
 _FAR = tl.constexpr(1 << 30)
 _DENSE = torch.contiguous_format

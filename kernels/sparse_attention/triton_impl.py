@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visprune.kernels.common.triton_launch import dot, launch, precision
+from visprune.kernels.common.triton_launch import dot, launch, precision, warps
 
 TILE = 32  # keys of one query at a time
 SIDE = 64  # largest tile of a block, in queries and in keys
@@ -416,8 +416,9 @@ def _block_numbers(
     numbers = [
         h, n, k.shape[2], dim, v.shape[3], scale, down, across, block_q, block_k, *parts, m0, m1
     ]  # fmt: skip
-    switches: dict[str, Any] = {"ROWS": rows, "COLS": cols, "PRECISION": precision(q.dtype)}
-    switches |= {"num_warps": 8 if switches["PRECISION"] == "ieee" else 4, **_widths(k, v)}
+    products = precision(q.dtype)
+    switches = {"ROWS": rows, "COLS": cols, "PRECISION": products, "num_warps": warps(products)}
+    switches |= _widths(k, v)
     return mask, numbers, switches, (down * parts[0], across * parts[1])
 
 
@@ -431,18 +432,9 @@ def block_sparse_attention(
     q, k, v = (_rowwise(t) for t in (q, k, v))
     mask, numbers, switches, tiles = _block_numbers(q, k, v, blocks, block_q, block_k, scale)
     launch(
-        _block_kernel,
-        (tiles[0], q.shape[0] * q.shape[1]),
-        q,
-        k,
-        v,
-        mask,
-        out,
-        norm,
-        *numbers,
-        *_strides(q, k, v),
-        **switches,
-    )
+        _block_kernel, (tiles[0], q.shape[0] * q.shape[1]),
+        q, k, v, mask, out, norm, *numbers, *_strides(q, k, v), **switches,
+    )  # fmt: skip
     return out, norm
 
 

@@ -23,14 +23,9 @@ from tests.contract.cases import (
     everything,
     few,
 )
+from tests.contract.test_generate import GREEDY, STEPS
 
 pytestmark = pytest.mark.gpu
-
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 3,
-    "do_sample": False,
-    "suppress_tokens": [90, 91, 92, 93],
-}
 
 
 def there(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -95,7 +90,7 @@ def test_a_batch_of_half_precision_answers_and_is_restored(
     inputs = there(batch(family), torch.bfloat16)
     want = model(**inputs).logits
     with visprune.prune(model, name, **few(name)):
-        assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 3
+        assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + STEPS
     assert torch.equal(model(**inputs).logits, want)
 
 

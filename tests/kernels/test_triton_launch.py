@@ -57,3 +57,16 @@ def test_products_of_fp32_follow_pytorch(asked: str, products: str) -> None:
     torch.set_float32_matmul_precision(asked)
     assert precision(torch.float32) == products
     assert precision(torch.bfloat16) == "tf32"
+
+
+def test_the_newer_setting_of_pytorch_counts_too() -> None:
+    torch.set_float32_matmul_precision("highest")
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="mix"):  # PyTorch's answer to the older question
+            torch.get_float32_matmul_precision()
+        assert precision(torch.float32) == "tf32x3"
+    finally:
+        products.fp32_precision = before
