@@ -30,7 +30,7 @@ from visprune.eval.models import (
 )
 from visprune.eval.seen import seen_by_transform
 from visprune.eval.tasks.base import PromptStyle, Task
-from visprune.eval.tasks.imagenet import ranking_text, zero_shot_classifier
+from visprune.eval.tasks.imagenet import ImageNet, ranking_text, zero_shot_classifier
 from visprune.method import PruningMethod
 from visprune.saved import read_learned
 
@@ -45,15 +45,24 @@ class Classifier:
         tower: the vision transformer that methods act on.
         transform: makes a picture the input ``[3, H, W]``.
         about: what identifies it beside name, weights and dtype.
+        count: how many classes it ranks.
+        labels: their names in its order; ``None``: not known.
     """
 
     generates = False
     style: PromptStyle = "plain"
 
     def __init__(
-        self, name: str, tower: nn.Module, transform: Callable[[Any], Tensor], about: dict[str, Any]
+        self,
+        name: str,
+        tower: nn.Module,
+        transform: Callable[[Any], Tensor],
+        about: dict[str, Any],
+        count: int,
+        labels: Sequence[str] | None = None,
     ) -> None:
         self.name, self.tower, self.transform, self._about = name, tower, transform, about
+        self.count, self.labels = count, labels
         self.learned: Mapping[str, Tensor] | None = None
         self._weights = weights_hash(tower)
         first = next(tower.parameters())
@@ -69,15 +78,44 @@ class Classifier:
     def refusal(self, choice: Choice, task: Task) -> str | None:
         """Why it cannot run a method or a task, or ``None``."""
         if task.generates:
-            return f"{task.name} wants answers in words; {self.name} gives class numbers."
+            return (
+                f"{task.name} wants answers in words; {self.name} gives class numbers. A folder of "
+                f"class folders is the data of the task imagenet (data=FOLDER)."
+            )
         if choice == NO_IMAGE:
             return "Without the picture an image classifier has no input."
-        if isinstance(choice, PruningMethod):
-            try:
+        try:
+            self._numbers(task)
+            if isinstance(choice, PruningMethod):
                 self._attach(choice).remove()
-            except (ConfigError, UnsupportedModel) as error:
-                return str(error)
+        except (ConfigError, UnsupportedModel) as error:
+            return str(error)
         return None
+
+    def _numbers(self, task: Task) -> list[int]:
+        """The task's number of each class of the model.
+
+        Raises:
+            ConfigError: the model tells other classes apart.
+        """
+        if not isinstance(task, ImageNet):
+            return list(range(self.count))
+        number, held = task.classes()
+        if self.labels is None:
+            if self.count != len(number):
+                raise ConfigError(
+                    f"{self.name} tells {self.count} classes apart, and does not say which; "
+                    f"{task.name} here numbers {len(number)}."
+                )
+            return list(range(self.count))
+        strange = [name for name in held if name not in set(self.labels)]
+        if strange:
+            raise ConfigError(
+                f"{self.name} tells {self.count} classes apart ({', '.join(self.labels[:3])} ...); "
+                f"{task.name} here holds others: {', '.join(strange[:5])}."
+            )
+        # A class that the data lacks gets a number that no picture has.
+        return [number.get(name, len(number) + i) for i, name in enumerate(self.labels)]
 
     def _attach(self, choice: PruningMethod) -> Any:
         """Prune the tower, with what the method of its folder has learned.
@@ -117,11 +155,12 @@ class Classifier:
         self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
     ) -> Iterator[Answerer]:
         """Attach a method for as long as the context lasts."""
+        numbers = torch.tensor(self._numbers(task), device=self.device)
         if isinstance(choice, PruningMethod):
             with self._attach(choice) as run:
-                yield lambda requests: self._answer(requests, run)
+                yield lambda requests: self._answer(requests, run, numbers)
         elif choice == NONE:
-            yield lambda requests: self._answer(requests, None)
+            yield lambda requests: self._answer(requests, None, numbers)
         else:
             raise ConfigError(f"{choice!r} is no method.{did_you_mean(choice, (NONE,))}")
 
@@ -130,10 +169,10 @@ class Classifier:
         return self.tower(pixels)
 
     @torch.inference_mode()
-    def _answer(self, requests: Sequence[Request], run: Any) -> list[Output]:
+    def _answer(self, requests: Sequence[Request], run: Any, numbers: Tensor) -> list[Output]:
         pictures = [self.transform(request.image) for request in requests]
         pixels = torch.stack(pictures).to(self.device, self.dtype)
-        texts = ranking_text(self.logits(pixels).float())
+        texts = ranking_text(self.logits(pixels).float(), numbers)
         if run is None:
             tokens, macs = self._whole
             return [Output(text, tokens=tokens, macs=macs) for text in texts]
@@ -196,6 +235,8 @@ class TimmClassifier(Classifier):
             model.eval(),
             transform,
             about,
+            int(model.num_classes),
+            _labels(cfg.get("label_names"), int(model.num_classes)),
         )
         if learned is not None:
             self.learned = learned
@@ -221,12 +262,21 @@ class ZeroShot(Classifier):
             "classes": classifier.shape[1], "classifier": _hash(classifier),
             "transform": transform_hash(transform),
         }  # fmt: skip
-        super().__init__(name, model.visual, transform, about)
+        super().__init__(name, model.visual, transform, about, classifier.shape[1])
         self.model, self.classifier = model, classifier
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Cosines to the class texts."""
         return self.model.encode_image(pixels, normalize=True) @ self.classifier.to(self.dtype)
+
+
+def _labels(names: Any, count: int) -> list[str] | None:
+    """The names of a classifier's classes as timm keeps them: a list, or a mapping by number."""
+    if isinstance(names, Mapping):
+        names = [names.get(i, names.get(str(i))) for i in range(count)]
+    if not names or len(names) != count or None in names:
+        return None
+    return [str(name) for name in names]
 
 
 def _hash(*tensors: Tensor) -> str:

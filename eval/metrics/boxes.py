@@ -14,12 +14,22 @@ from torch import Tensor
 from visprune.errors import ConfigError
 from visprune.eval.metrics.base import check_variant, paired, percent
 
-__all__ = ["THRESHOLDS", "Box", "BoxScale", "RECAccuracy", "box_figures", "iou", "parse_box"]
+__all__ = [
+    "THRESHOLDS",
+    "Box",
+    "BoxScale",
+    "RECAccuracy",
+    "box_figures",
+    "iou",
+    "parse_box",
+    "seen_size",
+]
 
 Box = tuple[float, float, float, float]
 BoxScale = Literal["unit", "per_mille", "pixels"]
 SCALES = ("unit", "per_mille", "pixels")
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_QWEN_PATCH = 28  # pixels a side of one token: patches of 14, two by two of them merged
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _BRACKETS = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
@@ -47,7 +57,9 @@ def parse_box(
     """
     check_variant("RECAccuracy", "scale", scale, SCALES)
     if scale == "pixels" and size is None:
-        raise ConfigError("Boxes in pixels need the size of the picture: size=(width, height).")
+        raise ConfigError(
+            "Boxes in pixels need the size of the picture that the model saw: size=(width, height)."
+        )
     for rule, pattern in (("brackets", _BRACKETS), ("pairs", _PAIRS)):
         found = pattern.search(text)
         if found is not None:
@@ -57,6 +69,36 @@ def parse_box(
                 width, height = size
             return (x0 / width, y0 / height, x1 / width, y1 / height), rule
     return None, ""
+
+
+def seen_size(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the size of the picture that Qwen2.5-VL sees, and whose pixels its boxes count.
+
+    Its processor resizes a picture to whole tokens of 28 x 28 pixels, as ``smart_resize`` of
+    transformers has it.
+
+    Args:
+        size: (width, height) of the picture as it is, in pixels.
+        min_pixels: the processor's lower limit of width x height.
+        max_pixels: its upper limit.
+
+    Returns:
+        (width, height) in pixels.
+
+    Raises:
+        ConfigError: it takes no picture of that shape.
+    """
+    # Imported here: it takes seconds, and this scale alone needs it.
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    width, height = size
+    try:
+        rows, columns = smart_resize(height, width, _QWEN_PATCH, min_pixels, max_pixels)
+    except (ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"Qwen2.5-VL takes no picture of {width} x {height} pixels: {error}."
+        ) from error
+    return columns, rows
 
 
 def iou(first: Box, second: Box) -> float:
@@ -104,10 +146,12 @@ class RECAccuracy(torchmetrics.Metric):
     """Acc@0.5 (``score``), Acc@0.1 to 0.9, mean IoU and centre accuracy, in percent.
 
     References are boxes ``(x0, y0, x1, y1)`` in [0, 1], or samples whose ``meta`` holds ``box``
-    (and ``size`` for pixels).
+    (and ``size``, that of the picture as it is).
 
     Args:
         scale: what the model's numbers are; see :func:`parse_box`.
+        limits: for pixels and samples: ``min_pixels`` and ``max_pixels`` of the processor of
+            Qwen2.5-VL, see :func:`seen_size`; ``None``: ``update`` is told the sizes.
 
     Raises:
         ConfigError: unknown scale.
@@ -120,10 +164,13 @@ class RECAccuracy(torchmetrics.Metric):
     sums: Tensor
     count: Tensor
 
-    def __init__(self, scale: BoxScale = "unit", **kwargs: Any) -> None:
+    def __init__(
+        self, scale: BoxScale = "unit", limits: tuple[int, int] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         check_variant("RECAccuracy", "scale", scale, SCALES)
         self.scale: BoxScale = scale
+        self.limits = limits
         self._names = tuple(box_figures([(None, (0.0, 0.0, 1.0, 1.0))]))
         zeros = torch.zeros(len(self._names), dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
@@ -140,16 +187,19 @@ class RECAccuracy(torchmetrics.Metric):
         Args:
             predictions: outputs of the model.
             references: boxes in [0, 1], or samples.
-            sizes: (width, height) of each picture; for the scale ``"pixels"`` alone.
+            sizes: (width, height) of each picture as the model saw it; for the scale ``"pixels"``
+                alone.
 
         Raises:
-            ConfigError: lengths differ, or a reference is no box.
+            ConfigError: lengths differ, a reference is no box, or what the model saw is not known.
         """
         pairs = paired(predictions, references)
         for number, (text, reference) in enumerate(pairs):
             meta = getattr(reference, "meta", {})
-            size = sizes[number] if sizes is not None else meta.get("size")
-            box, _ = parse_box(text, self.scale, tuple(size) if size is not None else None)
+            size = sizes[number] if sizes is not None else None
+            if size is None and self.limits is not None and "size" in meta:
+                size = seen_size(meta["size"], *self.limits)
+            box, _ = parse_box(text, self.scale, size)
             figures = box_figures([(box, as_box(meta.get("box", reference)))])
             self.sums += torch.tensor([figures[name] for name in self._names]).to(self.sums)
         self.count += len(pairs)

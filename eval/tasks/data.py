@@ -3,135 +3,20 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import io
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
-
-from PIL import Image
+from typing import Any, ClassVar
 
 from visprune.errors import ConfigError
-from visprune.eval.tasks.base import Sample, SampleError, Task, check_option
-from visprune.eval.tasks.loading import (
-    ImageFile,
-    LazySamples,
-    Unreachable,
-    decode,
-    require_columns,
-)
+from visprune.eval.tasks.base import Sample, Task, check_option
+from visprune.eval.tasks.loading import LazySamples, Unreachable
+from visprune.eval.tasks.rows import FileRows, HubRows, Rows, import_datasets
 
-__all__ = ["DataTask", "FileRows", "HubRows", "Picture", "Rows", "import_datasets", "numbered"]
-
-Picture = Callable[[], Image.Image]
-
-
-class Rows(Protocol):
-    """Rows of a data set: text columns at once, pictures when they are called for."""
-
-    def __len__(self) -> int:
-        """Count the rows."""
-
-    def column(self, name: str) -> list[Any]:
-        """Return one text column."""
-
-    def row(self, number: int) -> Mapping[str, Any]:
-        """Return the text columns of a row."""
-
-    def picture(self, number: int) -> Picture:
-        """Return what loads the picture of a row."""
-
-
-@dataclass(frozen=True)
-class FileRows:
-    """Rows read from files.
-
-    Attributes:
-        rows: in the Hub's columns.
-        files: the picture of each row, or what loads it.
-    """
-
-    rows: Sequence[Mapping[str, Any]]
-    files: Sequence[Path | Picture]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def column(self, name: str) -> list[Any]:
-        """Return one text column."""
-        return [row[name] for row in self.rows]
-
-    def row(self, number: int) -> Mapping[str, Any]:
-        """Return the text columns of a row."""
-        return self.rows[number]
-
-    def picture(self, number: int) -> Picture:
-        """Return what loads the picture of a row."""
-        file = self.files[number]
-        return ImageFile(file, f"row {number}") if isinstance(file, Path) else file
-
-
-@dataclass(frozen=True)
-class HubRows:
-    """Rows of a ``datasets.Dataset``; pictures stay bytes until they are called for.
-
-    Attributes:
-        data: the data set, with an ``image`` column.
-        name: for messages.
-    """
-
-    data: Any
-    name: str
-
-    @functools.cached_property
-    def _text(self) -> Any:
-        # A table of questions alone (GQA's) has no picture column.
-        return self.data.remove_columns([name for name in ("image",) if name in self.data.features])
-
-    @functools.cached_property
-    def _encoded(self) -> Any:
-        datasets = import_datasets()
-        data = self.data.select_columns("image")
-        feature = data.features["image"]
-        plain = datasets.Image(decode=False)
-        # SEED-Bench: a list of pictures, the frames of a video.
-        listed = isinstance(feature, list) or hasattr(feature, "feature")
-        return data.cast_column("image", datasets.List(plain) if listed else plain)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def column(self, name: str) -> list[Any]:
-        """Return one text column."""
-        return list(self._text[name])
-
-    def row(self, number: int) -> Mapping[str, Any]:
-        """Return the text columns of a row."""
-        return self._text[number]
-
-    def picture(self, number: int) -> Picture:
-        """Return what loads the picture of a row."""
-        return functools.partial(_decode_row, self, number)
-
-    def encoded(self, number: int) -> Mapping[str, Any] | None:
-        """Return ``{"bytes": ..., "path": ...}`` of a row's picture, the first of several."""
-        value = self._encoded[number]["image"]
-        return value[0] if isinstance(value, list) and value else value
-
-
-def _decode_row(rows: HubRows, number: int) -> Image.Image:
-    encoded = rows.encoded(number)
-    where = f"{rows.name}, row {number}"
-    if not encoded:
-        raise SampleError(f"{where} has no picture.")
-    if encoded["bytes"] is None:
-        return ImageFile(Path(encoded["path"]), where)()
-    return decode(io.BytesIO(encoded["bytes"]), where)
+__all__ = ["DataTask", "numbered"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +35,7 @@ class DataTask(Task):
     SPLITS: ClassVar[Mapping[str, str]] = {}  # ours -> the Hub's
     UNSCORED: ClassVar[Sequence[str]] = ()  # splits whose answers a server keeps
     COLUMNS: ClassVar[Sequence[str]] = ()
+    TEXTS: ClassVar[Sequence[str]] = ()  # columns that hold a text in every row
     LAYOUT: ClassVar[str] = ""  # what a folder should hold, for messages
 
     split: str = ""
@@ -178,6 +64,20 @@ class DataTask(Task):
         """Return the rows that belong to the task."""
         return list(range(len(rows)))
 
+    def _check(self, rows: Rows, wanted: Sequence[int]) -> None:
+        """Refuse rows that cannot be asked or scored, before the first of them is asked.
+
+        Raises:
+            ConfigError: a column does not hold what it should; names the row.
+        """
+        for name in self.TEXTS:
+            values = rows.column(name)
+            for number in wanted:
+                if not isinstance(values[number], str):
+                    raise ConfigError(
+                        f"{rows.place(number)}: {name} is a text, got {values[number]!r:.80}."
+                    )
+
     def _names(self, rows: Rows) -> list[str]:
         """Return the id of each row; repeated ones are numbered."""
         return [str(value) for value in rows.column("question_id")]
@@ -190,15 +90,17 @@ class DataTask(Task):
         """Return the samples in the order of the file.
 
         Raises:
-            ConfigError: the data is not there, or has other columns; the message says what to do.
+            ConfigError: the data is not there, or has other columns or values; the message says
+                what to do.
         """
         rows = self._rows()
         if not len(rows):
             raise ConfigError(f"{self.name} ({self.split}) has no rows in {self._where}.")
-        require_columns(rows.row(0), self.COLUMNS, f"{self.name} ({self._where})")
+        rows.require(self.COLUMNS)
         wanted = self._wanted(rows)
         if not wanted:
             raise ConfigError(f"No row in {self._where} belongs to {self.name} ({self.split}).")
+        self._check(rows, wanted)
         names = numbered(self._names(rows))
         groups = self._groups(rows, names)
         chosen = [wanted[i] for i in self._chosen([groups[i] for i in wanted])]
@@ -265,20 +167,6 @@ class DataTask(Task):
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-
-
-def import_datasets() -> Any:
-    """Return the module ``datasets``.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ConfigError(
-            "This data is read by the package datasets: pip install 'visprune[eval]'."
-        ) from error
 
 
 def numbered(names: Sequence[str]) -> list[str]:

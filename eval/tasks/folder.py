@@ -15,7 +15,7 @@ from visprune.errors import ConfigError
 from visprune.eval import prompts
 from visprune.eval.metrics.letters import answer_letter
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Task, check_option
-from visprune.eval.tasks.loading import ImageFile, LazySamples, jsonl_lines, require_columns
+from visprune.eval.tasks.loading import ImageFile, LazySamples, jsonl_lines
 from visprune.eval.tasks.scoring import SCORINGS, Scoring
 
 __all__ = ["Folder", "class_folders", "in_turn"]
@@ -25,15 +25,20 @@ _NONE: Any = object()
 
 _COLUMNS = ("image", "question", "answers")
 _ANNOTATORS = 4  # fewer people than that cannot give a VQA soft accuracy of 1
+_LOST = {  # what a metric does to outputs, so that some answers can never be given
+    "exact_match": "it leaves out articles and punctuation",
+    "gqa": "it lower-cases outputs and takes blanks and periods off their ends",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Task):
     """Your own: a JSONL (image, question, answers, [choices, kind, id]) or an ImageFolder.
 
-    In a JSONL, ``image`` is a path relative to the file, ``answers`` a text or a list of texts,
-    ``choices`` a list of options (an answer is then a letter or the text of an option). In an
-    ImageFolder, ``path/CLASS/*.jpg``, the class is the answer.
+    In a JSONL, ``image`` is a path relative to the file, ``answers`` a text or a list of texts
+    (``gqa``: one, ``vqa_...``: four or more), ``choices`` a list of options (an answer is then a
+    letter or the text of an option). In an ImageFolder, ``path/CLASS/*.jpg``, the class is the
+    answer.
 
     Args:
         path: the JSONL, a folder that holds exactly one, or an ImageFolder.
@@ -116,8 +121,9 @@ class Folder(Task):
         """Refuse rows that cannot be asked or scored before the first of them is asked."""
         seen: dict[str, str] = {}
         for number, (where, row) in enumerate(rows):
+            _check_asked(row, where)
             answers, choices = _texts(row, "answers", where), _texts(row, "choices", where)
-            if not answers:
+            if not any(answer.strip() for answer in answers):
                 raise ConfigError(f"{where}: answers is empty; give at least one.")
             if self._scoring.multiple_choice:
                 _check_letters(answers, choices, where)
@@ -126,10 +132,28 @@ class Folder(Task):
                     f"{where} has {len(answers)} answers; {self.metric_name} compares with what "
                     f"several people say, {_ANNOTATORS} or more. Use metric_name=exact_match."
                 )
-            name = str(row.get("id", number))
+            if self.metric_name == "gqa" and len(answers) > 1:
+                raise ConfigError(
+                    f"{where} has {len(answers)} answers; gqa compares with one. Keep one, or use "
+                    f"metric_name=exact_match."
+                )
+            self._check_reached(answers, where)
+            name = _id(row, number)
             if name in seen:
                 raise ConfigError(f"{where} has the id {name!r}, as {seen[name]} has.")
             seen[name] = where
+
+    def _check_reached(self, answers: Sequence[str], where: str) -> None:
+        """Refuse answers that no output can equal under the metric."""
+        if self.metric_name not in _LOST:
+            return
+        sample = Sample(where, "", ImageFile(Path(where)), tuple(answers))
+        if not any(self.score(sample, self.parse(answer, sample)) for answer in answers):
+            raise ConfigError(
+                f"{where}: under {self.metric_name} no output equals the answer {answers[0]!r}, "
+                f"since {_LOST[self.metric_name]}. Write it in that form, or use another "
+                f"metric_name."
+            )
 
     def _of_row(self, number: int, where: str, row: Mapping[str, Any], base: Path) -> Sample:
         picture = str(row["image"])
@@ -137,7 +161,7 @@ class Folder(Task):
         if self._scoring.multiple_choice:
             answers = tuple(answer_letter(answer, choices) for answer in answers)
         return Sample(
-            id=str(row.get("id", number)),
+            id=_id(row, number),
             question=str(row["question"]),
             image=ImageFile(base / picture, where),
             answers=answers,
@@ -149,7 +173,14 @@ class Folder(Task):
     def _of_classes(self, found: Mapping[str, Sequence[Path]]) -> Sequence[Sample]:
         if self._scoring.multiple_choice and len(found) > 26:
             raise ConfigError(f"{len(found)} classes; letters reach to 26. Use exact_match.")
+        if self.metric_name.startswith("vqa"):
+            raise ConfigError(
+                f"{self.path} has one answer per picture, its class; {self.metric_name} compares "
+                f"with what several people say. Use metric_name=exact_match."
+            )
         names = tuple(name.replace("_", " ") for name in found)
+        for folder, name in zip(found, names, strict=True):
+            self._check_reached((name,), str(Path(self.path) / folder))
         files = in_turn(
             [[(number, f) for f in files] for number, files in enumerate(found.values())]
         )
@@ -227,10 +258,22 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]] | None:
     if file is None:
         class_folders(path)
         return None
-    rows = jsonl_lines(file)
-    for where, row in rows:
-        require_columns(row, _COLUMNS, where)
-    return rows
+    return jsonl_lines(file, _COLUMNS)
+
+
+def _id(row: Mapping[str, Any], number: int) -> str:
+    """Return a row's id: its own, or its number."""
+    own = row.get("id")
+    return str(number if own is None else own)
+
+
+def _check_asked(row: Mapping[str, Any], where: str) -> None:
+    """Refuse an image that is no path, and a question that is no text (numbers count as texts)."""
+    image, question = row["image"], row["question"]
+    if not isinstance(image, str) or not image:
+        raise ConfigError(f"{where}: image is the path of a picture, got {image!r:.80}.")
+    if isinstance(question, bool) or not isinstance(question, str | int | float):
+        raise ConfigError(f"{where}: question is a text, got {question!r:.80}.")
 
 
 def _texts(row: Mapping[str, Any], column: str, where: str) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from visprune.errors import ConfigError
 from visprune.eval import prompts
 from visprune.eval.metrics.text import GQA_PARSERS, gqa_match
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, check_option
-from visprune.eval.tasks.data import DataTask, FileRows, HubRows, Picture, Rows
-from visprune.eval.tasks.loading import find_file, read_json
+from visprune.eval.tasks.data import DataTask
+from visprune.eval.tasks.loading import find_file, read_object, require_columns
+from visprune.eval.tasks.rows import FileRows, HubRows, Picture, Rows
 from visprune.eval.tasks.scoring import whole_output
 
 __all__ = ["GQA"]
@@ -45,6 +46,14 @@ class _TwoTables:
             raise ConfigError(f"gqa: {self.pictures.name} holds no picture {name!r}.")
         return self.pictures.picture(self.numbers[name])
 
+    def place(self, number: int) -> str:
+        """Return where a question stands, for messages."""
+        return self.questions.place(number)
+
+    def require(self, needed: Sequence[str]) -> None:
+        """Raise ``ConfigError`` unless the questions have these columns."""
+        self.questions.require(needed, pictures=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GQA(DataTask):
@@ -63,6 +72,7 @@ class GQA(DataTask):
     CONFIG: ClassVar[str | None] = "testdev_balanced_instructions"
     SPLITS: ClassVar[Mapping[str, str]] = {"testdev_balanced": "testdev"}
     COLUMNS: ClassVar[Sequence[str]] = ("id", "imageId", "question", "answer")
+    TEXTS: ClassVar[Sequence[str]] = ("question", "answer")
     LAYOUT: ClassVar[str] = "testdev_balanced_questions.json and images/*.jpg"
 
     split: str = "testdev_balanced"
@@ -98,25 +108,32 @@ class GQA(DataTask):
         if not isinstance(rows, HubRows):
             return rows
         # The Hub keeps the pictures, 398 for 12,578 questions, in a configuration of their own.
-        pictures = self._from_hub(self._where, "testdev_balanced_images")
-        numbers = {name: number for number, name in enumerate(pictures["id"])}
-        return _TwoTables(rows, HubRows(pictures, self._where), numbers)
+        told = self._from_hub(self._where, "testdev_balanced_images")
+        pictures = HubRows(told, f"{self._where} (testdev_balanced_images)")
+        pictures.require(("id",))
+        numbers = {name: number for number, name in enumerate(pictures.column("id"))}
+        return _TwoTables(rows, pictures, numbers)
 
     def _files(self, folder: Path) -> FileRows | None:
         told = find_file(folder, *(f"{d}testdev_balanced_questions.json" for d in ("", "data/")))
         if told is None:
             return None
-        rows = [{"id": name, **row} for name, row in read_json(told).items()]
-        return FileRows(rows, [told.parent / "images" / f"{row['imageId']}.jpg" for row in rows])
+        rows = []
+        for name, row in read_object(told).items():
+            where = f"{told}, question {name}"
+            require_columns(row, ("imageId", "question", "answer"), where)
+            picture = told.parent / "images" / f"{row['imageId']}.jpg"
+            rows.append((where, {"id": name, **row}, picture))
+        return FileRows.of(rows)
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
-        types: Any = row.get("types") or {}
+        types: Any = row.get("types")
         return Sample(
             id=name,
             question=row["question"],
             image=rows.picture(number),
             answers=(row["answer"],),
-            kind=str(types.get("structural", "")),
+            kind=str(types.get("structural", "")) if isinstance(types, Mapping) else "",
             cluster=str(row["imageId"]),
         )

@@ -17,9 +17,10 @@ from visprune.errors import ConfigError
 from visprune.eval.metrics.base import percent
 from visprune.eval.metrics.topk import TopK, parse_ranking
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored
-from visprune.eval.tasks.data import DataTask, FileRows, Rows
+from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.folder import class_folders, in_turn
 from visprune.eval.tasks.loading import find_file
+from visprune.eval.tasks.rows import FileRows, Rows
 from visprune.eval.tasks.scoring import first_class, score_class
 
 __all__ = ["ImageNet", "ranking_text", "zero_shot_classifier"]
@@ -32,7 +33,8 @@ class ImageNet(DataTask):
     For models that give class numbers: timm ViTs, and open_clip models with
     :func:`zero_shot_classifier`. Size, crop and interpolation are the model's own. A folder is an
     ImageFolder of synsets (``n01440764/*.JPEG``) or holds one as ``val/``; with other class names,
-    classes are numbered in the order of their names.
+    classes are numbered in the order of their names. A model that was trained here knows the names
+    of its classes, and they are matched by name.
     """
 
     name: ClassVar[str] = "imagenet"
@@ -45,6 +47,22 @@ class ImageNet(DataTask):
     LAYOUT: ClassVar[str] = "val/SYNSET/*.JPEG"
 
     split: str = "val"
+
+    def classes(self) -> tuple[dict[str, int], list[str]]:
+        """Number of every class by its name, and the names of those that the data holds.
+
+        Names are ImageNet's synsets, or those of the folders.
+
+        Raises:
+            ConfigError: some folders are synsets and others not.
+        """
+        root = None if self.data is None else Path(self.data)
+        if root is not None:
+            root = find_file(root, "val") or root
+        if root is None or not root.is_dir() or _from_the_hub(root):
+            return _synsets(), list(_synsets())
+        held = list(class_folders(root))
+        return _class_numbers(held), held
 
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
         """Return nothing: no question is asked."""
@@ -79,8 +97,8 @@ class ImageNet(DataTask):
 
     def _files(self, folder: Path) -> FileRows | None:
         root = find_file(folder, "val") or folder
-        if find_file(root, "*.parquet", "*/*.parquet", "dataset_info.json", "dataset_dict.json"):
-            return None  # a copy of the Hub's repository, or save_to_disk output
+        if _from_the_hub(root):
+            return None
         found = class_folders(root)
         numbers = _class_numbers(list(found))
         rows: list[Mapping[str, Any]] = []
@@ -100,6 +118,12 @@ class ImageNet(DataTask):
             kind=label,
             cluster=name,
         )
+
+
+def _from_the_hub(root: Path) -> bool:
+    """Whether a folder is a copy of the Hub's repository, or ``save_to_disk`` output."""
+    signs = ("*.parquet", "*/*.parquet", "dataset_info.json", "dataset_dict.json")
+    return bool(find_file(root, *signs))
 
 
 def _among(record: Scored, k: int) -> bool:
@@ -159,7 +183,14 @@ def zero_shot_classifier(
     )
 
 
-def ranking_text(logits: Tensor, k: int = 5) -> list[str]:
-    """Return the texts that this task reads, such as ``"12 5 7 1 9"``, from logits ``[B, C]``."""
+def ranking_text(logits: Tensor, numbers: Tensor | None = None, k: int = 5) -> list[str]:
+    """Return the texts that this task reads, such as ``"12 5 7 1 9"``.
+
+    Args:
+        logits: ``[B, C]``.
+        numbers: the task's number of each class of the model ``[C]``; ``None``: the same.
+        k: how many to name.
+    """
     best = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
+    best = best if numbers is None else numbers[best]
     return [" ".join(map(str, row)) for row in best.tolist()]

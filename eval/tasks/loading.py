@@ -22,8 +22,11 @@ __all__ = [
     "find_file",
     "jsonl_lines",
     "open_image",
+    "picture_size",
     "read_json",
-    "read_jsonl",
+    "read_object",
+    "read_rows",
+    "read_text",
     "require_columns",
 ]
 
@@ -84,6 +87,19 @@ def decode(source: Path | IO[bytes], where: str) -> Image.Image:
         raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
 
 
+def picture_size(source: Path | IO[bytes], where: str) -> tuple[int, int]:
+    """Return width and height of a picture in pixels, from its header: nothing is decoded.
+
+    Raises:
+        SampleError: it is no picture that Pillow reads; names ``where``.
+    """
+    try:
+        with Image.open(source) as picture:
+            return picture.size
+    except _DAMAGED as error:
+        raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
+
+
 class LazySamples(Sequence[Sample]):
     """Samples that are made when they are asked for, so that 200,000 rows stay rows.
 
@@ -111,19 +127,19 @@ class LazySamples(Sequence[Sample]):
         return map(self._make, self._rows)
 
 
-def jsonl_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def jsonl_lines(path: Path, needed: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """Return ``("FILE, line N", object)`` for each line of a JSONL; empty lines are skipped.
+
+    Args:
+        path: the file.
+        needed: columns that every line has; see :func:`require_columns`.
 
     Raises:
         ConfigError: no such file, a line that is not a JSON object (says which), or no line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}.") from error
     rows = []
     # Not splitlines(): it also breaks at U+2028, which JSON leaves inside strings.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path, "utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -133,19 +149,29 @@ def jsonl_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"{where} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{where} is not a JSON object: {line[:80]}.")
+        require_columns(row, needed, where)
         rows.append((where, row))
     if not rows:
         raise ConfigError(f"{path} holds no line.")
     return rows
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL; see :func:`jsonl_lines`."""
-    return [row for _, row in jsonl_lines(path)]
+def require_columns(
+    row: Mapping[str, Any], needed: Sequence[str], where: str, nullable: Sequence[str] = ()
+) -> None:
+    """Refuse a row that lacks a column, or has null there.
 
+    Args:
+        row: the row.
+        needed: its columns.
+        where: file and line, or file and id, for messages.
+        nullable: columns that may be null.
 
-def require_columns(row: Mapping[str, Any], needed: Sequence[str], where: str) -> None:
-    """Raise ``ConfigError`` unless a row has all columns; says which it has."""
+    Raises:
+        ConfigError: it is no JSON object, or a column is missing (says which it has) or null.
+    """
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"{where} is {_shape(row)}, not an object; needed: {', '.join(needed)}.")
     missing = [name for name in needed if name not in row]
     if missing:
         hints = "".join(did_you_mean(name, row) for name in missing)
@@ -153,6 +179,9 @@ def require_columns(row: Mapping[str, Any], needed: Sequence[str], where: str) -
             f"{where} has no column {', '.join(map(repr, missing))}.{hints} "
             f"It has: {', '.join(map(str, row)) or 'none'}; needed: {', '.join(needed)}."
         )
+    for name in needed:
+        if row[name] is None and name not in nullable:
+            raise ConfigError(f"{where}: {name} is null; give it a value, or take the row out.")
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
@@ -164,13 +193,69 @@ def find_file(folder: Path, *names: str) -> Path | None:
     return None
 
 
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Read a text file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding=encoding)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}.") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
         ConfigError: it cannot be read.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"Cannot read {path}: {error}.") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is {_shape(value)}, not an object; take the published file.")
+    return value
+
+
+def read_rows(
+    path: Path, needed: Sequence[str], under: str = ""
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return ``("FILE, row N", object)`` for each object of a JSON list; the first is row 0.
+
+    Args:
+        path: the file.
+        needed: columns that every row has; see :func:`require_columns`.
+        under: key of the list in the file's object; ``""``: the file is the list.
+
+    Raises:
+        ConfigError: it cannot be read, holds no such list, or a row lacks a column (says which).
+    """
+    value = read_object(path) if under else read_json(path)
+    listed = value.get(under) if under else value
+    if not isinstance(listed, list):
+        what = f"no list {under!r}" if under else "no list"
+        raise ConfigError(f"{path} holds {what}: it is {_shape(value)}; take the published file.")
+    rows = [(f"{path}, row {number}", row) for number, row in enumerate(listed)]
+    for where, row in rows:
+        require_columns(row, needed, where)
+    return rows
+
+
+def _shape(value: Any) -> str:
+    """Say what a JSON value is: ``a list``, ``an object of split, data``, ``the value null``."""
+    if isinstance(value, Mapping):
+        return f"an object of {', '.join(map(str, list(value)[:5])) or 'nothing'}"
+    return "a list" if isinstance(value, list) else f"the value {json.dumps(value)[:40]}"

@@ -10,11 +10,22 @@ from typing import Any, ClassVar
 
 import torchmetrics
 
+from visprune.errors import ConfigError
 from visprune.eval import prompts
-from visprune.eval.metrics.boxes import SCALES, RECAccuracy, as_box, box_figures, iou, parse_box
+from visprune.eval.metrics.boxes import (
+    SCALES,
+    Box,
+    RECAccuracy,
+    as_box,
+    box_figures,
+    iou,
+    parse_box,
+    seen_size,
+)
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, SampleError, Scored, check_option
-from visprune.eval.tasks.data import DataTask, FileRows, Picture, Rows
-from visprune.eval.tasks.loading import find_file, read_jsonl, require_columns
+from visprune.eval.tasks.data import DataTask
+from visprune.eval.tasks.loading import find_file, jsonl_lines
+from visprune.eval.tasks.rows import FileRows, HubRows, Picture, Rows
 
 __all__ = ["RefCOCO"]
 
@@ -34,7 +45,7 @@ _SETS = {
 class _Expressions:
     """One row per expression; the Hub has one per object, with a list of expressions."""
 
-    objects: Rows
+    objects: HubRows
     index: Sequence[tuple[int, int]]
 
     def __len__(self) -> int:
@@ -43,6 +54,8 @@ class _Expressions:
     def column(self, name: str) -> list[Any]:
         """Return one text column."""
         values = self.objects.column(name)
+        if name == "answer":
+            return [values[number][expression] for number, expression in self.index]
         return [values[number] for number, _ in self.index]
 
     def row(self, number: int) -> Mapping[str, Any]:
@@ -54,6 +67,21 @@ class _Expressions:
     def picture(self, number: int) -> Picture:
         """Return what loads the picture."""
         return self.objects.picture(self.index[number][0])
+
+    def place(self, number: int) -> str:
+        """Return where an object stands, for messages."""
+        return self.objects.place(self.index[number][0])
+
+    def require(self, needed: Sequence[str]) -> None:
+        """Raise ``ConfigError`` unless the objects have these columns."""
+        self.objects.require(needed)
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Return width and height in pixels: the Hub's rows do not say them."""
+        try:
+            return self.objects.size(self.index[number][0])
+        except SampleError:
+            return 1, 1  # whoever asks for the picture gets the error: the sample is not scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,31 +96,66 @@ class RefCOCO(DataTask):
         dataset: ``"refcoco"``, ``"refcoco+"`` or ``"refcocog"``.
         split: ``"val"``, ``"testA"``, ``"testB"`` (RefCOCOg: ``"val"``, ``"test"``).
         scale: what the model's numbers are: ``"unit"`` (0 to 1), ``"per_mille"``, ``"pixels"``
-            of the whole picture; the prompt asks for 0 to 1 in the first case alone.
+            of the picture as Qwen2.5-VL sees it, which resizes all; the prompt asks for 0 to 1 in
+            the first case alone.
+        min_pixels: for pixels, and needed there: what the study sets as ``min_pixels`` of the
+            model's ``processor``, or that processor's own. From it follows what the model saw.
+        max_pixels: the same.
     """
 
     name: ClassVar[str] = "refcoco_rec"
-    VERSION: ClassVar[int] = 1
     metric_name: ClassVar[str] = "rec_acc@0.5"
     max_new_tokens: ClassVar[int] = 48
     SPLITS: ClassVar[Mapping[str, str]] = {n: n for n in ("val", "test", "testA", "testB")}
     COLUMNS: ClassVar[Sequence[str]] = ("question_id", "answer", "bbox")
+    TEXTS: ClassVar[Sequence[str]] = ("answer",)
     LAYOUT: ClassVar[str] = "refcoco_val.jsonl"
 
     split: str = "val"
     dataset: str = "refcoco"
     scale: str = "unit"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        """Reject an unknown data set or scale."""
+        """Reject an unknown data set or scale, and pixels of a picture of unknown size."""
         super().__post_init__()
         check_option(self.name, "dataset", self.dataset, tuple(_SETS))
         check_option(self.name, "scale", self.scale, SCALES)
+        given = f"got min_pixels={self.min_pixels!r}, max_pixels={self.max_pixels!r}."
+        if self.scale != "pixels" and (self.min_pixels, self.max_pixels) != (None, None):
+            raise ConfigError(
+                f"refcoco_rec takes min_pixels and max_pixels with scale='pixels' alone, {given}"
+            )
+        if self.scale == "pixels" and not self._limits:
+            raise ConfigError(
+                f"refcoco_rec with scale='pixels' needs the model's processor's min_pixels and "
+                f"max_pixels (1 <= min_pixels <= max_pixels; Qwen2.5-VL as published: 3136 and "
+                f"12845056), since boxes are in pixels of the resized picture; {given}"
+            )
+
+    @property
+    def _limits(self) -> tuple[int, int] | None:
+        """``min_pixels`` and ``max_pixels``; ``None`` unless both are usable."""
+        low, high = self.min_pixels, self.max_pixels
+        if type(low) is not int or type(high) is not int or not 1 <= low <= high:
+            return None
+        return low, high
+
+    @property
+    def VERSION(self) -> int:  # type: ignore[override]
+        """2 for boxes in pixels, which version 1 read as those of the picture before resizing."""
+        return 2 if self.scale == "pixels" else 1
 
     @property
     def HUB(self) -> str:  # type: ignore[override]
         """The Hub's name of the set."""
         return f"lmms-lab-encoder/{_SETS[self.dataset]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name, version and options; the limits of pixels only where they are set."""
+        limits = ("min_pixels", "max_pixels")
+        return {k: v for k, v in super().to_dict().items() if v is not None or k not in limits}
 
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
         """Return lmms-eval's request; without its numbers from 0 to 1 for other scales."""
@@ -105,7 +168,7 @@ class RefCOCO(DataTask):
 
     def parse(self, text: str, sample: Sample) -> Parsed:
         """Read the first box (``"brackets"`` or ``"pairs"``); the answer is ``x0,y0,x1,y1``."""
-        size = self._size(sample) if self.scale == "pixels" else None
+        size = seen_size(sample.meta["size"], *self._limits) if self._limits else None
         box, rule = parse_box(text, self.scale, size)  # type: ignore[arg-type]
         return Parsed(None if box is None else ",".join(f"{x:.6g}" for x in box), rule)
 
@@ -117,7 +180,7 @@ class RefCOCO(DataTask):
 
     def metric(self) -> torchmetrics.Metric:
         """Return the metric with this scale."""
-        return RECAccuracy(scale=self.scale)  # type: ignore[arg-type]
+        return RECAccuracy(scale=self.scale, limits=self._limits)  # type: ignore[arg-type]
 
     def aggregate(
         self, records: Sequence[Scored], *, errors_count_as_wrong: bool = False
@@ -130,48 +193,46 @@ class RefCOCO(DataTask):
         ]
         return box_figures(rows)
 
-    def _size(self, sample: Sample) -> tuple[int, int]:
-        width, height = sample.meta["size"]
-        return int(width), int(height)
-
     def _rows(self) -> Rows:
         rows = super()._rows()
-        if isinstance(rows, FileRows) or "answer" not in rows.row(0):
+        if not isinstance(rows, HubRows) or not len(rows):
             return rows
-        expressions = [
-            (number, i)
-            for number, said in enumerate(rows.column("answer"))
-            for i in range(len(said))
-        ]
+        rows.require(self.COLUMNS)
+        expressions = []
+        for number, said in enumerate(rows.column("answer")):
+            if not isinstance(said, list):
+                raise ConfigError(
+                    f"{rows.place(number)}: answer is a list of expressions, got {said!r:.80}."
+                )
+            expressions += [(number, i) for i in range(len(said))]
         return _Expressions(rows, expressions)
 
     def _files(self, folder: Path) -> FileRows | None:
         told = find_file(folder, f"{self.dataset}_{self.split}.jsonl")
         if told is None:
             return None
-        rows = read_jsonl(told)
-        for number, row in enumerate(rows):
-            needed = ("image", "sent", "bbox", "width", "height")
-            require_columns(row, needed, f"{told}, row {number}")
-            x0, y0, x1, y1 = as_box(row["bbox"])
+        rows = []
+        needed = ("image", "sent", "bbox", "width", "height")
+        for number, (where, row) in enumerate(jsonl_lines(told, needed)):
+            x0, y0, x1, y1 = _box(row["bbox"], where)
             row |= {
                 "question_id": row.get("question_id", number),
                 "answer": row["sent"],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],  # the Hub's: corner, width, height
-                "size": [row["width"], row["height"]],
+                "size": [_side(row, side, where) for side in ("width", "height")],
                 "file_name": row["image"],
             }
-        return FileRows(rows, [folder / row["image"] for row in rows])
+            rows.append((where, row, folder / str(row["image"])))
+        return FileRows.of(rows)
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
-        picture = rows.picture(number)
-        width, height = row["size"] if "size" in row else _size_of(picture)
-        x, y, w, h = as_box(row["bbox"])
+        width, height = rows.size(number) if isinstance(rows, _Expressions) else row["size"]
+        x, y, w, h = _box(row["bbox"], rows.place(number))
         return Sample(
             id=name,
             question=row["answer"],
-            image=picture,
+            image=rows.picture(number),
             kind=self.split,
             cluster=str(row.get("file_name") or name),
             meta={
@@ -181,9 +242,17 @@ class RefCOCO(DataTask):
         )
 
 
-def _size_of(picture: Picture) -> tuple[int, int]:
-    """Return width and height: the Hub's rows do not say them, and their boxes are in pixels."""
+def _box(value: Any, where: str) -> Box:
+    """Return four numbers, or say where they are missing."""
     try:
-        return picture().size
-    except SampleError:
-        return 1, 1  # whoever asks for the picture gets the error, and this sample is not scored
+        return as_box(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: bbox: {error}") from error
+
+
+def _side(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """Return width or height of a row's picture, in pixels."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise ConfigError(f"{where}: {name} is at least 1 pixel, got {value!r:.40}.")
+    return value

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from visprune.eval.metrics.pope import POPE as POPEMetric
 from visprune.eval.metrics.pope import SPLITS, pope_cell, pope_figures
 from visprune.eval.metrics.yesno import MME_PARSERS, POPE_PARSERS, parse_yes_no, yes_no_label
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored, check_option
-from visprune.eval.tasks.data import DataTask, FileRows, Rows
-from visprune.eval.tasks.loading import find_file, jsonl_lines, require_columns
+from visprune.eval.tasks.data import DataTask
+from visprune.eval.tasks.loading import find_file, jsonl_lines, read_text
+from visprune.eval.tasks.rows import FileRows, Rows
 
 __all__ = ["MME", "POPE"]
 
@@ -34,7 +36,29 @@ _MME_TAIL = " Please answer yes or no."
 
 
 @dataclass(frozen=True, kw_only=True)
-class POPE(DataTask):
+class _YesNoTask(DataTask):
+    """Base of the tasks whose right answers are yes and no."""
+
+    TEXTS: ClassVar[Sequence[str]] = ("question", "answer", "category")
+
+    def score(self, sample: Sample, parsed: Parsed) -> float:
+        """Return 1 for the right answer; what no rule could read is wrong, whatever the label."""
+        right = yes_no_label(sample.answers[0])
+        return float(parsed.answer is not None and parsed.answer == right)
+
+    def _check(self, rows: Rows, wanted: Sequence[int]) -> None:
+        super()._check(rows, wanted)
+        labels = rows.column("answer")
+        for number in wanted:
+            if yes_no_label(labels[number]) is None:
+                raise ConfigError(
+                    f"{rows.place(number)}: the right answer is yes or no, got "
+                    f"{labels[number]!r:.40}; correct it, or take the row out."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class POPE(_YesNoTask):
     """POPE (arXiv:2305.10355): is the object in the picture? 3 splits x 3,000 questions; F1.
 
     The score is the mean F1 of the splits (LLaVA-1.5: 85.9, with an older random split of 2,910
@@ -75,10 +99,6 @@ class POPE(DataTask):
         """Read yes or no by the parser's rule; blanks at the ends never count."""
         return Parsed(*parse_yes_no(text.strip(), self.parser))
 
-    def score(self, sample: Sample, parsed: Parsed) -> float:
-        """Return 1 for the right answer."""
-        return float(parsed.answer == yes_no_label(sample.answers[0]))
-
     def metric(self) -> torchmetrics.Metric:
         """Return the metric with this parser."""
         return POPEMetric(parser=self.parser)  # type: ignore[arg-type]
@@ -108,22 +128,22 @@ class POPE(DataTask):
         return [f"{kind}/{number}" for kind, number in zip(*columns, strict=True)]
 
     def _files(self, folder: Path) -> FileRows | None:
-        rows: list[Mapping[str, Any]] = []
+        rows: list[tuple[str, Mapping[str, Any], Path]] = []
+        missing = []
         for split in SPLITS:
             told = find_file(folder, *(f"{d}coco_pope_{split}.json" for d in ("", "coco/")))
             if told is None:
+                if self.split in ("all", split):
+                    missing.append(split)
                 continue
-            for where, row in jsonl_lines(told):
-                require_columns(row, ("question_id", "image", "text", "label"), where)
+            for where, row in jsonl_lines(told, ("question_id", "image", "text", "label")):
                 more = {"question": row["text"], "answer": row["label"], "category": split}
-                rows.append(row | more)
-        missing = [s for s in SPLITS if self.split in ("all", s)]
-        missing = [s for s in missing if s not in {row["category"] for row in rows}]
+                rows.append((where, row | more, folder / "val2014" / str(row["image"])))
         if rows and missing:
             raise ConfigError(
                 f"pope: {folder} has no coco_pope_{missing[0]}.json; split={self.split!r} needs it."
             )
-        return FileRows(rows, [folder / "val2014" / row["image"] for row in rows]) if rows else None
+        return FileRows.of(rows) if rows else None
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
@@ -139,7 +159,7 @@ class POPE(DataTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MME(DataTask):
+class MME(_YesNoTask):
     """MME (arXiv:2306.13394): 14 categories, two yes/no questions per picture; points.
 
     A folder is ``MME_Benchmark_release_version``, or holds it.
@@ -182,10 +202,6 @@ class MME(DataTask):
         """Read yes or no by the parser's rule."""
         return Parsed(*parse_mme(text, self.parser))  # type: ignore[arg-type]
 
-    def score(self, sample: Sample, parsed: Parsed) -> float:
-        """Return 1 for the right answer."""
-        return float(parsed.answer == yes_no_label(sample.answers[0]))
-
     def metric(self) -> torchmetrics.Metric:
         """Return the metric with this parser."""
         return MMEMetric(parser=self.parser)  # type: ignore[arg-type]
@@ -203,31 +219,37 @@ class MME(DataTask):
     def _wanted(self, rows: Rows) -> list[int]:
         return [i for i, kind in enumerate(rows.column("category")) if kind in _PARTS[self.part]]
 
+    def _check(self, rows: Rows, wanted: Sequence[int]) -> None:
+        super()._check(rows, wanted)
+        pictures = self._groups(rows, ())
+        asked = Counter(pictures[number] for number in wanted)
+        for number in wanted:
+            if asked[pictures[number]] > 2:
+                raise ConfigError(
+                    f"{rows.place(number)}: MME asks two questions about a picture, here are "
+                    f"{asked[pictures[number]]} about {pictures[number]}."
+                )
+
     def _groups(self, rows: Rows, names: Sequence[str]) -> Sequence[str]:
         columns = (rows.column("category"), rows.column("question_id"))
         return [_mme_picture(*pair) for pair in zip(*columns, strict=True)]
 
     def _files(self, folder: Path) -> FileRows | None:
         root = find_file(folder, "MME_Benchmark_release_version") or folder
-        rows: list[Mapping[str, Any]] = []
-        files: list[Path] = []
+        rows: list[tuple[str, Mapping[str, Any], Path]] = []
         for category in (*PERCEPTION, *COGNITION):
             # Half of the categories keep texts and pictures in folders of their own.
             for told in sorted(root.glob(f"{category}/**/*.txt")):
                 picture = find_file(
                     root / category, f"images/{told.stem}.*[!t]", f"{told.stem}.*[!t]"
                 )
-                for line in told.read_text(encoding="utf-8").splitlines():
-                    question, tab, answer = line.partition("\t")
-                    if not tab:
-                        raise ConfigError(f"mme: {told} has a line without a tab: {line[:60]!r}.")
-                    # As LLaVA's and lmms-eval's question_id: "count/000000006040.jpg".
-                    file = picture or told.with_suffix(".jpg")
-                    number = f"{category}/{file.name}"
-                    columns = {"question": question, "answer": answer, "category": category}
-                    rows.append({"question_id": number, **columns})
-                    files.append(file)
-        return FileRows(rows, files) if rows else None
+                file = picture or told.with_suffix(".jpg")
+                # As LLaVA's and lmms-eval's question_id: "count/000000006040.jpg".
+                columns = {"question_id": f"{category}/{file.name}", "category": category}
+                for where, question, answer in _mme_lines(told):
+                    row = {**columns, "question": question, "answer": answer}
+                    rows.append((where, row, file))
+        return FileRows.of(rows) if rows else None
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
@@ -239,6 +261,26 @@ class MME(DataTask):
             kind=row["category"],
             cluster=_mme_picture(row["category"], row["question_id"]),
         )
+
+
+def _mme_lines(path: Path) -> list[tuple[str, str, str]]:
+    """Return ``"FILE, line N"``, question and answer of each line; empty lines are skipped.
+
+    Raises:
+        ConfigError: it cannot be read, or a line has no tab between the two.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        question, tab, answer = line.partition("\t")
+        if not tab:
+            raise ConfigError(
+                f"{path}, line {number}: a tab stands between question and answer, got "
+                f"{line[:60]!r}."
+            )
+        found.append((f"{path}, line {number}", question, answer))
+    return found
 
 
 def _mme_picture(category: str, question_id: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from visprune.errors import ConfigError
 from visprune.eval.metrics import (
@@ -22,10 +23,11 @@ from visprune.eval.metrics import (
     VQAAccuracy,
     vqa_accuracy,
 )
-from visprune.eval.metrics.boxes import iou, parse_box
+from visprune.eval.metrics.boxes import iou, parse_box, seen_size
 from visprune.eval.metrics.letters import parse_letter
 from visprune.eval.metrics.text import plain_text
 from visprune.eval.metrics.vqa_text import NORMALISERS
+from visprune.eval.tasks.base import Sample
 
 CHOICES = ("a cat", "a dog", "Cats")
 
@@ -262,6 +264,30 @@ def test_rec_accuracy() -> None:
 def test_boxes_in_pixels_need_a_size() -> None:
     with pytest.raises(ConfigError, match="need the size of the picture"):
         RECAccuracy(scale="pixels").update(["[1,2,3,4]"], [[0, 0, 1, 1]])
+
+
+def test_boxes_in_pixels_are_those_of_the_picture_that_the_model_saw() -> None:
+    assert seen_size((2000, 1500), 200704, 1003520) == (1148, 840)
+    assert seen_size((100, 50), 200704, 1003520) == (644, 336)
+    sample = Sample("1", "", lambda: None, meta={"box": [0, 0, 0.5, 1], "size": [2000, 1500]})  # type: ignore[arg-type, return-value]
+    metric = RECAccuracy(scale="pixels", limits=(200704, 1003520))
+    assert _score(metric, ["[0, 0, 574, 840]"], [sample])["iou"] == pytest.approx(100)
+    # What the picture itself measures says nothing of what the model saw.
+    with pytest.raises(ConfigError, match="the picture that the model saw"):
+        RECAccuracy(scale="pixels").update(["[0, 0, 574, 840]"], [sample])
+    with pytest.raises(ConfigError, match="no picture of 5000 x 10 pixels"):
+        seen_size((5000, 10), 200704, 1003520)
+
+
+def test_seen_size_is_that_of_the_processor() -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    limits = (56 * 56, 336 * 336)
+    processor = Qwen2VLImageProcessor(min_pixels=limits[0], max_pixels=limits[1])
+    for size in ((640, 480), (30, 90), (1000, 37), (427, 640)):
+        grid = processor(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"]
+        _, rows, columns = grid[0].tolist()
+        assert seen_size(size, *limits) == (14 * columns, 14 * rows)
 
 
 # --- rankings -------------------------------------------------------------------------------------

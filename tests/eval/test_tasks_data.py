@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import shutil
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.eval.hub_fixtures import HUB, write_hub
-from tests.eval.task_fixtures import LOCAL, dump, dump_lines, save
-from visprune.errors import ConfigError
-from visprune.eval.tasks.base import SampleError, Task, get_task, list_tasks
+from tests.eval.task_fixtures import LOCAL, drawn, dump, dump_lines, save
+from visprune.errors import ConfigError, VispruneError
+from visprune.eval.tasks.base import Parsed, Sample, SampleError, Task, get_task, list_tasks
 from visprune.eval.tasks.loading import decode
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -206,6 +209,100 @@ def test_imagenet_refuses_a_mixture_of_synsets_and_other_folders(tmp_path: Path)
         _task("imagenet", tmp_path).samples()
 
 
+@pytest.mark.parametrize("form", ["files", "hub"])
+def test_refcoco_in_pixels_of_the_picture_that_the_model_saw(tmp_path: Path, form: str) -> None:
+    box = [500.0, 300.0, 1500.0, 900.0]
+    if form == "files":
+        row = {"image": "a.png", "sent": "dog", "bbox": box, "width": 2000, "height": 1500}
+        dump_lines(tmp_path / "refcoco_testA.jsonl", [row])
+    else:
+        _refcoco_hub(tmp_path, [Image.new("RGB", (2000, 1500))], [500.0, 300.0, 1000.0, 600.0])
+    limits = {"min_pixels": 200704, "max_pixels": 1003520}
+    task = _task("refcoco_rec", tmp_path, scale="pixels", **limits)
+    (sample,) = task.samples()
+    # Qwen2.5-VL sees 1148 x 840 of 2000 x 1500 under these limits.
+    right = str([round(v * f) for v, f in zip(box, (0.574, 0.56, 0.574, 0.56), strict=True)])
+    assert task.score(sample, task.parse(right, sample)) == 1.0
+    assert task.score(sample, task.parse(str(box), sample)) == 0.0
+    metric = task.metric()
+    metric.update([right], [sample])
+    assert metric.compute()["acc@0.9"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "pixels"}, "needs .* min_pixels and max_pixels .*got min_pixels=None, max"),
+        ({"scale": "pixels", "min_pixels": 9, "max_pixels": 4}, "got min_pixels=9, max_pixels=4"),
+        ({"scale": "pixels", "min_pixels": 9}, "got min_pixels=9, max_pixels=None"),
+        ({"max_pixels": 9}, "with scale='pixels' alone, got min_pixels=None, max_pixels=9"),
+    ],
+)
+def test_refcoco_refuses_pixels_of_unknown_size(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        get_task("refcoco_rec", **options)
+
+
+def test_refcoco_s_other_scales_are_what_they_were() -> None:
+    before = {"task": "refcoco_rec", "version": 1, "limit": None, "seed": 0, "split": "val"}
+    before |= {"data": None, "dataset": "refcoco", "scale": "per_mille"}
+    assert get_task("refcoco_rec", scale="per_mille").to_dict() == before
+    limits = {"min_pixels": 3136, "max_pixels": 12845056}
+    now = get_task("refcoco_rec", scale="pixels", **limits).to_dict()
+    assert now == before | limits | {"scale": "pixels", "version": 2}
+
+
+def test_refcoco_s_sizes_are_read_once_and_nothing_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [Image.new("RGB", (12, 8)), Image.new("RGB", (24, 8))]
+    _refcoco_hub(tmp_path, pictures, [3.0, 2.0, 6.0, 4.0])
+    samples = _task("refcoco_rec", tmp_path).samples()
+    opened = []
+    whole = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kw: opened.append(1) or whole(*args, **kw))
+
+    def load(*args: Any) -> None:
+        raise AssertionError("a picture was decoded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("PIL.ImageFile.ImageFile.load", load)
+        for _ in range(3):  # the cells of a study
+            assert [sample.meta["size"] for sample in samples] == [[12, 8], [24, 8]]
+    assert len(opened) == 2
+    assert samples[1].image().size == (24, 8)
+
+
+def _refcoco_hub(root: Path, pictures: list[Image.Image], box: list[float]) -> None:
+    """One object with one expression on each picture."""
+    rows = [
+        {"question_id": str(i), "answer": ["dog"], "bbox": box, "file_name": f"{i}.jpg"}
+        for i in range(len(pictures))
+    ]
+    _save_table(root, rows, pictures)
+
+
+def _save_table(
+    root: Path, rows: list[dict[str, Any]], pictures: list[Image.Image] | None = None
+) -> None:
+    """Write a split as ``save_to_disk`` does, with these pictures or a red one in each row."""
+    data = datasets.Dataset.from_list(rows)
+    column = []
+    for picture in pictures if pictures is not None else [drawn("red")] * len(rows):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        column.append({"bytes": file.getvalue(), "path": None})
+    if column:
+        data = data.add_column("image", column, feature=datasets.Image())
+    data.save_to_disk(root)
+
+
+def test_options_stand_in_what_a_record_says_of_its_task() -> None:
+    # The titles of tables are made of these.
+    assert get_task("textvqa", ocr=True).to_dict()["ocr"] is True
+    assert get_task("mme", part="perception").to_dict()["part"] == "perception"
+
+
 def test_textvqa_without_tokens_does_not_read_them(roots: dict[tuple[str, str], Path]) -> None:
     task = _task("textvqa", roots["files", "textvqa"], ocr=False)
     assert "Reference OCR" not in task.prompt(task.samples()[0])
@@ -258,6 +355,249 @@ def test_errors_are_left_out_or_count_as_wrong(
 
 
 # What goes wrong, and what the user reads.
+
+
+@pytest.mark.parametrize("name", ["pope", "mme"])
+def test_an_unread_answer_is_wrong_whatever_the_label(name: str) -> None:
+    sample = Sample("1", "?", lambda: Image.new("RGB", (1, 1)), ("True",))
+    assert get_task(name).score(sample, Parsed(None)) == 0.0
+
+
+@pytest.mark.parametrize("name", ["pope", "mme"])
+@pytest.mark.parametrize("label", ["True", "", None])
+def test_labels_other_than_yes_and_no_are_refused(tmp_path: Path, name: str, label: Any) -> None:
+    LOCAL[name](tmp_path / "files")
+    if name == "pope":
+        told = tmp_path / "files/coco/coco_pope_popular.json"
+        row = json.loads(told.read_text().splitlines()[1])
+        dump_lines(told, [row | {"label": "no"}, row | {"label": label}])
+        where = r"coco_pope_popular\.json, line 2: "
+    else:
+        told = tmp_path / "files/MME_Benchmark_release_version/count/0002.txt"
+        told.write_text(f"Is it?\tyes\n\na?\t{'' if label is None else label}\n", encoding="utf-8")
+        where = r"0002\.txt, line 3: the right answer is yes or no, got"
+    with pytest.raises(ConfigError, match=where):
+        _task(name, tmp_path / "files").samples()
+    rows = copy.deepcopy(HUB[name]["default"]["test"])
+    rows[3]["answer"] = label
+    _save_table(tmp_path / "hub", rows)
+    with pytest.raises(ConfigError, match=r"hub, row 3: (the right answer|answer is a text)"):
+        _task(name, tmp_path / "hub").samples()
+
+
+def test_three_questions_about_one_picture_of_mme_are_refused(tmp_path: Path) -> None:
+    LOCAL["mme"](tmp_path)
+    told = tmp_path / "MME_Benchmark_release_version/count/0002.txt"
+    told.write_text(told.read_text() + "Is it?\tYes\n")
+    with pytest.raises(ConfigError, match=r"0002\.txt, line 1: MME asks two .*3 about count/0002"):
+        _task("mme", tmp_path).samples()
+
+
+def test_mmbench_without_shifts_is_not_called_circular(tmp_path: Path) -> None:
+    LOCAL["mmbench_en"](tmp_path)
+    told = tmp_path / "mmbench_dev_20230712.tsv"
+    told.write_bytes(told.read_bytes().replace(b"\n1000", b"\n"))
+    with pytest.raises(ConfigError, match=r"holds no circular shift .*set circular=False"):
+        _task("mmbench_en", tmp_path).samples()
+    task = _task("mmbench_en", tmp_path, circular=False)
+    assert (task.metric_name, len(task.samples())) == ("letter_match", 4)
+
+
+def test_mmbench_v11_is_another_benchmark(tmp_path: Path) -> None:
+    LOCAL["mmbench_en"](tmp_path)
+    told = tmp_path / "mmbench_dev_20230712.tsv"
+    told.rename(tmp_path / "MMBench_DEV_EN_V11.tsv")
+    with pytest.raises(ConfigError, match=r"does not hold the data.*\(not V11\)"):
+        _task("mmbench_en", tmp_path).samples()
+    shutil.copy(tmp_path / "MMBench_DEV_EN_V11.tsv", tmp_path / "MMBench_DEV_EN.tsv")
+    assert len(_task("mmbench_en", tmp_path).samples()) == 4
+
+
+def _without(*path: Any) -> Callable[[Any], Any]:
+    """Take one value out of a JSON value."""
+    return lambda value: _changed(value, path, _GONE)
+
+
+def _with(*path: Any, new: Any) -> Callable[[Any], Any]:
+    """Put another value into a JSON value."""
+    return lambda value: _changed(value, path, new)
+
+
+_GONE: Any = object()
+
+
+def _changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    if new is _GONE:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = new
+    return value
+
+
+_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+_ANSWERS = "v2_mscoco_val2014_annotations.json"
+_TEXTVQA = "TextVQA_0.5.1_val.json"
+_GQA = "data/testdev_balanced_questions.json"
+DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
+    ("scienceqa_img", "pid_splits.json", _without("test"), "no list of .*'test'; it has: train"),
+    ("scienceqa_img", "pid_splits.json", lambda _: ["11"], "is a list, not an object"),
+    ("scienceqa_img", "problems.json", _without("16"), "names the problem '16', which"),
+    ("scienceqa_img", "problems.json", _without("21", "hint"), "problem 21 has no column 'hint'"),
+    ("scienceqa_img", "problems.json", _with("21", "answer", new=2), "from 0 to 1, got 2"),
+    ("scienceqa_img", "problems.json", _with("21", "choices", new="ab"), "list of up to 5 texts"),
+    ("textvqa", _TEXTVQA, _without("data"), "no list 'data': it is an object of dataset_type"),
+    ("textvqa", _TEXTVQA, lambda value: value["data"], "is a list, not an object"),
+    ("textvqa", _TEXTVQA, _without("data", 1, "image_id"), "row 1 has no column 'image_id'"),
+    ("textvqa", _TEXTVQA, _with("data", 1, "answers", new=[]), "row 1: answers is a list of what"),
+    ("gqa", _GQA, lambda value: [*value.values()], "is a list, not an object"),
+    ("gqa", _GQA, _without("201640614", "imageId"), "question 201640614 has no column 'imageId'"),
+    ("gqa", _GQA, _with("201640614", "question", new=7), "201640614: question is a text, got 7"),
+    ("seedbench_image", "SEED-Bench.json", _without("questions"), "no list 'questions'"),
+    ("seedbench_image", "SEED-Bench.json", _without("questions", 0, "data_id"), "'data_id'"),
+    ("vqav2", _QUESTIONS, lambda value: value["questions"], "is a list, not an object"),
+    ("vqav2", _ANSWERS, lambda value: value["annotations"], "is a list, not an object"),
+    ("vqav2", _ANSWERS, _without("annotations", 2, "question_id"), "row 2 has no col.*question_id"),
+    ("vqav2", _ANSWERS, _without("annotations", 2), "row 2 is question 73000, which .*not answer"),
+    ("vqav2", _QUESTIONS, _with("questions", 1, "image_id", new="x"), "row 1: COCO numbers"),
+    ("vizwiz", "val.json", lambda value: {"data": value}, "holds no list: it is an object of data"),
+    ("vizwiz", "val.json", _with(1, new="a.jpg"), 'row 1 is the value "a.jpg", not an object'),
+    ("vizwiz", "val.json", _with(1, "question", new=None), "row 1: question is null"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "damage", "message"), DAMAGE)
+def test_a_damaged_file_is_named_with_its_row(
+    tmp_path: Path, name: str, file: str, damage: Callable[[Any], Any], message: str
+) -> None:
+    LOCAL[name](tmp_path)
+    dump(tmp_path / file, damage(json.loads((tmp_path / file).read_text())))
+    with pytest.raises(ConfigError, match=message) as refused:
+        _task(name, tmp_path).samples()
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_mme_texts_are_utf_8_with_a_tab(tmp_path: Path) -> None:
+    LOCAL["mme"](tmp_path)
+    told = tmp_path / "MME_Benchmark_release_version/count/0001.txt"
+    told.write_bytes("Is it größer?\tYes\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"Cannot read .*0001\.txt: 'utf-8' codec"):
+        _task("mme", tmp_path).samples()
+    told.write_text("Is it?\tYes\nIs it? No\n")
+    with pytest.raises(ConfigError, match=r"0001\.txt, line 2: a tab stands between"):
+        _task("mme", tmp_path).samples()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"", b"", r"Cannot read .*mmbench_dev_20230712\.tsv"),
+        (b"\n1000252", b"\nlast", r"tsv, row 3: index is a whole number, got 'last'"),
+        (b"\t241\ts\tl\t\tdev\r\n", b"\r\n", r"tsv, row 1: image is empty"),
+        (b"\thint\t", b"\thnt\t", r"no column 'hint'\. Did you mean 'hnt'"),
+    ],
+)
+def test_a_damaged_table_of_mmbench_is_named_with_its_row(
+    tmp_path: Path, old: bytes, new: bytes, message: str
+) -> None:
+    LOCAL["mmbench_en"](tmp_path)
+    told = tmp_path / "mmbench_dev_20230712.tsv"
+    told.write_bytes(told.read_bytes().replace(old, new) if old else b"")
+    with pytest.raises(ConfigError, match=message):
+        _task("mmbench_en", tmp_path).samples()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("width", 0, "line 1: width is at least 1 pixel, got 0"),
+        ("height", "8", "line 1: height is at least 1 pixel, got '8'"),
+        ("bbox", [1, 2, 3], "line 1: bbox: A box is four numbers"),
+        ("sent", None, "line 1: sent is null"),
+    ],
+)
+def test_a_row_of_refcoco_that_cannot_be_scored(
+    tmp_path: Path, column: str, value: Any, message: str
+) -> None:
+    LOCAL["refcoco_rec"](tmp_path)
+    told = tmp_path / "refcoco_testA.jsonl"
+    dump_lines(told, [json.loads(told.read_text()) | {column: value}])
+    with pytest.raises(ConfigError, match=rf"refcoco_testA\.jsonl, {message}"):
+        _task("refcoco_rec", tmp_path).samples()
+
+
+def _damaged(value: Any) -> Iterator[Any]:
+    """A JSON value with one part gone, or another in its place; of lists the last item's parts."""
+    for path in [(), *_paths(value)]:
+        for new in (None, 7, []):
+            yield _changed(value, path, new)
+        if path:
+            yield _changed(value, path, _GONE)
+
+
+def _paths(value: Any) -> Iterator[tuple[Any, ...]]:
+    keys: list[Any] = list(value) if isinstance(value, dict) else []
+    if isinstance(value, list) and value:
+        keys = [len(value) - 1]
+    for key in keys:
+        yield (key,)
+        yield from ((key, *rest) for rest in _paths(value[key]))
+
+
+@pytest.mark.parametrize("name", [n for n in DATA_TASKS if n not in ("imagenet", "mme")])
+def test_no_damage_of_a_file_is_more_than_an_error_in_one_sentence(
+    tmp_path: Path, name: str
+) -> None:
+    LOCAL[name](tmp_path)
+    for file in (*tmp_path.glob("*.json*"), *tmp_path.glob("*/*.json"), *tmp_path.glob("*.tsv")):
+        raw = file.read_bytes()
+        forms = [raw[: len(raw) // 2], raw + b"\xff"]
+        if file.suffix == ".jsonl" or name == "pope":
+            *lines, last = raw.splitlines()
+            damaged = [json.dumps(value).encode() for value in _damaged(json.loads(last))]
+            forms += [b"\n".join([*lines, line]) for line in damaged]
+        elif file.suffix == ".json":
+            forms += [json.dumps(value).encode() for value in _damaged(json.loads(raw))]
+        for form in forms:
+            file.write_bytes(form)
+            try:
+                task = _task(name, tmp_path)
+                for sample in task.samples():
+                    task.prompt(sample)
+                    assert task.score(sample, task.parse("Yes", sample)) <= 1.0
+            except VispruneError:
+                pass  # any other error fails the test
+        file.write_bytes(raw)
+
+
+def test_a_table_with_null_for_a_question_is_named_with_its_row(tmp_path: Path) -> None:
+    rows = copy.deepcopy(HUB["vizwiz"]["default"]["val"])
+    rows[1]["question"] = None
+    _save_table(tmp_path, rows)
+    with pytest.raises(ConfigError, match="row 1: question is a text, got None"):
+        _task("vizwiz", tmp_path).samples()
+
+
+def test_a_table_without_pictures_is_refused(tmp_path: Path) -> None:
+    _save_table(tmp_path, HUB["vizwiz"]["default"]["val"], pictures=[])
+    with pytest.raises(ConfigError, match="has no column 'image'"):
+        _task("vizwiz", tmp_path).samples()
+
+
+def test_textvqa_s_table_without_tokens_is_refused(tmp_path: Path) -> None:
+    rows = [
+        {k: v for k, v in row.items() if k != "ocr_tokens"}
+        for row in HUB["textvqa"]["default"]["validation"]
+    ]
+    _save_table(tmp_path, rows)
+    with pytest.raises(ConfigError, match="has no column 'ocr_tokens'"):
+        _task("textvqa", tmp_path, ocr=True).samples()
+    assert len(_task("textvqa", tmp_path, ocr=False).samples()) == 2
 
 
 def test_an_unknown_task_is_named_with_the_nearest() -> None:

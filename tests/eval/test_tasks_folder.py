@@ -15,6 +15,7 @@ import pytest
 from tests.eval.task_fixtures import drawn, dump_lines, save
 from visprune import cli
 from visprune.errors import ConfigError
+from visprune.eval.llava_files import score_answers
 from visprune.eval.tasks import embedded
 from visprune.eval.tasks.base import Sample, SampleError, Task, get_task, list_tasks, sample_of
 
@@ -202,6 +203,12 @@ def test_embedded_answers_are_words_of_the_kind(text: str, answer: str | None, r
             r"no column 'image'\. Did you mean 'imge'",
         ),
         ({"image": "a", "question": "?", "answers": []}, "answers is empty"),
+        ({"image": "a", "question": "?", "answers": ["", " "]}, "answers is empty"),
+        ({"image": "a", "question": None, "answers": "x"}, "question is null"),
+        ({"image": "a", "question": ["?"], "answers": "x"}, "question is a text"),
+        ({"image": None, "question": "?", "answers": "x"}, "image is null"),
+        ({"image": "", "question": "?", "answers": "x"}, "image is the path of a picture"),
+        ({"image": "a", "question": "?", "answers": "The."}, "no output equals the answer 'The"),
         ({"image": "a", "question": "?", "answers": {"x": 1}}, "a text or a list of texts"),
         ({"image": "a", "question": "?", "answers": "x", "id": "0"}, "has the id '0', as"),
     ],
@@ -211,6 +218,48 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, row: Any, message: s
     dump_lines(tmp_path / "x.jsonl", [good, row])
     with pytest.raises(ConfigError, match=rf"x\.jsonl, line 2.*{message}"):
         _folder(tmp_path).samples()
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (["red", "blue"], "has 2 answers; gqa compares with one"),
+        ("Red", "under gqa no output equals the answer 'Red', since it lower-cases"),
+        ("red.", "under gqa no output equals the answer 'red.'"),
+    ],
+)
+def test_answers_that_gqa_cannot_score_are_refused(
+    tmp_path: Path, answers: Any, message: str
+) -> None:
+    rows = [{"image": "a", "question": "?", "answers": text} for text in ("red", answers)]
+    dump_lines(tmp_path / "x.jsonl", rows)
+    with pytest.raises(ConfigError, match=rf"x\.jsonl, line 2.*{message}"):
+        _folder(tmp_path, metric_name="gqa").samples()
+    dump_lines(tmp_path / "x.jsonl", rows[:1])
+    assert _scores(_folder(tmp_path, metric_name="gqa"), "Red.") == [1.0]
+
+
+def test_classes_that_a_metric_cannot_score_are_refused(tmp_path: Path) -> None:
+    for name in ("A", "b"):
+        save(tmp_path / name / "1.png")
+    with pytest.raises(ConfigError, match="under exact_match no output equals the answer 'A'"):
+        _folder(tmp_path).samples()
+    with pytest.raises(ConfigError, match="one answer per picture, its class; vqa_official"):
+        _folder(tmp_path, metric_name="vqa_official").samples()
+    assert _scores(_folder(tmp_path, metric_name="letter_match"), "A", "b") == [1.0, 1.0]
+
+
+def test_a_null_id_is_no_id(tmp_path: Path) -> None:
+    row = {"image": "a", "question": "?", "answers": "x", "id": None}
+    dump_lines(tmp_path / "x.jsonl", [row, row])
+    assert [sample.id for sample in _folder(tmp_path).samples()] == ["0", "1"]
+
+
+def test_an_answer_file_with_null_for_a_text_is_refused(bench: Path) -> None:
+    answers = [{"question_id": name, "text": "x"} for name in ("0", "q2")]
+    dump_lines(bench / "answers/a.jsonl", [*answers, {"question_id": "2", "text": None}])
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 3: text is null"):
+        score_answers(bench / "answers/a.jsonl", _folder(bench))
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:

@@ -251,12 +251,58 @@ def test_the_moving_average_is_what_is_saved(folder: Path, tmp_path: Path) -> No
 # Bad input -----------------------------------------------------------------------------------
 
 
+def test_a_device_that_is_not_here_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds no CUDA GPU here"):
+        small.run(small.recipe(folder, device="cuda"), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x09broken")
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        small.run(small.recipe(folder), tmp_path, resume=True)
+
+
+def test_a_run_folder_is_no_teacher_but_its_weights_are(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "weights").mkdir(parents=True)
+    raw = small.recipe(folder, distill={"teacher": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match=r"Did you mean '.*run/weights'"):
+        small.run(raw, tmp_path / "out")
+
+
+def test_no_readable_picture_to_validate_on(folder: Path, tmp_path: Path) -> None:
+    """The state is written before the refusal: with pictures mended, the run resumes."""
+    root = shutil.copytree(folder, tmp_path / "photos")
+    kept = {path: path.read_bytes() for path in (root / "val").rglob("*.png")}
+    for path in kept:
+        path.write_bytes(b"broken")
+    raw = small.recipe(root, data__on_corrupt="skip", save_every=100)
+    with pytest.raises(ConfigError, match=r"Not one validation picture of .*val can be read"):
+        small.run(raw, tmp_path / "out")
+    for path, data in kept.items():
+        path.write_bytes(data)
+    result = small.run(raw, tmp_path / "out", resume=True)
+    assert result["resumed_at"] == result["steps"]
+    assert result["validation"]["model"]["pictures"] == 18
+
+
+def test_a_worker_names_a_corrupt_picture_in_one_line(folder: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(folder, tmp_path / "photos")
+    (root / "train" / "red" / "003.png").write_bytes(b"broken")
+    with pytest.raises(ConfigError) as caught:
+        small.run(small.recipe(root, data__workers=1), tmp_path / "out")
+    assert "Traceback" not in str(caught.value)
+    assert "red/003.png: it is no picture" in str(caught.value)
+
+
 @pytest.mark.parametrize("policy", ["refuse", "skip"])
 def test_corrupt_pictures_are_named(policy: str, tmp_path: Path) -> None:
     root = small.make_folder(tmp_path / "photos", train=4, val=2)
     for name in ("train/green/002.png", "val/red/001.png"):
         (root / name).write_bytes(b"broken")
-    raw = small.recipe(root, batch=4, data__on_corrupt=policy)
+    raw = small.recipe(root, batch=4, data__on_corrupt=policy, schedule__epochs=3)
     if policy == "refuse":
         with pytest.raises(ConfigError, match=r"green/002\.png.*on_corrupt=skip"):
             small.run(raw, tmp_path / "out")
@@ -283,6 +329,16 @@ def test_corrupt_pictures_are_named(policy: str, tmp_path: Path) -> None:
         ({"schedule__name": "plateau"}, "schedule.name is 'plateau'"),
         ({"augment__transform": {"hflop": 1}}, "augment.transform"),
         ({"augment__smoothing": 2}, "allowed: 0 to 1"),
+        ({"augment__transform": {"color_jitter": "a"}}, "augment.transform"),
+        ({"augment__mixup": -1}, r"augment.mixup is -1.* 0 or above"),
+        ({"optimizer__clip_grad": -1.0}, r"clip_grad is -1.0; it must be above 0"),
+        ({"optimizer__clip_grad": 0}, "clip_grad is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"threads": -1}, "threads is -1"),
+        ({"data__workers": -1}, r"data.workers is -1"),
+        ({"data__val_limit": 0}, r"data.val_limit is 0"),
+        ({"device": "gpu"}, "device is 'gpu'; allowed: auto, cpu, cuda"),
+        ({"model__pretrained": True, "model__name": "vit_tiny_patch16_224"}, "cannot be had"),
         ({"precision": "fp8"}, "Allowed: fp32, bf16"),
         ({"data__on_corrupt": "ignore"}, "Allowed: refuse, skip"),
         ({"batch": 64}, "has 48 pictures in use"),
@@ -387,3 +443,28 @@ def test_a_run_may_be_made_shorter_when_it_resumes_and_says_so(
     assert rows[-1]["step"] == 6
     changed = next(row for row in rows if row["event"] == "resumed")
     assert changed == {"event": "resumed", "step": 4, "changed": {"schedule.epochs": [2.0, 1.0]}}
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it could not yet say, it did as today's default does."""
+
+    def work(rank: int) -> None:
+        loop._Run._one_step = before_call(5, loop._Run._one_step)  # type: ignore[method-assign]
+        small.run(small.recipe(folder), tmp_path)
+
+    assert small.in_children(work) == [-signal.SIGKILL]
+    plain = loop.read_info
+
+    def older(path: Path) -> dict[str, Any]:
+        info = plain(path)
+        assert info["recipe"]["augment"].pop("switch_prob") == 0.5
+        return info
+
+    monkeypatch.setattr(loop, "read_info", older)
+    with pytest.raises(ConfigError, match=r"other augment\.switch_prob"):
+        small.run(small.recipe(folder, augment__switch_prob=0.4), tmp_path, resume=True)
+    small.run(small.recipe(folder), tmp_path, resume=True)
+    assert small.log(tmp_path)[-1]["step"] == 6
+    assert not [row for row in small.log(tmp_path) if row["event"] == "resumed"]

@@ -103,12 +103,39 @@ def test_dynamicvit_learns_its_ratio(folder: Path, dense: Path, tmp_path: Path) 
     assert sum(map(error, late)) < 0.6 * sum(map(error, early))
 
 
+def test_predictors_learn_faster_than_the_model(folder: Path, dense: Path, tmp_path: Path) -> None:
+    """At a scale of 0 only the predictors move; at 0.01 the rest moves a little."""
+    moved = {}
+    before = state(dense.parent)
+    for scale in (0.0, 0.01, 1.0):
+        raw = pruned(folder, dense, "dynamicvit", prune={"model_lr_scale": scale}, augment={})
+        small.run(raw, tmp_path / str(scale))
+        after = state(tmp_path / str(scale))
+        learned = [key for key in after if key not in before]
+        assert learned
+        assert all("learned" in key for key in learned)
+        moved[scale] = max(float((after[key] - before[key]).abs().max()) for key in before)
+    assert moved[0.0] == 0
+    assert 0 < moved[0.01] < 0.05 * moved[1.0]
+
+
+def test_a_scale_of_the_rate_needs_a_predictor(folder: Path, dense: Path, tmp_path: Path) -> None:
+    for method, scale, message in (
+        ("evit", 0.01, "evit has no predictor"),
+        ("dynamicvit", 2.0, "allowed: 0 to 1"),
+        ("dynamicvit", -1.0, "allowed: 0 to 1"),
+    ):
+        raw = pruned(folder, dense, method, prune={"model_lr_scale": scale})
+        with pytest.raises(ConfigError, match=message):
+            small.run(raw, tmp_path)
+
+
 @pytest.mark.parametrize("method", ["evit", "dynamicvit"])
 def test_a_killed_run_resumes_to_the_same_weights(
     method: str, folder: Path, dense: Path, tmp_path: Path
 ) -> None:
     """While the ratio shrinks, with a teacher and a moving average; Gumbel draws repeat."""
-    shrink = {"shrink_epochs": 2} if method == "evit" else {}
+    shrink = {"shrink_epochs": 2} if method == "evit" else {"model_lr_scale": 0.1}
     teacher = {"teacher": str(dense), "token": 0.5}
     changes = {"ema": {"decay": 0.9}, "distill": teacher, "schedule__epochs": 2, "prune": shrink}
     small.run(pruned(folder, dense, method, **changes), tmp_path / "whole")

@@ -65,12 +65,19 @@ def read_info(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
     Raises:
-        ConfigError: If the file is not there.
+        ConfigError: If the file is not there, or is no checkpoint.
     """
     if not path.is_file():
         raise ConfigError(f"There is no checkpoint {path.name!r} in {path.parent}.")
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["info"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            info: dict[str, Any] = json.loads(file.metadata()["info"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"{path} is no whole checkpoint of a training run ({error}). Remove it to begin anew, "
+            f"or put a copy in its place."
+        ) from error
+    return info
 
 
 def load_weights(path: Path, module: nn.Module) -> None:

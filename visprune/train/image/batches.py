@@ -60,17 +60,14 @@ class _Samples(Dataset[tuple[Tensor, int, int, list[str]]]):
             try:
                 image = self.pictures.read(place)
             except CorruptPicture as error:
-                if not self.skip:
-                    message = f"{error} To go on without such pictures: data.on_corrupt=skip."
-                    raise CorruptPicture(message) from error
                 broken.append(str(error))
-                if self.replace:
+                if self.replace and self.skip:
                     continue
-                return torch.empty(0), -1, index, broken
+                break
             with seeded(self.seed, AUGMENT, epoch, index):
                 tensor = self.transform(image)
             return tensor, int(self.pictures.labels[place]), index, broken
-        raise ConfigError(f"Not one picture of {self.pictures.where} can be read.")
+        return torch.empty(0), -1, index, broken
 
 
 def _collate(items: Sequence[tuple[Tensor, int, int, list[str]]]) -> Batch:
@@ -177,18 +174,26 @@ class ImageData:
 
     def train_loader(
         self, first: int, last: int, size: int, rank: int, world: int
-    ) -> DataLoader[Any]:
+    ) -> Iterator[Batch]:
         """Micro-batches of this process, in the order of :meth:`micro_batches`."""
         return self._loader(self.train, _Plan(self.micro_batches, (first, last, size, rank, world)))
 
-    def val_loader(self, size: int, rank: int, world: int) -> DataLoader[Any]:
+    def val_loader(self, size: int, rank: int, world: int) -> Iterator[Batch]:
         """Validation pictures of this process: each is in one process once."""
         mine = [(0, i) for i in range(rank, len(self.val), world)]
         return self._loader(self.val, [mine[i : i + size] for i in range(0, len(mine), size)])
 
-    def _loader(self, samples: _Samples, plan: Iterable[list[tuple[int, int]]]) -> DataLoader[Any]:
+    def _loader(self, samples: _Samples, plan: Iterable[list[tuple[int, int]]]) -> Iterator[Batch]:
+        """Batches of a plan.
+
+        Pictures that cannot be read are refused here, not where they are read: an error of a
+        worker process comes with the whole of its traceback as the message.
+
+        Raises:
+            CorruptPicture: One cannot be read, and the recipe says to refuse, or none can.
+        """
         workers = self.recipe.data.workers
-        return DataLoader(
+        loader = DataLoader(
             samples,
             batch_sampler=plan,
             collate_fn=_collate,
@@ -196,6 +201,14 @@ class ImageData:
             persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
         )
+        for batch in loader:
+            if batch.broken and not samples.skip:
+                raise CorruptPicture(
+                    f"{batch.broken[0]} To go on without such pictures: data.on_corrupt=skip."
+                )
+            if samples.replace and not len(batch.labels):
+                raise CorruptPicture(f"Not one picture of {samples.pictures.where} can be read.")
+            yield batch
 
 
 def _transform(augment: AugmentConfig, config: dict[str, Any]) -> Any:
@@ -205,7 +218,7 @@ def _transform(augment: AugmentConfig, config: dict[str, Any]) -> Any:
     }
     try:
         return create_transform(**{**_shared(config), "is_training": True, **given})
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"augment.transform: {error}.") from error
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.train.image.recipe import ModelConfig, Recipe
@@ -45,22 +45,40 @@ def build_model(config: ModelConfig, classes: int, seed: int) -> nn.Module:
         pair = size if isinstance(size, list) else [size, size]
         overlay.setdefault("input_size", (3, *pair))
     args: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in config.args.items()}
-    try:
-        model = timm.create_model(
-            config.name,
-            pretrained=config.pretrained,
-            pretrained_cfg_overlay=overlay or None,
-            num_classes=classes,
-            **args,
-        )
-    except TypeError as error:
-        raise ConfigError(f"model.args do not fit {config.name}: {error}.") from error
+    model = _created(
+        config.name,
+        "model",
+        pretrained=config.pretrained,
+        pretrained_cfg_overlay=overlay or None,
+        num_classes=classes,
+        **args,
+    )
     if config.start_from:
         load_into(model, config.start_from)
     if config.grad_checkpointing:
         switch: Any = model.set_grad_checkpointing
         switch(True)
     return model
+
+
+def _created(name: str, where: str, **args: Any) -> Any:
+    """Have timm create a model.
+
+    Raises:
+        ConfigError: An argument does not fit, or its weights cannot be fetched.
+    """
+    try:
+        return timm.create_model(name, **args)
+    except TypeError as error:
+        raise ConfigError(f"{where}.args do not fit {name}: {error}.") from error
+    except (OSError, RuntimeError) as error:
+        if not args.get("pretrained"):
+            raise
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{where}: the pretrained weights of {name} cannot be had ({cause}). They "
+            f"come over the network once and stay in a cache; from a folder: model.start_from."
+        ) from error
 
 
 def load_into(model: nn.Module, folder: str) -> list[str]:
@@ -123,13 +141,17 @@ def make_teacher(recipe: Recipe, classes: int, device: torch.device) -> nn.Modul
     if recipe.distill is None:
         return None
     name = recipe.distill.teacher
-    if Path(name).expanduser().is_dir():
-        import visprune.backbones.vit  # noqa: F401 - registers our models
+    import visprune.backbones.vit  # noqa: F401 - registers our models
 
-        folder = str(Path(name).expanduser())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            inside = folder / "weights"
+            hint = f" Did you mean {str(inside)!r}?" if inside.is_dir() else ""
+            raise ConfigError(f"distill.teacher {name!r} holds no config.json.{hint}")
         teacher = timm.create_model(f"local-dir:{folder}", pretrained=True)
     elif timm.is_model(name):
-        teacher = timm.create_model(name, pretrained=True)
+        teacher = _created(name, "distill.teacher", pretrained=True)
     else:
         raise ConfigError(f"distill.teacher {name!r} is neither a folder nor a name of timm.")
     if teacher.num_classes != classes:
@@ -138,8 +160,3 @@ def make_teacher(recipe: Recipe, classes: int, device: torch.device) -> nn.Modul
             f"{classes}."
         )
     return teacher.to(device).eval().requires_grad_(False)
-
-
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that get gradients, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

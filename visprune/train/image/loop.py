@@ -20,7 +20,7 @@ from visprune.eval.environment import describe
 from visprune.train.checkpoint import read_info
 from visprune.train.image.batches import Batch, ImageData
 from visprune.train.image.mixing import Mixer, check_micro_batch
-from visprune.train.image.optimizer import build_optimizer, take_step
+from visprune.train.image.optimizer import build_optimizer, scale_rate, take_step
 from visprune.train.image.progress import Progress
 from visprune.train.image.reading import build_recipe, recipe_dict
 from visprune.train.image.recipe import FREE_ON_RESUME, Recipe
@@ -28,7 +28,7 @@ from visprune.train.image.seeds import seed_of
 from visprune.train.image.state import load_state, save_state
 from visprune.train.image.student import Student
 from visprune.train.parallel import average_gradients
-from visprune.train.sections import changed_keys, known_name
+from visprune.train.sections import build_section, changed_keys, known_name
 
 __all__ = ["train"]
 
@@ -57,6 +57,7 @@ def train(
             be written.
     """
     recipe = build_recipe(raw, where)
+    _check_device(recipe.device)
     out = Path(out)
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
@@ -64,6 +65,23 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     return _Run(recipe, out, checkpoint).go()
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that torch does not know or that is not here."""
+    if name == "auto":
+        return
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device is {name!r}; allowed: auto, cpu, cuda, or another device of torch."
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {name!r}, and torch finds no CUDA GPU here. Allowed: auto (a GPU if there "
+            f"is one), cpu."
+        )
 
 
 class _Run:
@@ -81,6 +99,8 @@ class _Run:
         self.mixer = Mixer(recipe.augment, len(self.data.classes), recipe.seed)
         self.last = round(recipe.schedule.epochs * self.data.steps_per_epoch)
         self.optimizer = build_optimizer(recipe.optimizer, self.student.model)
+        if recipe.prune is not None and recipe.prune.model_lr_scale != 1:
+            scale_rate(self.optimizer, recipe.prune.model_lr_scale, but=self.student.predictors())
         self.schedule = _schedule(recipe, self.optimizer, self.data.steps_per_epoch)
         self.step = 0
         self.broken: set[str] = set()
@@ -93,7 +113,9 @@ class _Run:
 
     def _restore(self) -> dict[str, Any]:
         """Take up the checkpoint; return what of the recipe changed since, old and new value."""
-        old = read_info(self.checkpoint)["recipe"]
+        saved = read_info(self.checkpoint)["recipe"]
+        # A checkpoint of an earlier version lacks newer keys: it ran as their defaults do.
+        old = recipe_dict(build_section(type(self.recipe), saved, str(self.checkpoint)))
         new = recipe_dict(self.recipe)
         changed = changed_keys(old, new)
         wrong = [key for key in changed if key not in FREE_ON_RESUME]
@@ -207,6 +229,11 @@ class _Run:
                     [right.double(), loss.double(), counts.new_tensor(len(labels))]
                 )
             right, loss, total = self._sum(counts).tolist()
+            if not total:
+                self._save()  # what was learned up to here
+                raise ConfigError(
+                    f"Not one validation picture of {self.data.val.pictures.where} can be read."
+                )
             row[name] = {"accuracy": right / total, "loss": loss / total, "pictures": int(total)}
         text = ", ".join(
             f"{k} accuracy {v['accuracy']:.4f}" for k, v in row.items() if isinstance(v, dict)
@@ -223,11 +250,13 @@ class _Run:
     def _finish(self, scored: dict[str, Any], seconds: float, started_at: int) -> dict[str, Any]:
         if not scored:  # resumed after the last step
             scored = self._validate()
+        if self.processes.is_main_process:
+            self.student.save(self.out / "weights")
         result = {
             "validation": {k: v for k, v in scored.items() if isinstance(v, dict)},
             "weights": str(self.out / "weights"),
             "macs": self.student.macs(),
-            "parameters": sum(p.numel() for p in self.student.parameters()),
+            "parameters": sum(p.numel() for p in self.student.model.parameters()),
             "steps": self.last,
             "epochs": self.recipe.schedule.epochs,
             "train_pictures": len(self.data.train),
@@ -239,7 +268,6 @@ class _Run:
             "recipe": recipe_dict(self.recipe),
         }
         if self.processes.is_main_process:
-            self.student.save(self.out / "weights")
             text = json.dumps(result, indent=1) + "\n"
             (self.out / "result.json").write_text(text, encoding="utf-8")
         self.processes.wait_for_everyone()

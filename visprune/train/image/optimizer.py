@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:  # an older timm
     muon = None
 
-__all__ = ["build_optimizer", "take_step"]
+__all__ = ["build_optimizer", "scale_rate", "take_step"]
 
 _ITERATION = "zeropower_via_newtonschulz"
 
@@ -46,6 +46,24 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         )
     except TypeError as error:
         raise ConfigError(f"optimizer.args do not fit {config.name}: {error}.") from error
+
+
+def scale_rate(optimizer: torch.optim.Optimizer, scale: float, but: Iterable[nn.Parameter]) -> None:
+    """Multiply the learning rate of all parameters but some, before the first step.
+
+    Args:
+        optimizer: as built; timm's schedules multiply each group's rate by its ``lr_scale``.
+        scale: the factor.
+        but: parameters that keep their rate.
+    """
+    spared = {id(parameter) for parameter in but}
+    groups = []
+    for group in optimizer.param_groups:
+        for kept in (False, True):
+            parameters = [p for p in group["params"] if (id(p) in spared) is kept]
+            factor = group.get("lr_scale", 1.0) * (1.0 if kept else scale)
+            groups.append({**group, "params": parameters, "lr_scale": factor})
+    optimizer.param_groups[:] = [group for group in groups if group["params"]]
 
 
 def take_step(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

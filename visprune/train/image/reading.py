@@ -55,9 +55,31 @@ def _check(recipe: Recipe) -> None:
         "schedule.epochs": recipe.schedule.epochs,
         "optimizer.lr": recipe.optimizer.lr,
     }
+    if recipe.threads is not None:
+        above_zero["threads"] = recipe.threads
+    if recipe.optimizer.clip_grad is not None:
+        above_zero["optimizer.clip_grad"] = recipe.optimizer.clip_grad
+    for name in ("train_limit", "val_limit"):
+        if getattr(recipe.data, name) is not None:
+            above_zero[f"data.{name}"] = getattr(recipe.data, name)
     for name, number in above_zero.items():
         if number <= 0:
             raise ConfigError(f"{name} is {number}; it must be above 0.")
+    at_least_zero = {
+        "seed": recipe.seed,
+        "data.workers": recipe.data.workers,
+        "augment.mixup": recipe.augment.mixup,
+        "augment.cutmix": recipe.augment.cutmix,
+        "optimizer.weight_decay": recipe.optimizer.weight_decay,
+        "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
+    }
+    for name, number in at_least_zero.items():
+        if number < 0:
+            raise ConfigError(f"{name} is {number}; it must be 0 or above.")
+    if recipe.prune is not None and not 0 <= recipe.prune.model_lr_scale <= 1:
+        raise ConfigError(
+            f"prune.model_lr_scale is {recipe.prune.model_lr_scale}; allowed: 0 to 1."
+        )
     if recipe.micro_batch is not None and (
         recipe.micro_batch < 1 or recipe.batch % recipe.micro_batch
     ):

@@ -90,6 +90,9 @@ class PruneConfig:
             a cosine; 0 starts with the method's own.
         ratio_weight: Weight of the loss that holds a learned predictor to its ratio
             (DynamicViT, arXiv:2106.02034).
+        model_lr_scale: For such a predictor: the model's own weights learn at this multiple of the
+            learning rate, the predictor at the whole. 0 leaves the model as it is; the official
+            code of DynamicViT has 0.01.
     """
 
     method: str
@@ -97,6 +100,7 @@ class PruneConfig:
     shrink_start: float = 0.0
     shrink_epochs: float = 0.0
     ratio_weight: float = 2.0
+    model_lr_scale: float = 1.0
 
 
 @dataclass
@@ -182,7 +186,7 @@ class DistillConfig:
 
     Attributes:
         teacher: Folder of its weights, or a name of timm (then with its pretrained weights).
-        logit: Weight of KL(student || teacher) on the class logits.
+        logit: Weight of KL(teacher || student) on the class logits.
         token: Weight of the mean squared difference of the last patch tokens, at the places that
             the student still has.
         temperature: Both sides' logits are divided by it, the loss multiplied by its square.

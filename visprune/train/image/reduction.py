@@ -55,6 +55,12 @@ class Reduction:
                 f"was not given."
             )
         self.run: Any = prune(model, _with(self.final, learned))
+        if config.model_lr_scale != 1 and self.learned is None:
+            self.run.remove()
+            raise ConfigError(
+                f"prune.model_lr_scale is {config.model_lr_scale}, and {config.method} has no "
+                f"predictor that would learn at the whole rate. Leave it out."
+            )
 
     @property
     def learned(self) -> nn.ModuleList | None:

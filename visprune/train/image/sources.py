@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.train.image.files import EXTENSIONS, Files, FolderFiles, TarFiles, ZipFiles
@@ -69,6 +69,8 @@ class Pictures(ABC):
                 return Image.fromarray(data).convert("RGB")
             with Image.open(io.BytesIO(data)) as image:
                 return image.convert("RGB")
+        except UnidentifiedImageError as error:  # its own message holds an address in memory
+            raise CorruptPicture(f"Cannot read {self.name(index)}: it is no picture.") from error
         except _BROKEN as error:
             raise CorruptPicture(f"Cannot read {self.name(index)}: {error}.") from error
 

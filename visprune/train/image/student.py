@@ -96,6 +96,11 @@ class Student:
         """Parameters that get gradients."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def predictors(self) -> list[nn.Parameter]:
+        """Parameters of the modules that the method adds to the model and trains."""
+        learned = self.reduction.learned if self.reduction is not None else None
+        return [] if learned is None else list(learned.parameters())
+
     def set_epoch(self, epoch: float) -> None:
         """Prepare for a training step at a point of time."""
         self.model.train()
@@ -211,6 +216,9 @@ class Student:
         if reduction is not None:
             reduction.at_the_end()
         args = self.recipe.model.args
+        names = self.data.classes  # timm keeps them beside the weights, and `visprune eval` asks
+        cfg = {**model.pretrained_cfg, "num_classes": len(names), "label_names": list(names)}
+        model.pretrained_cfg = cfg
         save_pretrained(reduction.run if reduction else model, folder, model_args=args)
 
 
