@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,37 @@ from typing import Any
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.records import Cell, Record, canonical
+from visprune.eval.report.build import arm_label
+from visprune.eval.report.estimate import Draws, Scorer
+from visprune.eval.report.rows import pooled
 from visprune.eval.results import ResultsFolder
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 
-__all__ = ["Comparison", "compare", "mcnemar", "to_text"]
+__all__ = ["Comparison", "OwnFigure", "compare", "mcnemar", "to_text"]
 
 _Setting = tuple[str, str]  # name of the model; generation options and style of the prompts
 _Records = dict[tuple[int, str], Record]
 
 _RIGHT = 0.5  # a fractional score counts as right from here on, for McNemar's test alone
+
+
+@dataclass(frozen=True)
+class OwnFigure:
+    """The task's own score, where that is no mean over questions (F1, points of MME).
+
+    Attributes:
+        name: of the metric.
+        unit: ``"%"`` or ``"points"``.
+        first: of A on the common questions, mean over seeds.
+        second: of B.
+        difference: B minus A, with its 95 % interval over pictures.
+    """
+
+    name: str
+    unit: str
+    first: float
+    second: float
+    difference: PairedDifference
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,7 @@ class Comparison:
         only_second: questions that B alone has right.
         p_value: of McNemar's exact test, two-sided.
         fractional: some scores are neither 0 nor 1; the test counts 0.5 and more as right.
+        own: the figure that the tables show, where it is another.
     """
 
     task: str
@@ -55,6 +79,7 @@ class Comparison:
     only_second: int
     p_value: float
     fractional: bool
+    own: OwnFigure | None = None
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -93,7 +118,7 @@ def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Compari
     """
     (left, left_label), (right, right_label) = _split(first), _split(second)
     pairs = _pairs(left, left_label or None, right, right_label or None)
-    if Path(left.path) == Path(right.path) and all(a == b for a, b in pairs):
+    if _same(left, right) and all(a == b for a, b in pairs):
         raise ConfigError(
             f"Both sides are the same run. Name two methods, such as "
             f"'{left.path}:{next(iter(_labels(left)))}' and another of: {', '.join(_labels(left))}."
@@ -105,7 +130,7 @@ def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Compari
             names = (_title(left, a, right), _title(right, b, left))
             for on, one, other in _matched(tasks[task], others.get(task, {}), names):
                 told = (names[0] + on, names[1] + on)
-                made = _compare(task, told, one, other, resamples)
+                made = _compare(task, told, one, other, resamples, left.cells())
                 found += [made] if made is not None else []
     if not found:
         raise ConfigError(
@@ -119,11 +144,15 @@ def _split(text: str) -> tuple[ResultsFolder, str]:
     if Path(text).is_dir():
         return ResultsFolder(text), ""
     folder, _, label = text.rpartition(":")
-    return ResultsFolder(folder or text), label if folder else ""
+    return ResultsFolder(folder or text), arm_label(label) if folder else ""
+
+
+def _same(left: ResultsFolder, right: ResultsFolder) -> bool:
+    return Path(left.path).resolve() == Path(right.path).resolve()
 
 
 def _labels(folder: ResultsFolder) -> list[str]:
-    return list(dict.fromkeys(cell.label for cell in folder.cells().values()))
+    return list(dict.fromkeys(arm_label(cell.label) for cell in folder.cells().values()))
 
 
 def _pairs(
@@ -156,18 +185,23 @@ def _by_task(folder: ResultsFolder, label: str) -> dict[str, dict[_Setting, _Rec
         ConfigError: two cells of the same setting are called the same.
     """
     found: dict[str, dict[_Setting, _Records]] = {}
-    for cell in folder.cells().values():
-        if cell.label == label:
-            how = canonical({**cell.generation, "prompt_style": cell.prompt_style}).decode()
-            settings = found.setdefault(_task_title(cell), {})
-            records = settings.setdefault((str(cell.model["name"]), how), {})
-            for record in folder.records(cell.id):
-                if (cell.seed, record.sample) in records:
-                    raise ConfigError(
-                        f"{str(folder.path)!r} calls two methods {label!r}, with different "
-                        f"parameters; it cannot be told which one is meant."
-                    )
-                records[cell.seed, record.sample] = record
+    cells = [cell for cell in folder.cells().values() if arm_label(cell.label) == label]
+    places: dict[str, set[str]] = {}
+    for cell in cells:
+        places.setdefault(_task_title(cell), set()).add(_task_title(cell, place=True))
+    for cell in cells:
+        how = canonical({**cell.generation, "prompt_style": cell.prompt_style}).decode()
+        title = _task_title(cell)
+        # Where the data lies matters only among several of one name: a copy holds the same.
+        settings = found.setdefault(_task_title(cell, place=len(places[title]) > 1), {})
+        records = settings.setdefault((str(cell.model["name"]), how), {})
+        for record in folder.records(cell.id):
+            if (cell.seed, record.sample) in records:
+                raise ConfigError(
+                    f"{str(folder.path)!r} calls two methods {label!r}, with different "
+                    f"parameters; it cannot be told which one is meant."
+                )
+            records[cell.seed, record.sample] = record
     return found
 
 
@@ -206,19 +240,20 @@ def _matched(
     )
 
 
-def _task_title(cell: Cell) -> str:
-    left_out = ("task", "seed", "limit")  # what samples two limits share are the same samples
+def _task_title(cell: Cell, *, place: bool = False) -> str:
+    left_out = ["task", "seed", "limit"]  # what samples two limits share are the same samples
+    left_out += [] if place else ["data", "path"]
     options = {k: v for k, v in cell.task.items() if k not in left_out and v is not None}
     return f"{cell.task.get('task')} ({', '.join(f'{k}={v}' for k, v in options.items())})"
 
 
 def _title(folder: ResultsFolder, label: str, other: ResultsFolder) -> str:
-    return label if folder.path == other.path else f"{folder.path}:{label}"
+    return label if _same(folder, other) else f"{folder.path}:{label}"
 
 
 def _compare(
     task: str, names: tuple[str, str], first: Mapping[Any, Record], second: Mapping[Any, Record],
-    resamples: int,
+    resamples: int, cells: Mapping[str, Cell],
 ) -> Comparison | None:  # fmt: skip
     """B against A on the questions of one task that both answered."""
     both = [name for name in sorted(first) if name in second]
@@ -252,7 +287,36 @@ def _compare(
         only_second=only[1],
         p_value=mcnemar(*only),
         fractional=any(x not in (0.0, 1.0) for x in (*one, *two)),
+        own=_own(scored, cells, resamples),
     )
+
+
+def _own(
+    scored: Sequence[tuple[Record, Record]], cells: Mapping[str, Cell], resamples: int
+) -> OwnFigure | None:
+    """The task's own figure of both sides; ``None`` where it is the mean that is told anyway."""
+    sides: list[dict[int, list[Record]]] = [{}, {}]
+    for pair in scored:
+        seed = cells[pair[0].cell].seed
+        for side, record in zip(sides, pair, strict=True):
+            named = dataclasses.replace(record, cluster=record.cluster or record.sample)
+            side.setdefault(seed, []).append(named)
+    one, two = ([*side.values()] for side in sides)
+    draws = Draws([r.cluster for lines in one for r in lines], resamples=resamples)
+    about = cells[scored[0][0].cell].task
+    # With every answer right F1 and the mean are one; so both sides are asked.
+    scorer = next((s for side in (one, two) if not (s := Scorer(about, draws, side[0])).mean), None)
+    if scorer is None or scorer.task is None:
+        return None
+    if not all("score" in scorer.figures(lines) for lines in (*one, *two)):
+        return None
+    (first, low), (second, high) = pooled(one, scorer), pooled(two, scorer)
+    every = [record for lines in one for record in lines]
+    ends = scorer.ends(every, high - low)
+    return OwnFigure(
+        scorer.task.metric_name, scorer.task.unit, first, second,
+        PairedDifference(second - first, *ends),
+    )  # fmt: skip
 
 
 def _ends(x: Comparison) -> str:
@@ -261,6 +325,15 @@ def _ends(x: Comparison) -> str:
     return (
         f"[{x.difference.low:+.2f}, {x.difference.high:+.2f}] (95 %, paired bootstrap over "
         f"pictures)"
+    )
+
+
+def _own_line(own: OwnFigure) -> str:
+    diff, unit = own.difference, " %" if own.unit == "%" else ""
+    ends = "" if math.isnan(diff.low) else f" [{diff.low:+.2f}, {diff.high:+.2f}]"
+    return (
+        f"  {own.name}: A {own.first:.2f}{unit}, B {own.second:.2f}{unit}, B - A = "
+        f"{diff.delta:+.2f}{ends}"
     )
 
 
@@ -273,8 +346,9 @@ def to_text(comparisons: Sequence[Comparison]) -> str:
             f"{x.task}: A = {x.first}, B = {x.second}",
             f"  {x.samples} samples of {x.pictures} pictures that both answered"
             + (f" ({x.left_out} left out)" if x.left_out else ""),
-            f"  A {x.first_score:.2f} %, B {x.second_score:.2f} %, B - A = {diff.delta:+.2f} "
-            f"points {_ends(x)}",
+            f"  mean per question: A {x.first_score:.2f} %, B {x.second_score:.2f} %, B - A = "
+            f"{diff.delta:+.2f} points {_ends(x)}",
+            *([] if x.own is None else [_own_line(x.own)]),
             f"  right in A alone: {x.only_first}, in B alone: {x.only_second}; McNemar's exact "
             f"test: p = {x.p_value:.3g}"
             + (" (scores of 0.5 and more count as right)" if x.fractional else ""),

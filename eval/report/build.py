@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from visprune.eval.report.cost import pareto
@@ -12,8 +13,9 @@ from visprune.eval.report.estimate import Draws, Scorer
 from visprune.eval.report.floors import pooled_floors
 from visprune.eval.report.results import UNTOUCHED, Line, Results, Run, canonical
 from visprune.eval.report.rows import Arm, Row, Table, build_row
+from visprune.eval.tasks.base import tasks as registry
 
-__all__ = ["arm_of", "build_tables"]
+__all__ = ["arm_label", "arm_of", "build_tables"]
 
 _KINDS = 24  # columns of a breakdown; what is rarer goes into one more
 
@@ -21,7 +23,7 @@ _KINDS = 24  # columns of a breakdown; what is rarer goes into one more
 def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Table]:
     """Return one table for each model and task, in the order in which they come."""
     models = _titles([run.cell.model for run in results.runs], "name")
-    tasks = _titles([_setting(run) for run in results.runs], "task")
+    tasks = _titles([_setting(run) for run in results.runs], "task", said=_said)
     settings: dict[str, dict[str, list[Run]]] = {}
     for run in results.runs:
         by_model = settings.setdefault(canonical(_setting(run)), {})
@@ -54,8 +56,37 @@ def _setting(run: Run) -> dict[str, Any]:
     return {**_task(run), **generation}
 
 
-def _titles(abouts: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:
-    """Return a title for each distinct description: its name, and what tells it from namesakes."""
+def _said(about: Mapping[str, Any]) -> list[str]:
+    """Options of a task that its title says even where it has no namesake: those not usual.
+
+    TextVQA with OCR tokens is another benchmark than without. Where the data lies, and how much of
+    it was taken, stands elsewhere.
+    """
+    name = str(about.get("task"))
+    if name not in registry:
+        return []
+    usual = {f.name: f.default for f in dataclasses.fields(registry.get(name))}
+    return [
+        field for field, default in usual.items()
+        if field in about and field not in _ELSEWHERE and about[field] != default
+    ]  # fmt: skip
+
+
+_ELSEWHERE = ("seed", "limit", "data", "path", "metric_name", "per_kind")
+
+
+def _titles(
+    abouts: Sequence[Mapping[str, Any]],
+    name: str,
+    said: Callable[[Mapping[str, Any]], list[str]] = lambda about: [],
+) -> dict[str, str]:
+    """Return a title for each distinct description: its name, and what tells it from namesakes.
+
+    Args:
+        abouts: the descriptions.
+        name: the field that holds the name.
+        said: fields that a title says in any case.
+    """
     distinct = {canonical(about): about for about in abouts}
     titles = {}
     for key, about in distinct.items():
@@ -68,9 +99,15 @@ def _titles(abouts: Sequence[Mapping[str, Any]], name: str) -> dict[str, str]:
         # One field that tells all of them apart is enough: titles head columns.
         alone = [field for field, count in values.items() if 1 < count == len(same)][:1]
         differ = alone or [field for field, count in values.items() if count > 1]
-        words = [f"{field}={about.get(field)}" for field in differ]
+        stated = dict.fromkeys((*said(about), *differ))
+        words = [f"{field}={about.get(field)}" for field in stated]
         titles[key] = " ".join([str(about.get(name)), *words])
     return titles
+
+
+def arm_label(label: str) -> str:
+    """What tables call a method, by its label in the cells."""
+    return "untouched" if label == UNTOUCHED else label
 
 
 def arm_of(run: Run, model: str) -> Arm:
@@ -79,7 +116,7 @@ def arm_of(run: Run, model: str) -> Arm:
     label = run.cell.label or run.method
     return Arm(
         model=model,
-        label="untouched" if label == UNTOUCHED else label,
+        label=arm_label(label),
         method=run.method,
         num_keep=run.cell.num_keep,
         control=bool(run.cell.control),

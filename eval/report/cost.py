@@ -14,7 +14,7 @@ from visprune.eval.report.results import NO_IMAGE, Line, Run
 if TYPE_CHECKING:
     from visprune.eval.report.rows import Row
 
-__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Cost", "cost_of", "on_front", "pareto"]
+__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Cost", "by_size", "cost_of", "on_front", "pareto"]
 
 FLOP_PARTS = ("vision", "projector", "selection", "prefill", "decode", "lm_head")
 TIME_PARTS = ("vision_ms", "selection_ms", "prefill_ms", "decode_ms_per_token", "total_ms")
@@ -32,6 +32,7 @@ class Cost:
         kv_bytes: keys and values in the cache.
         new_tokens: tokens generated.
         speed: by batch size, then by part: median, q1, q3 (milliseconds).
+        peak_bytes: of GPU memory, at the first batch size; ``None``: not measured.
         measured: the rest of the measurement: rounds, attention, threads, device, environment.
     """
 
@@ -40,6 +41,7 @@ class Cost:
     kv_bytes: float | None
     new_tokens: float | None
     speed: Mapping[str, Mapping[str, tuple[float, float, float]]]
+    peak_bytes: float | None
     measured: Mapping[str, Any]
 
     @property
@@ -47,9 +49,20 @@ class Cost:
         """Sum of all parts."""
         return sum(self.flops.values()) if self.flops else None
 
-    def time(self, part: str, batch: str = "1") -> tuple[float, float, float] | None:
-        """Median and quartiles of a part, or None where it was not measured."""
-        return self.speed.get(batch, {}).get(part)
+    @property
+    def batches(self) -> list[str]:
+        """Measured batch sizes, the smallest first."""
+        return sorted(self.speed, key=by_size)
+
+    def time(self, part: str, batch: str | None = None) -> tuple[float, float, float] | None:
+        """Median and quartiles of a part, or None where it was not measured.
+
+        Args:
+            part: one of :data:`TIME_PARTS`.
+            batch: size of the batch; ``None``: the smallest measured.
+        """
+        chosen = batch or next(iter(self.batches), "1")
+        return self.speed.get(chosen, {}).get(part)
 
     def on(self, axis: str) -> float | None:
         """The cost on one of :data:`AXES`."""
@@ -59,6 +72,11 @@ class Cost:
             return self.tokens if axis == "tokens" else self.kv_bytes
         measured = self.time(axis)
         return measured[0] if measured else None
+
+
+def by_size(batch: str) -> tuple[float, str]:
+    """Order of batch sizes as a file has them; what is no number comes last."""
+    return (int(batch) if batch.isdecimal() else float("inf"), batch)
 
 
 def cost_of(lines: Sequence[Line], runs: Sequence[Run]) -> Cost:
@@ -76,6 +94,7 @@ def cost_of(lines: Sequence[Line], runs: Sequence[Run]) -> Cost:
         kv_bytes=_mean([line.kv_bytes for line in lines]),
         new_tokens=_mean([line.new_tokens for line in lines]),
         speed=_speed(measured.get("batch")),
+        peak_bytes=_number(measured.get("peak_bytes")),
         measured={name: value for name, value in measured.items() if name != "batch"},
     )
 
@@ -83,6 +102,10 @@ def cost_of(lines: Sequence[Line], runs: Sequence[Run]) -> Cost:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _speed(batches: Any) -> dict[str, dict[str, tuple[float, float, float]]]:

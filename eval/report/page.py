@@ -169,6 +169,7 @@ def _row(row: Row, number: Mapping[Arm, int]) -> dict[str, Any]:
         "cost": {axis: rounded(cost.on(axis)) for axis in AXES},
         "flops": {part: rounded(value) for part, value in cost.flops.items()},
         "new_tokens": rounded(cost.new_tokens),
+        "peak": rounded(cost.peak_bytes),
         "speed": {
             batch: {part: [rounded(x) for x in ends] for part, ends in parts.items()}
             for batch, parts in cost.speed.items()

@@ -15,7 +15,7 @@ from visprune.eval.report.cost import Cost, cost_of
 from visprune.eval.report.estimate import Scorer, ratio
 from visprune.eval.report.results import UNTOUCHED, Line, Run
 
-__all__ = ["Arm", "Figure", "Row", "Table", "build_row"]
+__all__ = ["Arm", "Figure", "Row", "Table", "build_row", "pooled"]
 
 Figure = tuple[float, float, float]  # value, lower end, upper end
 Pair = tuple[Line, Line]  # ours and the untouched model's, of the same sample
@@ -219,14 +219,14 @@ def _estimates(
     """
     if not scored:
         return None, None, None
-    value, draws = _pooled([list(run.lines.values()) for run in runs], scorer)
+    value, draws = pooled([list(run.lines.values()) for run in runs], scorer)
     lines = [line for run in runs for line in run.lines.values()]
     score = (value, *scorer.interval(lines, draws))
     pairs = [pair for pairs in both for pair in pairs]
     if not pairs:
         return score, None, None
-    mine, ours = _pooled([[a for a, _ in pairs] for pairs in both], scorer)
-    base, theirs = _pooled([[b for _, b in pairs] for pairs in both], scorer)
+    mine, ours = pooled([[a for a, _ in pairs] for pairs in both], scorer)
+    base, theirs = pooled([[b for _, b in pairs] for pairs in both], scorer)
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = 100.0 * ours / theirs
     if arm.untouched:
@@ -234,7 +234,7 @@ def _estimates(
     return score, (mine - base, *scorer.ends([a for a, _ in pairs], ours - theirs)), relative
 
 
-def _pooled(sets: Sequence[Sequence[Line]], scorer: Scorer) -> tuple[float, np.ndarray]:
+def pooled(sets: Sequence[Sequence[Line]], scorer: Scorer) -> tuple[float, np.ndarray]:
     """Return score and replicates ``[R]`` of several seeds: of all samples, or in the mean.
 
     A figure that is no mean over samples (acc+ of two questions per picture) is made of each seed

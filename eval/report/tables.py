@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from visprune.eval.report.cost import FLOP_PARTS, TIME_PARTS
+from visprune.eval.report.cost import FLOP_PARTS, TIME_PARTS, by_size
 from visprune.eval.report.formats import csv_text, figure, latex, markdown, scale
 from visprune.eval.report.results import NO_IMAGE
 from visprune.eval.report.rows import Row, Table
@@ -19,8 +19,8 @@ __all__ = ["HOW_TO_READ", "to_csv", "to_kinds_csv", "to_latex", "to_markdown"]
 HOW_TO_READ = (
     "Brackets hold 95 % intervals from a bootstrap over pictures; a difference is paired, to the "
     "untouched model on the same samples; one of [+0.0, +0.0] says that no score changed here, not "
-    "that none would. Tokens are visual tokens in the mean over decoder "
-    "layers. FLOPs are two per multiply-add, per sample; times are medians at batch 1. "
+    "that none would. Tokens are visual tokens in the mean over decoder layers. FLOPs are two per "
+    "multiply-add, per sample; times are medians, at batch 1 where no other is named. "
     "Agreement is the share of answers equal to the untouched model's. Errors are left out of the "
     "score; the column beside them scores them 0. * marks the front of score against FLOPs, + that "
     "of score against measured time."
@@ -72,9 +72,10 @@ def _columns(table: Table) -> list[Column]:
         (part, lambda row, part=part: _number(row.cost.flops.get(part), 2, 1 / size))  # type: ignore[misc]
         for part in _parts(table)
     ]
-    columns += [(_time_name(part), _timed(part)) for part in ("total_ms", *TIME_PARTS[:-1])]
+    columns += _times(table)
     columns += [
         ("KV MiB", lambda row: _number(row.cost.kv_bytes, 2, 2**-20)),
+        ("peak GPU MiB", lambda row: _number(row.cost.peak_bytes, 0, 2**-20)),
         ("agreement %", lambda row: _number(row.agreement, 1, 100.0)),
         ("unparsed %", lambda row: _share(row.unparsed, row.answered)),
         ("yes %", lambda row: _number(row.yes_rate, 1, 100.0)),
@@ -86,16 +87,27 @@ def _columns(table: Table) -> list[Column]:
     return [(name, get) for name, get in columns if any(get(row) for row in table.rows)]
 
 
-def _timed(part: str) -> Callable[[Row], str]:
+def _times(table: Table) -> list[Column]:
+    """Every part at the smallest batch that was measured, the whole at the others."""
+    sizes = sorted({size for row in table.rows for size in row.cost.batches}, key=by_size)
+    columns = []
+    for size in sizes:
+        parts = ("total_ms", *(TIME_PARTS[:-1] if size == sizes[0] else ()))
+        columns += [(_time_name(part, size), _timed(part, size)) for part in parts]
+    return columns
+
+
+def _timed(part: str, size: str) -> Callable[[Row], str]:
     def get(row: Row) -> str:
-        measured = row.cost.time(part)
+        measured = row.cost.time(part, size)
         return "" if measured is None else f"{measured[0]:.1f}"
 
     return get
 
 
-def _time_name(part: str) -> str:
-    return "ms per token" if part.endswith("per_token") else f"{part.removesuffix('_ms')} ms"
+def _time_name(part: str, size: str) -> str:
+    name = "ms per token" if part.endswith("per_token") else f"{part.removesuffix('_ms')} ms"
+    return name if size == "1" else f"{name}, batch {size}"
 
 
 def _parts(table: Table) -> list[str]:
@@ -256,6 +268,7 @@ def _flat(table: Table, row: Row) -> dict[str, Any]:
     flat |= {f"flops_{part}": value for part, value in cost.flops.items()}
     flat |= {f"macs_{part}": value / 2 for part, value in cost.flops.items()}
     flat |= {"kv_bytes": cost.kv_bytes, "new_tokens": cost.new_tokens}
+    flat |= {"peak_bytes": cost.peak_bytes}
     for batch, parts in cost.speed.items():
         for part, (median, q1, q3) in parts.items():
             names = (f"batch{batch}_{part}", f"batch{batch}_{part}_q1", f"batch{batch}_{part}_q3")

@@ -12,7 +12,10 @@ from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
 from visprune.eval.compare import compare, mcnemar, to_text
 from visprune.eval.models import ModelSpec
+from visprune.eval.records import Cell, Record
+from visprune.eval.results import ResultsFolder
 from visprune.eval.runner import run_study
+from visprune.eval.tasks.base import get_task
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
 
 def test_two_folders_are_compared_method_by_method(folders: tuple[str, str]) -> None:
     first, second = compare(*folders, resamples=200)
-    assert (first.first, second.second) == (f"{folders[0]}:none", f"{folders[1]}:todre 4")
+    assert (first.first, second.second) == (f"{folders[0]}:untouched", f"{folders[1]}:todre 4")
     for found in (first, second):
         # 2 seeds x 70 questions; question 3 failed in both seeds
         assert (found.samples, found.left_out, found.pictures) == (138, 2, 48)
@@ -79,7 +82,7 @@ def test_one_picture_has_no_interval(tmp_path: Path) -> None:
 
 def test_two_methods_of_one_folder(folders: tuple[str, str]) -> None:
     (found,) = compare(f"{folders[0]}:none", f"{folders[0]}:todre 4", resamples=100)
-    assert (found.first, found.second) == ("none", "todre 4")
+    assert (found.first, found.second) == ("untouched", "todre 4")
     assert found.difference.delta == 0.0
     assert found.p_value == 1.0
 
@@ -96,7 +99,7 @@ def test_each_model_is_compared_with_itself(tmp_path: Path) -> None:
     two, one, other = (str(tmp_path / name) for name in ("two", "one", "other"))
 
     found = compare(f"{two}:none", f"{two}:todre 4", resamples=100)
-    assert [x.first for x in found] == ["none on good", "none on bad"]
+    assert [x.first for x in found] == ["untouched on good", "untouched on bad"]
     assert [x.samples for x in found] == [70, 70]
     assert [x.first_score for x in found] == pytest.approx([100 * 60 / 70, 100 * 48 / 70])
     (found,) = compare(f"{one}:none", f"{two}:none", resamples=100)
@@ -141,3 +144,48 @@ def test_what_cannot_be_compared_is_named(folders: tuple[str, str], tmp_path: Pa
     )  # fmt: skip
     with pytest.raises(ConfigError, match="no question in common"):
         compare(f"{folders[0]}:none", str(tmp_path / "c"))
+
+
+def test_names_are_those_of_the_tables(
+    folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = compare(f"{folders[0]}:untouched", f"{folders[0]}:todre 4", resamples=100)
+    assert found.first == "untouched"
+    monkeypatch.chdir(Path(folders[0]).parent)
+    with pytest.raises(ConfigError, match="Both sides are the same run"):
+        compare("a", folders[0])
+
+
+def _pope(folder: Path, data: str, method: str, answers: str) -> None:
+    """A run of POPE with references yes and no in turn; ``answers`` one letter per question."""
+    task = get_task("pope", data=data).to_dict()
+    of = Cell(
+        model={"name": "m"}, method={"method": method}, task=task, label=method,
+        prompt_style="plain",
+    )  # fmt: skip
+    out = ResultsFolder(folder, create=True)
+    out.add_cells([of])
+    with out.writer() as writer:
+        for number, letter in enumerate(answers):
+            want, said = "yes" if number % 2 == 0 else "no", {"y": "yes", "n": "no"}[letter]
+            writer.write([Record(
+                cell=of.id, sample=str(number), key=str(number), cluster=f"p{number // 2}",
+                question=f"q{number}", answers=(want,), answer=said, text=said,
+                score=float(said == want), kind="random",
+            )])  # fmt: skip
+
+
+def test_a_task_s_own_figure_stands_beside_the_mean(tmp_path: Path) -> None:
+    """POPE's is F1; where the data lies is no option of the benchmark."""
+    _pope(tmp_path / "a", "here", "none", "ynynynyn")
+    _pope(tmp_path / "b", "there", "none", "yynnyyyn")
+    (found,) = compare(str(tmp_path / "a"), str(tmp_path / "b"), resamples=200)
+    assert (found.first_score, found.second_score) == (100.0, 62.5)
+    assert found.own is not None
+    assert (found.own.name, found.own.first) == ("pope_llava", 100.0)
+    f1 = get_task("pope").aggregate(list(ResultsFolder(tmp_path / "b").records()))["score"]
+    assert found.own.second == pytest.approx(f1)
+    assert found.own.difference.low <= found.own.difference.delta <= found.own.difference.high
+    text = to_text([found])
+    assert "mean per question: A 100.00 %, B 62.50 %" in text
+    assert f"pope_llava: A 100.00 %, B {f1:.2f} %" in text

@@ -456,6 +456,41 @@ def test_namesakes_are_told_apart_by_their_files_alone(folder: ResultsFolder) ->
     assert titles == ["folder path=a.jsonl", "folder path=b.jsonl", "folder path=c.jsonl"]
 
 
+def test_a_title_says_what_is_not_usual_where_the_data_lies_it_does_not(
+    folder: ResultsFolder,
+) -> None:
+    """With OCR tokens TextVQA is another benchmark, also where the folder holds no other."""
+    task = get_task("textvqa", ocr=True, data="here", limit=5, seed=3)
+    of = cell(task=task.to_dict())
+    fill(folder, of, [record(of, 0)])
+    (table,) = tables(folder)
+    assert table.task == "textvqa ocr=True"
+    for text in (to_markdown([table], {}), to_latex([table]), to_csv([table])):
+        assert "textvqa ocr=True" in text
+
+
+def test_time_is_that_of_the_batches_that_were_measured(tmp_path: Path) -> None:
+    made = made_results(tmp_path / "results", pictures=4, methods=("todre",), budgets=(32,))
+    both = tables(made)[0]
+    assert "| total ms |" in to_markdown([both], {})
+    assert "total ms, batch 4" in to_markdown([both], {})
+    assert "prefill ms, batch 4" not in to_markdown([both], {})
+    for file in (made.path / "speed").glob("*.json"):
+        found = json.loads(file.read_text())
+        del found["batch"]["1"]
+        file.write_text(json.dumps({**found, "peak_bytes": 3 * 2**20}))
+    only = tables(ResultsFolder(made.path))[0]
+    text = to_markdown([only], {})
+    assert "| total ms, batch 4 |" in text
+    assert "| prefill ms, batch 4 |" in text
+    assert "| total ms |" not in text
+    assert "| peak GPU MiB |" in text
+    row = next(row for row in only.rows if row.arm.label == "todre 32")
+    assert row.cost.on("total_ms") == pytest.approx(3.1 * (28.0 + 0.075 * 32))
+    assert any("total_ms" in row.pareto for row in only.rows)
+    assert row.cost.peak_bytes == 3 * 2**20
+
+
 def test_a_task_on_which_nothing_is_right_leaves_no_average(folder: ResultsFolder) -> None:
     for name, score in (("t", 1.0), ("u", 0.0)):
         for method in ("none", "todre"):

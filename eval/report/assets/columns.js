@@ -137,7 +137,7 @@ function columnsOf(table) {
   list.push({
     key: "total",
     name: "time, total",
-    title: "Median at batch 1",
+    title: "Median at the smallest batch that was measured",
     get: (r) => r.cost.total_ms,
     show: (r) => milliseconds(r.cost.total_ms),
   });
@@ -154,6 +154,13 @@ function columnsOf(table) {
       name: "KV cache",
       get: (r) => r.cost.kv_bytes,
       show: (r) => big(r.cost.kv_bytes, "B"),
+    },
+    {
+      key: "peak",
+      name: "peak GPU memory",
+      title: "At the first batch size",
+      get: (r) => r.peak,
+      show: (r) => big(r.peak, "B"),
     },
     {
       key: "agree",
