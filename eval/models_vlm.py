@@ -33,6 +33,7 @@ from visprune.eval.models import (
 )
 from visprune.eval.seen import seen_by_processor
 from visprune.eval.tasks.base import PromptStyle, Task
+from visprune.eval.tasks.refcoco import RefCOCO
 from visprune.method import PruningMethod
 from visprune.run_cost import prompt_costs, sample_costs
 from visprune.saved import read_asked
@@ -44,6 +45,11 @@ _SAMPLING = ("temperature", "top_p", "top_k")
 # Fields of a generation config that say nothing about the answers, or that greedy search ignores.
 _SILENT = ("transformers_version", "_from_model_config", "max_new_tokens", "max_length",
            "do_sample", "num_beams", *_SAMPLING)  # fmt: skip
+
+
+def _of(size: Any, edge: str) -> Any:
+    """An entry of a processor's ``size``: a mapping, or an object with its keys as attributes."""
+    return size.get(edge) if isinstance(size, Mapping) else getattr(size, edge, None)
 
 
 class VLM:
@@ -105,6 +111,8 @@ class VLM:
         """Why it cannot run a method or a task, or ``None``."""
         if not task.generates:
             return f"{task.name} wants class numbers; {self.name} answers with text."
+        if isinstance(task, RefCOCO) and (why := self._other_pixels(task)):
+            return why
         if isinstance(choice, str):
             return None
         if self.adapter is None:
@@ -116,6 +124,20 @@ class VLM:
         except (ConfigError, UnsupportedModel) as error:
             return str(error)
         return None
+
+    def _other_pixels(self, task: RefCOCO) -> str | None:
+        """Why boxes in pixels would be read wrongly: the model sees another size than the task."""
+        if task.scale != "pixels":
+            return None
+        size = getattr(self.processor.image_processor, "size", None) or {}
+        own = (_of(size, "shortest_edge"), _of(size, "longest_edge"))
+        if own == (task.min_pixels, task.max_pixels):
+            return None
+        return (
+            f"{task.name} reads boxes in pixels of a picture of {task.min_pixels} to "
+            f"{task.max_pixels} pixels; the processor of {self.name} has {own[0]} to {own[1]}. "
+            f"Set min_pixels and max_pixels alike, on the model (processor) and on the task."
+        )
 
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         """Greedy, as long as the task asks for, unless the study says otherwise."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from timm.data import create_transform
 from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor
 
 import visprune
+from tests import tiny
 from visprune.eval.models import Request
 from visprune.eval.models_vit import TimmClassifier
+from visprune.eval.models_vlm import VLM
 from visprune.eval.seen import seen_by_processor, seen_by_transform
-from visprune.eval.tasks.base import Sample
+from visprune.eval.tasks.base import Sample, get_task
 from visprune.eval.tasks.imagenet import ImageNet
 
 SIZES = [(400, 100), (100, 400), (301, 200), (224, 224), (97, 333)]
@@ -127,3 +130,16 @@ def test_qwen_s_grid_covers_the_picture(family: str) -> None:
     tiles = made["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 14, 14)
     whole = tiles.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * 14, columns * 14)
     close(seen_by_processor(processor, family, (301, 200)), whole)
+
+
+def test_boxes_in_pixels_are_read_only_of_the_size_that_the_model_sees() -> None:
+    from transformers import Qwen2VLImageProcessor
+
+    seen = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=50176, **SMALL)
+    processor = SimpleNamespace(image_processor=seen)
+    model = VLM(tiny.build("qwen2_5_vl"), processor, name="q")
+    fitting = get_task("refcoco_rec", scale="pixels", min_pixels=3136, max_pixels=50176)
+    assert model.refusal("none", fitting) is None
+    assert model.refusal("none", get_task("refcoco_rec")) is None
+    other = get_task("refcoco_rec", scale="pixels", min_pixels=3136, max_pixels=1003520)
+    assert "processor of q has 3136 to 50176" in (model.refusal("none", other) or "")
