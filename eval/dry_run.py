@@ -13,13 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from visprune.errors import ConfigError
 from visprune.eval.ask import Asker
 from visprune.eval.claims import Done
 from visprune.eval.jobs import Job, jobs_of, task_at
 from visprune.eval.models import EvalModel, ModelSpec, load_model
 from visprune.eval.records import canonical
 from visprune.eval.results import ResultsFolder
+from visprune.eval.runner import distinct
 from visprune.eval.study import Study
 from visprune.eval.tasks.base import Sample, Task
 from visprune.eval.tasks.loading import Unreachable
@@ -62,7 +62,7 @@ def plan_study(
     *,
     loader: Callable[[ModelSpec], EvalModel] = load_model,
 ) -> list[Planned]:
-    """List the cells of a study; nothing is written.
+    """List the cells of a study, each once; nothing is written.
 
     The estimate comes from a model that is on this machine: two questions are put to the untouched
     model, and the second one's time stands for all. Pruned models are faster, so it is an upper
@@ -72,6 +72,9 @@ def plan_study(
         study: the study.
         out: results folder that it would go on with.
         loader: makes a model of its spec.
+
+    Raises:
+        ConfigError: a name is unknown, here and elsewhere, or a model's folder is unusable.
     """
     folder = None
     if out is not None and (Path(out) / "cells").is_dir():
@@ -79,13 +82,14 @@ def plan_study(
     done = Done(folder) if folder is not None else None
     planned: list[Planned] = []
     sets: _Sets = {}
+    seen: set[str] = set()
     for spec in study.models:
         try:
             model = loader(spec)
-        except ConfigError:
+        except Unreachable:
             planned += _unloaded(study, spec, sets)
             continue
-        jobs = jobs_of(study, model)
+        jobs = distinct(jobs_of(study, model), seen)
         each = _probe(model, jobs, sets)
         for job in jobs:
             total = _count(job.task, sets)
@@ -155,8 +159,9 @@ def _probe(model: EvalModel, jobs: Sequence[Job], sets: _Sets) -> float | None:
 
 
 def print_plan(
-    console: Console, planned: Sequence[Planned], *, processes: int = 1, timed: bool = False
-) -> None:
+    console: Console, planned: Sequence[Planned], *, processes: int = 1, timed: bool = False,
+    notes: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Print the plan: a table per model and task, a row per method, and the sum.
 
     Args:
@@ -164,6 +169,7 @@ def print_plan(
         planned: the cells.
         processes: that share the work.
         timed: latency is measured afterwards, which the estimate leaves out.
+        notes: what else to say, such as controls that were left out.
     """
     groups: dict[tuple[str, str], list[Planned]] = {}
     for row in planned:
@@ -173,12 +179,12 @@ def print_plan(
         # Names of folders are long: in a column they would break every row of the table.
         _say(console, f"{model}\n  {task}\n  seed {seeds}")
         console.print(_plan_table(rows))
-    reasons: dict[tuple[str, str], None] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for row in planned:
         if row.refused:
-            reasons.setdefault((row.label, row.refused))
-    for label, reason in reasons:
-        _say(console, f"{label}: {reason}")
+            reasons.setdefault(row.refused, {})[row.label] = None
+    for line in (*(f"{', '.join(labels)}: {why}" for why, labels in reasons.items()), *notes):
+        _say(console, line)
     known = [row.seconds for row in planned if row.seconds is not None]
     missing = sum((row.samples or row.done) - row.done for row in planned if not row.refused)
     text = f"{len(planned)} cells, {missing} samples to ask"

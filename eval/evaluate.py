@@ -82,7 +82,7 @@ def evaluate(
         methods: names, mappings with ``method`` and parameters, or built methods.
         budgets: of the methods: numbers of tokens, or fractions that stay.
         out: results folder, to be gone on with after a stop; ``None``: a temporary one.
-        limit: samples of each task; ``None``: all.
+        limit: samples of each task that sets none itself; ``None``: all.
         seeds: of question sets and random draws.
         controls: the untouched model, keep_all, random, uniform, pool and no_image beside the
             methods; or a list of some of them.
@@ -197,7 +197,7 @@ def run_command(
     if dry_run:
         if rank == 0:
             print_plan(console, plan_study(study, out), processes=world,
-                       timed=study.speed is not None)  # fmt: skip
+                       timed=study.speed is not None, notes=study.notes)  # fmt: skip
         return
     if out is None:
         raise ConfigError("visprune eval writes into a folder; name it with --out DIR.")

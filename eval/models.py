@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ from torch import nn
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.tasks.base import PromptStyle, Sample, Task
+from visprune.eval.tasks.loading import Unreachable
 from visprune.method import PruningMethod
 
 __all__ = [
     "EMBEDDED",
+    "LIBRARIES",
     "NONE",
     "NO_IMAGE",
     "Answerer",
@@ -41,6 +44,9 @@ NO_IMAGE = "no_image"  # the model without the picture: the floor that the text 
 Choice = PruningMethod | str  # a method, NONE or NO_IMAGE
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
+LIBRARIES = ("timm", "open_clip")
+# What the Hub, or a library's own download, may have.
+_ELSEWHERE = re.compile(r"\w[\w.-]*/[\w.-]+|(timm|open_clip):(?!local-dir:).+")
 _SAMPLED = 65_536
 
 
@@ -112,8 +118,8 @@ class ModelSpec:
 
     Args:
         name: ``embedded``; a folder of a transformers vision-language model or of a timm model
-            (Hub layout), or a name on the Hub; ``timm:NAME``; ``open_clip:NAME`` or
-            ``open_clip:NAME/PRETRAINED``.
+            (Hub layout), or a name on the Hub; ``timm:NAME``; ``open_clip:NAME/PRETRAINED``, or
+            ``open_clip:NAME`` with a ``checkpoint``.
         dtype: ``auto`` (as saved), ``float32``, ``float16`` or ``bfloat16``.
         device: ``auto`` (CUDA if there is one), or a torch device.
         attention: attention of transformers: ``sdpa``, ``eager``, ``flash_attention_2`` ...;
@@ -126,7 +132,7 @@ class ModelSpec:
             ones.
 
     Raises:
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype, or a device that torch does not know.
     """
 
     name: str
@@ -144,45 +150,60 @@ class ModelSpec:
                 f"dtype is one of {', '.join(_DTYPES)}; got {self.dtype!r}."
                 f"{did_you_mean(str(self.dtype), _DTYPES)}"
             )
+        if self.device != "auto":
+            _device(self.device)
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
         """The device to run on; processes of one machine take one GPU each.
 
         Raises:
-            ConfigError: torch does not know it, or it is not there.
+            Unreachable: it is not there.
         """
         if self.device == "auto":
             if not torch.cuda.is_available():
                 return torch.device("cpu")
             return torch.device("cuda", local_rank % torch.cuda.device_count())
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ConfigError(f"Unknown device {self.device!r}; such as cpu or cuda:0.") from error
+        device = _device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
+            raise Unreachable(
                 f"The device {self.device!r} was asked for, but there is no GPU here."
             )
         return device
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"Unknown device {name!r}; such as cpu or cuda:0.") from error
 
 
 def load_model(spec: ModelSpec | str, *, local_rank: int = 0) -> EvalModel:
     """Load a model by name.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be had offline.
+        Unreachable: another machine or the Hub may have it, and it cannot be had here.
+        ConfigError: there is no such model.
     """
+    from visprune.eval.study_names import check_name
+
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
+    check_name(spec)
+    try:
+        return _load(spec, local_rank)
+    except ConfigError as error:
+        here = Path(spec.name).is_dir() or not _ELSEWHERE.fullmatch(spec.name)
+        if here or isinstance(error, Unreachable):
+            raise
+        raise Unreachable(str(error)) from error
+
+
+def _load(spec: ModelSpec, local_rank: int) -> EvalModel:
     library, colon, name = spec.name.partition(":")
-    if colon and library in ("timm", "open_clip"):
+    if colon and library in LIBRARIES:
         from visprune.eval import models_vit
 
         return models_vit.load(spec, library, name, local_rank)
-    if colon and not Path(spec.name).is_dir():
-        raise ConfigError(
-            f"Unknown model {spec.name!r}.{did_you_mean(library, ('timm', 'open_clip'))} Write "
-            f"timm:NAME, open_clip:NAME, a folder, a name on the Hub, or {EMBEDDED!r}."
-        )
     if _is_timm_folder(Path(spec.name)):
         from visprune.eval import models_vit
 

@@ -32,9 +32,12 @@ from visprune.eval.seen import seen_by_transform
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.imagenet import ImageNet, ranking_text, zero_shot_classifier
 from visprune.method import PruningMethod
-from visprune.saved import read_learned
+from visprune.saved import load_pretrained, read_learned
 
 __all__ = ["Classifier", "TimmClassifier", "ZeroShot", "load"]
+
+
+_FOLDER = "local-dir:"  # timm's word for a folder in place of a name
 
 
 class Classifier:
@@ -302,6 +305,12 @@ def _timm(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) 
 
     import visprune.backbones.vit  # noqa: F401 - registers our architectures in timm
 
+    if name.startswith(_FOLDER) and spec.checkpoint is None:
+        folder = name.removeprefix(_FOLDER)
+        model, run = load_pretrained(folder)
+        if run is not None:  # the study says what to run; it may be that
+            run.remove()
+        return TimmClassifier(model.to(device, dtype), name=spec.name, learned=read_learned(folder))
     try:
         model = timm.create_model(
             name, pretrained=spec.checkpoint is None, checkpoint_path=spec.checkpoint or ""
@@ -311,7 +320,7 @@ def _timm(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) 
     return TimmClassifier(
         model.to(device, dtype),
         name=spec.name,
-        learned=read_learned(name.removeprefix("local-dir:")) if ":" in name else None,
+        learned=read_learned(name.removeprefix(_FOLDER)) if ":" in name else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from visprune.eval.results import ResultsFolder
 from visprune.eval.study import Study
 from visprune.eval.tasks.base import Sample, SampleError, Task
 
-__all__ = ["process_number", "run_study"]
+__all__ = ["distinct", "process_number", "run_study"]
 
 _POLL_SECONDS = 0.1
 
@@ -68,21 +68,65 @@ def run_study(
         The folder. When this returns, every sample has a record, whoever made it.
 
     Raises:
-        ConfigError: the folder holds another study, a name is unknown, or the disk is full.
+        ConfigError: the folder holds another study, a name is unknown, nothing of the study can
+            run, or the disk is full.
     """
     rank, world, local = process_number()
     folder = ResultsFolder(out, create=True)
     adopt_study(folder, study)
     done = Done(folder, retry_errors=retry_errors)
     environment = folder.add_environment({**describe(), "rank": rank, "processes": world})
+    progress = progress or Silent()
+    for note in study.notes:
+        progress.note(note)
+    seen: set[str] = set()
+    idle: list[Job] = []  # of models that can run nothing
     with folder.writer(rank) as writer:
+        worker = _Worker(study, folder, writer, done, environment, progress)
         for spec in study.models:
             model = loader(spec) if loader else load_model(spec, local_rank=local)
-            jobs = jobs_of(study, model)
+            jobs = distinct(jobs_of(study, model), seen)
             register(folder, [job.cell for job in jobs])
-            worker = _Worker(study, folder, writer, done, environment, progress or Silent())
-            worker.run(model, jobs, rank, world)
+            runs = [job for job in jobs if job.cell.refused is None]
+            if not runs:
+                idle += jobs
+                continue
+            _say_refused(progress, jobs)
+            worker.run(model, runs, rank, world)
+    if len(idle) == len(seen):
+        reasons = list(dict.fromkeys(str(job.cell.refused) for job in idle))
+        why = reasons[0] if len(reasons) == 1 else " ".join(refusals(idle))
+        raise ConfigError(f"Nothing of the study can run: {why}")
+    _say_refused(progress, idle)
     return folder
+
+
+def distinct(jobs: Sequence[Job], seen: set[str]) -> list[Job]:
+    """Jobs whose cells were not seen before, in this list or an earlier one; adds them to those.
+
+    A control under a label of its own is the same cell, and so is a model on another device.
+    """
+    found = []
+    for job in jobs:
+        if job.cell.id not in seen:
+            seen.add(job.cell.id)
+            found.append(job)
+    return found
+
+
+def refusals(jobs: Iterable[Job]) -> list[str]:
+    """``"task: random 8, pool 8: reason"``, a line for each task and reason."""
+    labels: dict[tuple[str, str], dict[str, None]] = {}
+    for job in jobs:
+        if job.cell.refused is not None:
+            mine = labels.setdefault((job.task.name, job.cell.refused), {})
+            mine[job.cell.label] = None
+    return [f"{task}: {', '.join(mine)}: {reason}" for (task, reason), mine in labels.items()]
+
+
+def _say_refused(progress: Silent, jobs: Iterable[Job]) -> None:
+    for line in refusals(jobs):
+        progress.note(f"left out: {line}")
 
 
 class _Worker:
@@ -97,10 +141,6 @@ class _Worker:
 
     def run(self, model: EvalModel, jobs: Sequence[Job], rank: int, world: int) -> None:
         """First everything that is free, then, patiently, what others are at work on."""
-        for job in jobs:
-            if job.cell.refused is not None:
-                self.progress.note(f"left out: {_title(job.cell)}: {job.cell.refused}")
-        jobs = [job for job in jobs if job.cell.refused is None]
         sets: dict[bytes, Sequence[Sample]] = {}
         for job in jobs:
             if _key(job.task) not in sets:

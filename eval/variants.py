@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,34 +73,38 @@ def listed(what: str, value: Any) -> list[Any]:
     return values
 
 
-def expand(methods: Any, budgets: Any, controls: Any = True) -> list[Variant]:
+def expand(methods: Any, budgets: Any, controls: Any = True) -> tuple[list[Variant], list[str]]:
     """Set every method and control at every budget that it takes.
 
     Args:
         methods: names, mappings with ``method`` and parameters (``label`` and ``budgets`` among
             them), or built methods.
         budgets: numbers of tokens, fractions that stay, or mappings such as ``{"r": 13}``.
-        controls: ``True`` for all of :data:`CONTROLS`, or a list of them. The untouched model comes
-            first, the blind one last.
+        controls: ``True`` for all of :data:`CONTROLS`, but for those that take no budget of the
+            study; or a list of them. The untouched model comes first, the blind one last.
+
+    Returns:
+        The rows, and a sentence on controls that were left out, if any were.
 
     Raises:
-        ConfigError: an unknown name or parameter, or a budget out of range.
+        ConfigError: an unknown name or parameter, a budget out of range or of another kind than a
+            control that was named takes, or one method at one budget under two labels.
     """
-    wanted = list(CONTROLS if controls is True or controls is None else controls or ())
-    for name in wanted:
-        if name not in CONTROLS:
-            hint = did_you_mean(str(name), CONTROLS)
-            raise ConfigError(f"Unknown control {name!r}.{hint} Controls: {', '.join(CONTROLS)}.")
+    wanted = _wanted(controls)
     shared = [_budget(budget) for budget in listed("budgets", budgets)]
     asked: list[Variant] = []
     for entry in listed("methods", methods):
         asked += _expand(entry, shared, control=False)
+    _check_asked(asked, shared, wanted)
     # Controls stand at the study's budgets; without any, where the methods' own are.
     stands = shared or [budget for budget in map(_own_budget, asked) if budget]
     bracket = {canonical(budget): budget for budget in stands if budget}
+    left, why = _misfits(wanted, bracket.values())
+    if left and controls is not None and controls is not True:
+        raise BudgetError(f"controls: {why}")
     found: list[Variant] = []
     for name in wanted:
-        if name not in _NEED_BUDGET or bracket:
+        if name not in left and (name not in _NEED_BUDGET or bracket):
             found += _expand(name, bracket.values(), control=True)
     blind = [variant for variant in found if variant.choice == NO_IMAGE]
     found = [variant for variant in found if variant.choice != NO_IMAGE] + asked + blind
@@ -108,21 +112,78 @@ def expand(methods: Any, budgets: Any, controls: Any = True) -> list[Variant]:
     unique: dict[tuple[str, bytes], Variant] = {}
     for variant in found:
         unique.setdefault((variant.label, canonical(method_dict(variant.choice))), variant)
-    return list(unique.values())
+    return list(unique.values()), [f"left out: {why}"] if left else []
+
+
+def _wanted(controls: Any) -> list[str]:
+    """Names of controls."""
+    if controls is None or isinstance(controls, bool):
+        return list(CONTROLS) if controls is not False else []
+    names = listed("controls", controls)
+    for name in names:
+        if name not in CONTROLS:
+            hint = did_you_mean(str(name), CONTROLS)
+            raise ConfigError(f"Unknown control {name!r}.{hint} Controls: {', '.join(CONTROLS)}.")
+    return names
+
+
+def _check_asked(
+    asked: Sequence[Variant], shared: Iterable[dict[str, Any]], controls: Sequence[str]
+) -> None:
+    """Refuse a method under two labels, and budgets that speak of nothing."""
+    labels: dict[tuple[bytes, bool], str] = {}
+    known = {*_BUDGETS}.union(*(_fields(name) for name in controls if name in _NEED_BUDGET))
+    for variant in asked:
+        first = labels.setdefault(
+            (canonical(method_dict(variant.choice)), variant.seeded), variant.label
+        )
+        if first != variant.label:
+            raise ConfigError(
+                f"The methods {first!r} and {variant.label!r} are the same at the same budget; "
+                f"leave one of them out."
+            )
+        if isinstance(variant.choice, PruningMethod):
+            known |= {f.name for f in dataclasses.fields(variant.choice)}
+    for budget in shared:
+        for key in budget:
+            if key not in known:
+                raise ConfigError(
+                    f"budgets: no method of the study has a parameter {key!r}."
+                    f"{did_you_mean(str(key), known)}"
+                )
+
+
+def _fields(name: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(method_registry.get(name))}
+
+
+def _misfits(controls: Sequence[str], budgets: Collection[dict[str, Any]]) -> tuple[list[str], str]:
+    """Controls that can stand at none of the budgets, such as ``{"r": 13}``, and why."""
+    left = [
+        name
+        for name in controls
+        if name in _NEED_BUDGET and budgets and not any({*b} <= _fields(name) for b in budgets)
+    ]
+    given = ", ".join(f"{key}={value}" for budget in budgets for key, value in budget.items())
+    return left, (
+        f"{', '.join(left)}: such a control takes num_keep or keep_ratio and nothing else, and the "
+        f"study stands at {given}; to have it, give the study such a budget too (budgets: [64], "
+        f"--num-keep 64)."
+    )
 
 
 def _expand(entry: Any, budgets: Iterable[dict[str, Any]], control: bool) -> list[Variant]:
     """One entry at each budget that it takes."""
     if isinstance(entry, PruningMethod):
         return [_variant(entry, _budget_text(entry), None, control, seeded=False)]
-    options = {"method": entry} if isinstance(entry, str) else dict(entry)
+    options = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
     name, label = options.pop("method", None), options.pop("label", None)
     own = options.pop("budgets", None)
-    if name is None:
+    if not isinstance(name, str):
         raise ConfigError(f"A method is a name, or a mapping with 'method': {entry!r}.")
     if name in _BASELINES:
-        return [Variant(label or name, name, control=name != NONE)]
-    fields = {f.name for f in dataclasses.fields(method_registry.get(name))}
+        return [Variant(str(label or name), name, control=name != NONE)]
+    fields = _fields(name)
     seeded = "seed" in fields and "seed" not in options
     control = control or name in CONTROLS
     taken = [*budgets] if own is None else [_budget(budget) for budget in listed("budgets", own)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -27,6 +28,9 @@ app = typer.Typer(
 )
 
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def main() -> None:
     """Run the command line; an error of ours is one line on stderr and exit code 2."""
     try:
@@ -34,6 +38,12 @@ def main() -> None:
     except VispruneError as error:
         # Plain print: rich would break the line at the terminal's width and read [..] as markup.
         print(f"visprune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        print(f"visprune: cannot write{where}: {error.strerror}.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -145,7 +155,7 @@ def tasks() -> None:
 )
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="prefill, decode, or the name of a kernel.")],
+    name: Annotated[str, typer.Argument(help="prefill, decode, vit, or the name of a kernel.")],
     draw: Annotated[
         bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
     ] = False,

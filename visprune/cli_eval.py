@@ -28,7 +28,7 @@ def evaluate(
         list[str] | None, typer.Option(help="A name from `visprune tasks`; repeat.")
     ] = None,
     task_option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of the tasks named by --task; repeat.")
+        list[str] | None, typer.Option(help="KEY=VALUE of every task; repeat.")
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -43,7 +43,9 @@ def evaluate(
     keep_ratio: Annotated[
         list[float] | None, typer.Option(help="Fraction of tokens to keep; repeat.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each task, whatever the study says.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; repeat.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples asked together.")] = None,
     controls: Annotated[
@@ -56,10 +58,16 @@ def evaluate(
     speed: Annotated[
         bool | None, typer.Option(help="Measure latency by part.", show_default="no-speed")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the models named by --model.")] = "auto",
-    device: Annotated[str, typer.Option(help="Of the models named by --model.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of every model, whatever the study says.", show_default="auto"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of every model, whatever the study says.", show_default="auto"),
+    ] = None,
     attention: Annotated[
-        str | None, typer.Option(help="Attention of the models named by --model: sdpa, eager ...")
+        str | None, typer.Option(help="Attention of every model: sdpa, eager ...")
     ] = None,
     prompt_style: Annotated[str | None, typer.Option(help="llava15, chat or plain.")] = None,
     max_new_tokens: Annotated[
@@ -75,15 +83,22 @@ def evaluate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
-    """Evaluate models under methods and budgets; flags make a study, or change one."""
+    """Evaluate models under methods and budgets.
+
+    Flags make a study, or change that of a file: they win over it.
+    """
     # Read once, when PyTorch's OpenMP loads; see `demo`.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from visprune.cli import _overrides
     from visprune.eval.evaluate import run_command
 
     options = _overrides(task_option or [])
+    of_models = {"dtype": dtype, "device": device, "attention": attention}
+    of_models = {key: value for key, value in of_models.items() if value is not None}
     changes: dict[str, Any] = {
-        "models": [_model(name, dtype, device, attention) for name in model or []],
+        "models": [{"name": name, **of_models} for name in model or []],
+        "model_options": {} if model else of_models,
+        "task_options": {} if task else options,
         "tasks": [{"task": name, **options} for name in task or []],
         "methods": [_method(text) for text in method or []],
         "budgets": [*(num_keep or []), *(keep_ratio or [])],
@@ -96,7 +111,7 @@ def evaluate(
         "generation": {"max_new_tokens": max_new_tokens} if max_new_tokens else None,
         "pictures": pictures,
     }
-    changes = {key: value for key, value in changes.items() if value not in (None, [])}
+    changes = {key: value for key, value in changes.items() if value not in (None, [], {})}
     run_command(
         study, out, changes, dry_run=dry_run, retry_errors=retry_errors, threads=threads,
         answers=answers,
@@ -109,10 +124,6 @@ def _method(text: str) -> str | dict[str, Any]:
 
     name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # lists and mappings stay whole
     return {"method": name, **_overrides(pairs)} if pairs else name
-
-
-def _model(name: str, dtype: str, device: str, attention: str | None) -> dict[str, Any]:
-    return {"name": name, "dtype": dtype, "device": device, "attention": attention}
 
 
 def compare(

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import datasets
 import pytest
 from rich.console import Console
 
+from tests.eval.instant import Instant, instant_study, loader
+from visprune.errors import ConfigError
 from visprune.eval.dry_run import Planned, plan_study, print_plan
 from visprune.eval.evaluate import print_rows
 from visprune.eval.study import build_study
@@ -16,7 +19,7 @@ from visprune.eval.study import build_study
 LONG = "runs/2026-11-26/vlm_easy_vqa_with_all_its_weights/checkpoint-last"
 
 
-def printed(planned: list[Planned], width: int = 80, **options: int) -> list[str]:
+def printed(planned: list[Planned], width: int = 80, **options: Any) -> list[str]:
     out = io.StringIO()
     print_plan(Console(file=out, width=width), planned, **options)
     return [line.rstrip() for line in out.getvalue().splitlines()]
@@ -83,6 +86,51 @@ def test_a_study_is_listed_where_its_data_is_not(monkeypatch: pytest.MonkeyPatch
     text = " ".join(lines)
     assert "4 cells, 4 samples to ask, about" in text
     assert "not counting gqa: data not on this machine. Nothing was run." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("embeded", "Did you mean 'embedded'"),
+        ("tim:vit_tiny", "Did you mean 'timm'"),
+        ("timm:vit_tiny_patch16_225", "Did you mean 'vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224.augreg_in21", "Did you mean 'augreg_in21k'"),
+        ("open_clip:ViT-B-33/openai", "Did you mean 'ViT-B-32'"),
+        ("open_clip:ViT-B-32/opnai", "Did you mean 'openai'"),
+        ("open_clip:ViT-B-32", "names no weights"),
+        ("./runs/nowhere/weights", "cannot load"),
+    ],
+)
+def test_a_name_that_no_machine_knows_is_an_error_and_no_missing_estimate(
+    name: str, match: str
+) -> None:
+    study = build_study({
+        "models": [name], "tasks": [{"task": "embedded", "limit": 2}], "controls": ["none"],
+    })  # fmt: skip
+    with pytest.raises(ConfigError, match=match):
+        plan_study(study)
+
+
+def test_models_that_other_machines_may_have_are_listed() -> None:
+    names = ["somebody/elsewhere", "timm:vit_tiny_patch16_224", "open_clip:ViT-B-32/openai"]
+    study = build_study({
+        "models": names, "tasks": [{"task": "embedded", "limit": 2}], "controls": ["none"],
+    })  # fmt: skip
+    assert [(row.model, row.samples, row.seconds) for row in plan_study(study)] == [
+        (name, 2, None) for name in names
+    ]
+
+
+def test_a_cell_is_planned_once_and_notes_and_reasons_are_said_once() -> None:
+    chance = {"method": "random", "label": "chance"}
+    study = instant_study(methods=[chance], budgets=[4], controls=["random"], limit=3)
+    assert [v.label for v in study.variants] == ["random 4", "chance 4"]
+    planned = plan_study(study, loader=loader(Instant()))
+    assert [(row.label, row.samples) for row in planned] == [("random 4", 3)]
+    planned = [Planned("a", "t", 0, label, 5, 0, 0.0, "No class.") for label in ("x", "y")]
+    lines = printed(planned, notes=["left out: pool: no."])
+    assert "x, y: No class." in lines
+    assert "left out: pool: no." in lines
 
 
 @pytest.mark.parametrize("floors", [{}, {"commonest answer": 25.0, "text-only prior": 31.25}])

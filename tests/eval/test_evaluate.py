@@ -208,6 +208,9 @@ def test_weights_are_told_apart_by_their_values() -> None:
         ("tim:vit_tiny", "Did you mean 'timm'"),
         ("timm:vit_tiny_patch16_225", "Did you mean 'vit_tiny_patch16_224'"),
         ("open_clip:ViT-B-33", "Did you mean 'ViT-B-32'"),
+        ("open_clip:ViT-B-32", r"random.*open_clip:ViT-B-32/PRETRAINED \(openai, laion400m_e31"),
+        ("open_clip:coca_base", r"open_clip:coca_base/PRETRAINED \(none\)"),
+        ("open_clip:ViT-B-32/opnai", "Did you mean 'openai'"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(name: str, match: str) -> None:
@@ -361,7 +364,7 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     ((path, out, changes), options) = seen[0]
     assert (path, out, options["dry_run"]) == (Path("s.yaml"), Path("o"), True)
     assert changes == {
-        "models": [{"name": "embedded", "dtype": "auto", "device": "auto", "attention": "eager"}],
+        "models": [{"name": "embedded", "attention": "eager"}],
         "tasks": [{"task": "embedded", "limit": 3}],
         "methods": [
             "todre",
@@ -375,6 +378,43 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
         "generation": {"max_new_tokens": 5},
     }
     build_study(changes)
+    seen.clear()
+    words = "eval s.yaml --dtype float32 --device cpu --task-option split=train --limit 9"
+    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    ((_, _, changes), _) = seen[0]
+    assert changes == {
+        "model_options": {"dtype": "float32", "device": "cpu"},
+        "task_options": {"split": "train"}, "limit": 9,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["tome,r=13", "tome,r=77"])
+def test_the_example_of_the_help_can_be_planned_and_says_what_it_leaves_out(
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"eval --model embedded --task embedded --limit 2 --method {method} --dry-run"
+    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: random, uniform, pool" in said
+    assert "4 cells, 8 samples to ask" in said
+
+
+def test_a_model_that_cannot_do_the_task_ends_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"eval --model embedded --task imagenet --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("wants class numbers") == 1
+    assert "visprune: Nothing of the study can run: imagenet wants class numbers" in said
 
 
 def test_the_command_asks_times_prints_and_writes_answers(

@@ -15,6 +15,7 @@ import torch
 from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
 from visprune.eval import record_files
+from visprune.eval.models import ModelSpec
 from visprune.eval.progress import Silent
 from visprune.eval.results import ResultsFolder
 from visprune.eval.runner import run_study
@@ -23,6 +24,16 @@ from visprune.eval.study import Study
 
 def run(study: Study, out: Path, model: Instant | None = None, **options: Any) -> ResultsFolder:
     return run_study(study, out, loader=loader(model or Instant()), **options)
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
 def lines(folder: ResultsFolder) -> list[tuple[str, str]]:
@@ -146,20 +157,55 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_method_that_the_model_cannot_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Heard(Silent):
-        def note(self, text: str) -> None:
-            said.append(text)
-
+    heard = Heard()
     study = instant_study(limit=4, methods=["visionzip", "todre"], budgets=[4])
-    folder = run(study, tmp_path, progress=Heard())
+    folder = run(study, tmp_path, progress=heard)
     refused = [cell for cell in folder.cells().values() if cell.refused]
     assert [(cell.label, cell.refused) for cell in refused] == [
         ("visionzip 4", "It has no class token.")
     ]
     assert not folder.records(refused[0].id)
-    assert said == ["left out: tiling: visionzip 4: It has no class token."]
+    assert heard.said == ["left out: tiling: visionzip 4: It has no class token."]
+
+
+def test_what_is_one_cell_is_asked_once(tmp_path: Path) -> None:
+    """A control under a label of its own, and a model on two devices, are no second cell."""
+    study = instant_study(
+        models=[ModelSpec("instant"), ModelSpec("instant", device="cpu")], limit=4, budgets=[4],
+        methods=[{"method": "random", "label": "chance"}], controls=["none", "random"],
+    )  # fmt: skip
+    model = Instant()
+    folder = run(study, tmp_path, model)
+    assert sum(map(len, model.asked)) == 2 * 4
+    assert len(lines(folder)) == len(set(lines(folder))) == 2 * 4
+    assert [cell.label for cell in folder.cells().values()] == ["none", "random 4"]
+
+
+def test_a_study_of_which_nothing_can_run_says_why_once(tmp_path: Path) -> None:
+    heard = Heard()
+
+    class Other(Instant):
+        def refusal(self, choice: Any, task: Any) -> str | None:
+            return f"{task.name} wants class numbers."
+
+    study = instant_study(limit=4, methods=["todre"], budgets=[4], controls=True, seeds=[0, 1])
+    with pytest.raises(ConfigError, match=r"^Nothing of the study can run: tiling wants class nu"):
+        run(study, tmp_path, Other(), progress=heard)
+    assert not heard.said
+    two = instant_study(
+        models=[ModelSpec("instant"), ModelSpec("other")], limit=4, controls=["none", "keep_all"]
+    )
+    models = {"instant": Instant(), "other": Other(name="other")}
+    run_study(two, tmp_path / "b", loader=lambda spec: models[spec.name], progress=heard)
+    assert heard.said == ["left out: tiling: none, keep_all: tiling wants class numbers."]
+
+
+def test_controls_that_were_left_out_are_said(tmp_path: Path) -> None:
+    heard = Heard()
+    study = instant_study(limit=2, methods=[{"method": "tome", "r": 2}], controls=True)
+    run(study, tmp_path, progress=heard)
+    assert heard.said == list(study.notes)
+    assert len(heard.said) == 1
 
 
 def test_batches_are_cut_from_all_samples_not_from_those_that_are_missing(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from visprune.errors import ConfigError
 from visprune.eval.models import ModelSpec
 from visprune.eval.study import SpeedPlan, Study, build_study, read_study
+from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.methods.fastv import FastV
 
 
@@ -98,6 +99,36 @@ def test_a_control_that_is_also_listed_is_one_row() -> None:
         ({"speed": {"batches": []}}, "speed takes"),
         ({"published": {"rows": {"none": [1, 2]}, "columns": ["gqa"]}}, "2 numbers for 1"),
         ({"published": {"row": {}, "rows": {}}}, "Did you mean 'rows'"),
+        ({"batch_size": "8"}, "batch_size is '8'; it must be int"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; it must be int"),
+        ({"limit": "x"}, "limit is 'x'; it must be int"),
+        ({"limit": 2.5}, "limit is 2.5; it must be int"),
+        ({"tasks": [{"task": "embedded", "limit": 2.5}]}, "embedded: limit is 2.5; it must be int"),
+        ({"tasks": [{"task": "embedded", "limit": "x"}]}, "embedded: limit is 'x'; it must be int"),
+        ({"pictures": "maybe"}, "pictures is 'maybe'; it must be bool"),
+        ({"generation": [1]}, r"generation is \[1\]; it must be a mapping"),
+        ({"generation": {"max_new_tokns": 3}}, "Did you mean 'max_new_tokens'"),
+        ({"generation": {"max_new_tokens": "x"}}, "whole number from 1"),
+        ({"speed": {"batches": ["a"]}}, r"batches\[0\] is 'a'; it must be int"),
+        ({"speed": {"warmup": "a"}}, "warmup is 'a'; it must be int"),
+        ({"speed": {"warmup": -1}}, "warmup of at least 0"),
+        ({"speed": 3}, "speed must be a mapping.*got 3"),
+        ({"models": [3]}, "A model must be a mapping.*got 3"),
+        (
+            {"models": [{"name": "embedded", "processor": 3}]},
+            "processor is 3; it must be a mapping",
+        ),
+        ({"models": [{"name": "embedded", "device": "gpu9"}]}, "Unknown device 'gpu9'"),
+        ({"methods": [3]}, "mapping with 'method': 3"),
+        ({"methods": [{"method": 3}]}, "mapping with 'method'"),
+        ({"tasks": [3]}, "mapping with 'task' and its options: 3"),
+        ({"tasks": [{"task": "embedded", "seed": 4}]}, r"seed of its own \(4\).*seeds: \[4\]"),
+        ({"published": {"rows": {"none": 1}}}, "1 numbers for 0 columns"),
+        ({"published": {"rows": [1, 2]}}, r"rows\[0\] is 1; it must be a mapping"),
+        ({"published": {"rows": {"none": [1]}, "columns": [3]}}, r"columns\[0\] is 3; it must be"),
+        ({"published": 3}, "published must be a mapping.*got 3"),
+        ({"controls": "rndom"}, "Unknown control 'rndom'. Did you mean 'random'"),
+        ({"budgets": [{"rr": 4}], "controls": ["none"]}, "no method of the study .*'rr'"),
     ],
 )
 def test_mistakes_are_named(keys: dict[str, Any], match: str) -> None:
@@ -105,11 +136,66 @@ def test_mistakes_are_named(keys: dict[str, Any], match: str) -> None:
         study(**keys)
 
 
+def test_a_lone_value_is_a_list_of_one() -> None:
+    made = study(
+        controls="random", budgets=8, seeds=2, speed={"batches": 4},
+        published={"rows": {"random 8": 1}, "columns": "embedded"},
+    )  # fmt: skip
+    assert labels(made) == ["random 8"]
+    assert made.seeds == (2,)
+    assert made.speed == SpeedPlan(batches=(4,))
+    assert [row["score"] for row in made.published["rows"]] == [1.0]
+
+
+def test_default_controls_that_take_no_budget_of_the_study_are_left_out_and_named() -> None:
+    for keys in (
+        {"methods": [{"method": "tome", "r": 13}]},
+        {"methods": ["tome"], "budgets": [{"r": 13}]},
+    ):
+        made = study(**keys)
+        assert labels(made) == ["none", "keep_all", "tome r=13", "no_image"]
+        (note,) = made.notes
+        assert note.startswith("left out: random, uniform, pool: ")
+        assert "r=13" in note
+        assert "--num-keep 64" in note
+        assert "notes" not in made.to_dict()
+        with pytest.raises(ConfigError, match=r"controls: random: .*stands at r=13"):
+            study(**keys, controls=["none", "random"])
+    both = study(methods=[{"method": "tome", "r": 13}], budgets=[64])
+    assert "random 64" in labels(both)
+    assert not both.notes
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"seeds": [1, 1]}, "the seed 1 twice"),
+        ({"tasks": ["embedded", "embedded"]}, "the task 'embedded' with the same options twice"),
+        ({"models": ["embedded", {"name": "embedded"}]}, "the model 'embedded' with the same"),
+    ],
+)
+def test_what_would_be_asked_twice_is_refused(keys: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        study(**keys)
+
+
+def test_one_method_under_two_labels_is_refused_and_listed_twice_it_is_one_row() -> None:
+    two = [{"method": "fastv", "label": label} for label in ("a", "b")]
+    with pytest.raises(ConfigError, match="'a 8' and 'b 8' are the same"):
+        study(methods=two, budgets=[8])
+    assert labels(study(methods=["fastv", "fastv"], budgets=[8, 8])).count("fastv 8") == 1
+
+
 def test_limits_and_seeds_reach_the_tasks() -> None:
     made = study(tasks=["embedded", {"task": "embedded", "limit": 7}], limit=5, seeds=[0, 3])
     assert [task.limit for task in made.tasks] == [5, 7]
     assert made.seeds == (0, 3)
     assert study(speed=True).speed == SpeedPlan()
+    built = study(tasks=[EmbeddedTask(), EmbeddedTask(limit=7)], limit=5)
+    assert [task.limit for task in built.tasks] == [5, 7]  # as of names and mappings
+    assert study(tasks=EmbeddedTask(seed=3), seeds=3).tasks[0].seed == 3
+    with pytest.raises(ConfigError, match="seed of its own"):
+        study(tasks=EmbeddedTask(seed=3))
 
 
 def test_the_resolved_study_is_json_and_builds_the_same_again() -> None:
@@ -147,6 +233,30 @@ def test_a_file_is_read_safely(tmp_path: Path) -> None:
             read_study(path)
     with pytest.raises(ConfigError, match="There is no study"):
         read_study(tmp_path / "absent.yaml")
+
+
+def test_a_flag_wins_over_the_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "models: [embedded, {name: a/b, dtype: bfloat16}]\n"
+        "tasks: [embedded, {task: embedded, limit: 30, per_kind: 2}]\n"
+        "speed: {rounds: 3}\ngeneration: {do_sample: true, max_new_tokens: 2}\n"
+    )
+    flags = {
+        "limit": 2, "model_options": {"dtype": "float32"}, "task_options": {"split": "train"},
+        "speed": True, "generation": {"max_new_tokens": 5},
+    }  # fmt: skip
+    made = read_study(path, flags)
+    assert [task.to_dict() for task in made.tasks] == [
+        EmbeddedTask(limit=2, split="train", per_kind=n).to_dict() for n in (1, 2)
+    ]
+    assert [spec.dtype for spec in made.models] == ["float32", "float32"]
+    assert made.speed == SpeedPlan(rounds=3)
+    assert made.generation == {"do_sample": True, "max_new_tokens": 5}
+    with pytest.raises(ConfigError, match="Did you mean 'split'"):
+        read_study(path, {"task_options": {"splt": "train"}})
+    named = read_study(path, {"tasks": [{"task": "embedded", "limit": 3}], "limit": 9})
+    assert [task.limit for task in named.tasks] == [3]  # both are flags: the closer one
 
 
 def test_published_tables_become_rows() -> None:
