@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import glob
 import json
 import os
 import shutil
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 METHOD_FILE, LEARNED_FILE = "visprune.json", "visprune.safetensors"
+CONFIG_FILE, ATTENTION = "config.json", "with_attention"
 
 
 def save_pretrained(
@@ -46,8 +50,13 @@ def save_pretrained(
     The folder is one that ``from_pretrained`` of transformers or ``timm.create_model("local-dir:
     FOLDER", pretrained=True)`` reads, and that can be uploaded to the Hub as it is; they load the
     model without the method. ``visprune.json`` holds the method and its parameters,
-    ``visprune.safetensors`` what it has learned. An existing folder is replaced in one step, once
-    everything is written.
+    ``visprune.safetensors`` what it has learned. Attention that
+    :func:`visprune.backbones.vit.with_attention` replaced is noted in ``config.json``; only
+    :func:`load_pretrained` replaces it again.
+
+    An existing folder is replaced once everything is written: in one step where the system can
+    exchange two folders (Linux), else in two, and :func:`load_pretrained` and the next saving
+    finish what was killed between them.
 
     Args:
         run: What :func:`visprune.prune` returned, or a model without a method.
@@ -66,6 +75,7 @@ def save_pretrained(
         ConfigError: The folder cannot be written; what was there before is whole.
     """
     target = Path(folder)
+    _finish_swap(target)
     method = None if isinstance(run, nn.Module) else run.method
     inner = run if isinstance(run, nn.Module) else (model or run.adapter.model)
     learned = getattr(run, "learned", None) if method is not None else None
@@ -94,7 +104,7 @@ def save_pretrained(
             error
         )
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        _remove(fresh)
     return target
 
 
@@ -113,9 +123,17 @@ def load_pretrained(folder: str | Path, **options: Any) -> tuple[nn.Module, Run 
         ConfigError: There is no such folder, or what it holds cannot be used.
     """
     path = Path(folder).expanduser()
+    _finish_swap(path)
     if not path.is_dir():
         path = _from_hub(str(folder))
-    model, method = read_model(path, **options), read_method(path)
+    calls = _replaced_attention(path)
+    if calls:
+        from visprune.backbones.vit.with_attention_saved import rebuilt
+
+        model = rebuilt(path, calls, options)
+    else:
+        model = read_model(path, **options)
+    method = read_method(path)
     if method is None:
         return model, None
     run = prune(model, method.pop("method"), **method)
@@ -178,7 +196,10 @@ def read_learned(folder: str | Path) -> dict[str, Tensor] | None:
 def _write_without(
     learned: nn.Module | None, model: nn.Module, folder: Path, model_args: dict[str, Any] | None
 ) -> None:
-    """Write a model without the method's own modules, which its library does not know."""
+    """Write a model without the method's own modules, which its library does not know.
+
+    Attention that was replaced is noted in timm's configuration.
+    """
     modules: dict[str, Any] = model._modules
     name = next((key for key, part in modules.items() if part is learned), None)
     if learned is not None and name is not None:
@@ -188,20 +209,78 @@ def _write_without(
     finally:
         if learned is not None and name is not None:
             modules[name] = learned
+    if hasattr(model, "pretrained_cfg"):  # of timm
+        from visprune.backbones.vit.with_attention_saved import calls_of
+
+        calls, config = calls_of(model), folder / CONFIG_FILE
+        if calls:
+            fields = json.loads(config.read_text(encoding="utf-8")) | {ATTENTION: calls}
+            config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _replaced_attention(folder: Path) -> Any:
+    """What the configuration of a folder says of replaced attention; None where nothing."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(ATTENTION)
+    except (AttributeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from error
 
 
 def _swap(fresh: Path, target: Path) -> None:
-    """Put a finished folder in the place of another one."""
+    """Put a finished folder in the place of another one, which then is at ``fresh``, or gone."""
+    if not os.path.lexists(target):
+        os.replace(fresh, target)
+        return
+    if _exchange(fresh, target):
+        return
     old = fresh.with_name(f"{fresh.name}-old")
-    if target.exists():
-        os.replace(target, old)
+    os.replace(target, old)
     try:
         os.replace(fresh, target)
     except OSError:
-        if old.exists():
-            os.replace(old, target)
+        os.replace(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where this cannot be done."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    done: int = rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return done == 0
+
+
+def _finish_swap(target: Path) -> None:
+    """Put a folder in its place whose saving was killed between the two steps of :func:`_swap`."""
+    if os.path.lexists(target):
+        return
+    pattern = f".{glob.escape(target.name)}-{'?' * 8}-old"  # 8: what mkdtemp adds
+    for old in sorted(target.parent.glob(pattern)):
+        fresh = old.with_name(old.name.removesuffix("-old"))
+        try:
+            os.replace(fresh if fresh.exists() else old, target)
+        except OSError as error:
+            raise ConfigError(
+                f"Saving {str(target)!r} was killed, and {str(fresh)!r}, which is whole, cannot be "
+                f"put in its place: {error.strerror or error}. Rename it by hand."
+            ) from error
+        _remove(old)
+        return
+
+
+def _remove(path: Path) -> None:
+    """Remove what was in the place of a folder; nothing is left to do where that fails."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _from_hub(name: str) -> Path:

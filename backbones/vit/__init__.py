@@ -17,7 +17,7 @@ from visprune.backbones.vit.nat import NAT
 from visprune.backbones.vit.neighborhood import NeighborhoodAttention2d
 from visprune.backbones.vit.sparsifiner import Sparsifiner
 from visprune.backbones.vit.sparsifiner_cost import sparsifiner_cost
-from visprune.backbones.vit.sparsifiner_training import SparsifinerLoss, stage_parameters
+from visprune.backbones.vit.sparsifiner_training import stage_parameters
 
 __all__ = [
     "NAT",
@@ -25,7 +25,6 @@ __all__ = [
     "LITv2",
     "NeighborhoodAttention2d",
     "Sparsifiner",
-    "SparsifinerLoss",
     "sparsifiner_cost",
     "stage_parameters",
     "with_attention",

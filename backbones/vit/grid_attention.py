@@ -13,42 +13,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat, to_2tuple
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models import register_notrace_module
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from visprune import ops
-from visprune.backbones.vit.hilo import HiLo
+from visprune.backbones.vit.with_attention_grid import Grid, attend, refuse_mask
+from visprune.backbones.vit.with_attention_hilo import GridHiLo
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.registry import did_you_mean
 
 KINDS = ("hilo", "neighborhood")
 _ATTENTIONS = (Attention, AttentionRope, EvaAttention)
-
-
-class Grid:
-    """The grid of patches of the call that is running; a forward hook on the patch embedding."""
-
-    def __init__(self, num_prefix: int) -> None:
-        self.num_prefix = num_prefix
-        self.size = (0, 0)
-
-    def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Read the grid of the images that the embedding was given."""
-        height, width = args[0].shape[-2:]
-        self.size = tuple(module.dynamic_feat_size((height, width)))
-
-    def check(self, x: Tensor) -> tuple[int, int]:
-        """(height, width) in patches; raises ``ConfigError`` where ``x`` [B, N, C] is no grid."""
-        height, width = self.size
-        if x.shape[1] != self.num_prefix + height * width:
-            raise ConfigError(
-                f"Attention on a grid needs all tokens: {self.num_prefix} + {height} x {width}; "
-                f"got {x.shape[1]}. Token reduction and patch dropout cannot be combined with it."
-            )
-        return height, width
 
 
 def with_attention(
@@ -64,7 +41,16 @@ def with_attention(
     only which keys a patch sees changes, so every checkpoint still loads, and a window as large as
     the grid gives the same output. ``"hilo"`` has projections of its own (``HiLo``'s names); they
     start from the model's: queries, keys and values as they are, the output projection without the
-    part that mixes the two branches. With ``window_size=1`` the output is the same.
+    part that mixes the two branches; norms of queries, keys and outputs are kept. With
+    ``window_size=1`` the output is the same.
+
+    :func:`visprune.save_pretrained` notes what was replaced, and ``load_pretrained`` replaces it
+    again; timm alone loads such a folder as the plain model, or not at all.
+
+    Limits: HiLo takes over timm's ``Attention`` only, so no model with a rotary embedding (EVA,
+    DINOv3) and no gates. For both kinds the attention must be a module of the block: blocks that
+    compute it themselves, in one product with the MLP (``ParallelScalingBlock``), are refused, and
+    so is ``DiffAttention``. Dropout of attention weights is left out.
 
     Args:
         vit: a model with ``blocks``, ``patch_embed`` and ``num_prefix_tokens``
@@ -80,7 +66,7 @@ def with_attention(
         ``vit`` itself.
 
     Raises:
-        ConfigError: an unknown kind, block or option.
+        ConfigError: an unknown kind, block or option, or a value that is not allowed.
         UnsupportedModel: a model, or an attention of it, that cannot be replaced.
     """
     if kind not in KINDS:
@@ -93,15 +79,14 @@ def with_attention(
             f"with_attention needs a ViT with blocks, num_prefix_tokens and a patch_embed that "
             f"knows its grid; {type(vit).__name__} is none."
         )
-    count = len(model.blocks)
-    chosen = list(range(count)) if blocks is None else list(blocks)
-    if any(not 0 <= i < count for i in chosen):
-        raise ConfigError(f"blocks must be in 0..{count - 1}; got {chosen}.")
+    chosen = _chosen(blocks, len(model.blocks))
     made = {}  # all before the first is put in place: a refusal leaves the model as it was
-    grid = _grid(model)
+    grid, size = _grid(model), _fixed_size(model.patch_embed)
     for index in chosen:
         for parent, name, attn in _attentions(model.blocks[index], index):
-            made[parent, name] = _replace(attn, kind, grid, copy_weights, options)
+            new = made[parent, name] = _replace(attn, kind, grid, copy_weights, options)
+            if isinstance(new, GridNeighborhoodAttention) and size is not None:
+                new.check_grid(*size)
     for (parent, name), new in made.items():
         setattr(parent, name, new)
     if not any(isinstance(h, Grid) for h in model.patch_embed._forward_hooks.values()):
@@ -109,10 +94,28 @@ def with_attention(
     return vit
 
 
+def _chosen(blocks: Any, count: int) -> list[int]:
+    """The numbers of the blocks to change, of ``count``."""
+    if blocks is None:
+        return list(range(count))
+    chosen = list(blocks) if isinstance(blocks, Iterable) else None
+    if chosen is None or any(not isinstance(i, int) for i in chosen):
+        raise ConfigError(f"blocks must be numbers of blocks, such as [0, 1]; got {blocks!r}.")
+    if any(not 0 <= i < count for i in chosen):
+        raise ConfigError(f"blocks must be in 0..{count - 1}; got {chosen}.")
+    return chosen
+
+
 def _grid(model: Any) -> Grid:
     """The model's grid: one for all calls of ``with_attention`` on it."""
     hooks = model.patch_embed._forward_hooks.values()
     return next((h for h in hooks if isinstance(h, Grid)), Grid(model.num_prefix_tokens))
+
+
+def _fixed_size(embed: Any) -> tuple[int, int] | None:
+    """The grid of all images, where the patch embedding takes one size only."""
+    size = getattr(embed, "grid_size", None)
+    return None if size is None or not getattr(embed, "strict_img_size", True) else tuple(size)
 
 
 def _attentions(block: nn.Module, index: int) -> list[tuple[nn.Module, str, Any]]:
@@ -192,20 +195,37 @@ class GridNeighborhoodAttention(nn.Module):
         self.scale = attn.scale
         self.rotate_half = getattr(attn, "rotate_half", False)
         self.grid = grid
-        self.kernel_size: tuple[int, int] = to_2tuple(kernel_size)
-        self.dilation: tuple[int, int] = to_2tuple(dilation)
-        self.stride: tuple[int, int] = to_2tuple(stride)
-        self.is_causal: tuple[bool, bool] = to_2tuple(is_causal)
-        if min(self.kernel_size) < 2 or min(self.dilation) < 1 or min(self.stride) < 1:
+        self.kernel_size: tuple[int, int] = _pair("kernel_size", kernel_size, int)
+        self.dilation: tuple[int, int] = _pair("dilation", dilation, int)
+        self.stride: tuple[int, int] = _pair("stride", stride, int)
+        self.is_causal: tuple[bool, bool] = _pair("is_causal", is_causal, bool)
+        wide = any(s > k for s, k in zip(self.stride, self.kernel_size, strict=True))
+        if min(self.kernel_size) < 2 or min(self.dilation) < 1 or min(self.stride) < 1 or wide:
             raise ConfigError(
-                "Neighborhood attention: kernel_size must be at least 2, dilation and stride at "
-                f"least 1; got {self.kernel_size}, {self.dilation} and {self.stride}."
+                "Neighborhood attention: kernel_size must be at least 2, dilation at least 1 and "
+                f"stride in 1..kernel_size; got {self.kernel_size}, {self.dilation} and "
+                f"{self.stride}."
             )
         self.rpb = None
         if rel_pos_bias:
             like = attn.proj.weight
             sides = [2 * k - 1 for k in self.kernel_size]
             self.rpb = nn.Parameter(like.new_zeros(self.num_heads, *sides))
+
+    def arguments(self) -> dict[str, Any]:
+        """What :func:`with_attention` made this of, apart from the model."""
+        names = ("kernel_size", "dilation", "stride", "is_causal")
+        options = {name: list(getattr(self, name)) for name in names}
+        return {"kind": "neighborhood", **options, "rel_pos_bias": self.rpb is not None}
+
+    def check_grid(self, height: int, width: int) -> None:
+        """Raise ``ConfigError`` where the dilation leaves no two patches for a window."""
+        if any(2 * d > length for d, length in zip(self.dilation, (height, width), strict=True)):
+            raise ConfigError(
+                f"Neighborhood attention: a window holds at least 2 patches, so dilation may be "
+                f"at most half the grid of {height} x {width} patches; got dilation "
+                f"{self.dilation} with kernel_size {self.kernel_size}."
+            )
 
     def forward(
         self,
@@ -215,7 +235,7 @@ class GridNeighborhoodAttention(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """[B, N, C] -> the same."""
-        _no_mask(attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal)
         height, width = self.grid.check(x)
         q, k, v = self._project(x, rope)  # [B, N, heads, d]
         modules: Any = self
@@ -237,8 +257,8 @@ class GridNeighborhoodAttention(nn.Module):
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         q, k = modules.q_norm(q), modules.k_norm(k)
         if rope is not None:
-            q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
-        return q, k, v
+            q, k = self._rotate(q, rope), self._rotate(k, rope)
+        return q.type_as(v), k.type_as(v), v
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         first = self.grid.num_prefix
@@ -246,6 +266,7 @@ class GridNeighborhoodAttention(nn.Module):
         return torch.cat((x[:, :first], patches.transpose(1, 2)), 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        self.check_grid(height, width)
         first = self.grid.num_prefix
         maps: Any = [t[:, first:].unflatten(1, (height, width)) for t in (q, k, v)]
         pairs = list(zip(self.kernel_size, (height, width), self.dilation, strict=True))
@@ -268,95 +289,17 @@ class GridNeighborhoodAttention(nn.Module):
         out = out.flatten(1, 2)
         if not first:
             return out
-        return torch.cat((_attend(q[:, :first], k, v, self.scale), out), 1)
+        return torch.cat((attend(q[:, :first], k, v, self.scale), out), 1)
 
     def extra_repr(self) -> str:
         """Window, for ``print(model)``."""
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}"
 
 
-@register_notrace_module
-class GridHiLo(HiLo):
-    """HiLo on tokens [B, N, C] with prefix tokens; see the module for the rule."""
-
-    grid: Grid
-
-    @classmethod
-    def like(cls, attn: Any, grid: Grid, copy_weights: bool, **options: Any) -> GridHiLo:
-        """HiLo of the size of timm's ``attn``, and with its weights if asked for."""
-        norms = ("q_norm", "k_norm", "norm")
-        extra = [n for n in norms if not isinstance(getattr(attn, n, None), nn.Identity | None)]
-        if not isinstance(attn, Attention) or extra or getattr(attn, "gate", None) is not None:
-            what = ", ".join(extra) or type(attn).__name__
-            raise UnsupportedModel(
-                f"HiLo has projections of its own and cannot take over {what} (norms of queries "
-                f"and keys, gates, rotary embedding). Neighborhood attention can."
-            )
-        like = attn.qkv.weight
-        new = cls(
-            like.shape[1], attn.num_heads, qkv_bias=attn.qkv.bias is not None,
-            proj_drop=attn.proj_drop.p, device=like.device, dtype=like.dtype, **options,
-        )  # fmt: skip
-        if grid.num_prefix and not new.l_heads:
-            raise ConfigError("HiLo without low-frequency heads never shows the patches to the "
-                              "prefix tokens; give a larger alpha.")  # fmt: skip
-        new.grid = grid
-        if copy_weights:
-            new.copy_from(attn)
-        return new.train(attn.training)
-
-    def copy_from(self, attn: Any) -> None:
-        """Take the weights of plain attention: the first heads become the high-frequency ones."""
-        h = self.h_dim
-        with torch.no_grad():
-            for key in ("weight", "bias"):
-                qkv, proj = getattr(attn.qkv, key), getattr(attn.proj, key)
-                if qkv is not None:
-                    q, k, v = qkv.chunk(3)
-                    if self.h_heads:
-                        getattr(self.h_qkv, key).copy_(torch.cat((q[:h], k[:h], v[:h])))
-                    if self.l_heads:
-                        getattr(self.l_q, key).copy_(q[h:])
-                        getattr(self.l_kv, key).copy_(torch.cat((k[h:], v[h:])))
-                for part, name in ((slice(0, h), "h_proj"), (slice(h, None), "l_proj")):
-                    if hasattr(self, name) and proj is not None:
-                        block = proj[part, part] if key == "weight" else proj[part]
-                        getattr(getattr(self, name), key).copy_(block)
-                    elif hasattr(self, name) and key == "bias":
-                        nn.init.zeros_(getattr(self, name).bias)
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """[B, N, C] -> the same."""
-        _no_mask(attn_mask, is_causal)
-        first, size = self.grid.num_prefix, self.grid.check(x)
-        prefix, patches = x[:, :first], x[:, first:].unflatten(1, size)
-        if not first:
-            return super().forward(patches).flatten(1, 2)
-        low_q = self._low_queries(x)  # [B, N, heads, d]
-        pooled = ops.hilo_pool(patches, self.window_size).flatten(1, 2)
-        low_k, low_v = self._split(self.l_kv(torch.cat((prefix, pooled), 1)), self.l_heads)
-        high_q, high_k, high_v, pad_k, pad_v = self._high(patches)
-        out = ops.hilo_attention(
-            high_q, high_k, high_v,
-            low_q[:, first:].unflatten(1, size), low_k[:, None], low_v[:, None],
-            window_size=self.window_size, scale=self.scale, pad_k=pad_k, pad_v=pad_v,
-        )  # fmt: skip
-        seen = [_attend(low_q[:, :first], low_k, low_v, self.scale)]
-        if self.h_heads:
-            own_q, own_k, own_v = self._split(self.h_qkv(prefix), self.h_heads)
-            seen.insert(0, _attend(own_q, own_k, own_v, self.scale))
-        return self._join(torch.cat((torch.cat(seen, 2), out.flatten(1, 2)), 1))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Plain attention of [B, n, heads, d] to [B, m, heads, d]."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def _no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise ConfigError("Attention on a grid has its own pattern; attn_mask and is_causal "
-                          "cannot be given.")  # fmt: skip
+def _pair(name: str, value: Any, kind: type) -> Any:
+    """One value per axis, of one or of (height, width)."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(x, kind) for x in pair):
+        raise ConfigError(f"Neighborhood attention: {name} must be one {kind.__name__} or two, "
+                          f"(height, width); got {value!r}.")  # fmt: skip
+    return pair

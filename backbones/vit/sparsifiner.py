@@ -33,7 +33,13 @@ from visprune.backbones.vit.sparsifiner_attention import (
     AttentionOutput,
     ConnectivityPredictor,
     SparsifinerAttention,
-    Sparsity,
+    refuse_mask,
+)
+from visprune.backbones.vit.sparsifiner_options import (
+    default_rank,
+    make_rule,
+    refuse_options,
+    refuse_parts,
 )
 from visprune.errors import BudgetError, ConfigError
 
@@ -85,7 +91,8 @@ class Sparsifiner(VisionTransformer):
 
     Raises:
         BudgetError: a rate is out of range.
-        ConfigError: an option of ``VisionTransformer`` that fixed predictors cannot follow.
+        ConfigError: another value is not allowed, or an option of ``VisionTransformer`` that fixed
+            predictors of plain attention cannot follow.
     """
 
     def __init__(
@@ -102,19 +109,15 @@ class Sparsifiner(VisionTransformer):
         token_keep_rate: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        for name in ("dynamic_img_size", "qk_norm", "scale_attn_norm", "patch_drop_rate"):
-            if kwargs.get(name):
-                raise ConfigError(f"Sparsifiner predicts for a fixed grid of plain attention; "
-                                  f"{name} is not supported.")  # fmt: skip
+        refuse_options(kwargs)
+        rule = make_rule(attn_keep_rate, score_threshold, sparsity)
         super().__init__(*args, **kwargs)
-        rule = Sparsity(
-            keep_rate=attn_keep_rate, score_threshold=score_threshold, **(sparsity or {})
-        )
+        refuse_parts(self.blocks)
         tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         predictor = {
             "num_tokens": tokens,
             "num_prefix": self.num_prefix_tokens,
-            "rank": rank or max(1, tokens // reduce_n_factor),
+            "rank": default_rank(tokens, reduce_n_factor) if rank is None else rank,
             "reduce_c_factor": reduce_c_factor,
             "share_inout_proj": share_inout_proj,
             "sparsity": rule,
@@ -126,11 +129,12 @@ class Sparsifiner(VisionTransformer):
     def _set_token_pruning(self, places: Sequence[int], rate: float) -> None:
         if not 0 < rate <= 1:
             raise BudgetError(f"Sparsifiner: token_keep_rate must be in (0, 1]; got {rate}.")
-        wrong = [i for i in places if not 0 <= i < len(self.blocks)]
+        listed = isinstance(places, Sequence) and all(isinstance(i, int) for i in places)
+        wrong = not listed or any(not 0 <= i < len(self.blocks) for i in places)
         if wrong or sorted(set(places)) != list(places):
             raise ConfigError(
-                f"Sparsifiner: token_pruning_loc must be rising block numbers in "
-                f"0..{len(self.blocks) - 1}; got {list(places)}."
+                f"Sparsifiner: token_pruning_loc must be a list of rising block numbers in "
+                f"0..{len(self.blocks) - 1}; got {places!r}."
             )
         if places and not self.has_class_token:
             raise ConfigError("Sparsifiner: token pruning ranks patches by the class token's "
@@ -193,9 +197,7 @@ class Sparsifiner(VisionTransformer):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Images -> normalised tokens [B, N', C]; N' is smaller after token pruning."""
-        if attn_mask is not None or is_causal:
-            raise ConfigError("Sparsifiner predicts its own mask; attn_mask and is_causal cannot "
-                              "be given.")  # fmt: skip
+        refuse_mask(attn_mask, is_causal)
         return self.norm(self._run(x).x)
 
     def forward_train(self, x: Tensor, reconstruct: bool = False) -> SparsifinerOutput:
@@ -214,7 +216,7 @@ class Sparsifiner(VisionTransformer):
             self.forward_head(features), features[:, first:], kept, run.predicted
         )
 
-    def forward_intermediates(  # type: ignore[override]
+    def forward_intermediates(
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
@@ -223,6 +225,9 @@ class Sparsifiner(VisionTransformer):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """Intermediates as timm's; patches that were dropped are zeros in the maps.
 
@@ -234,14 +239,23 @@ class Sparsifiner(VisionTransformer):
             stop_early: leave out the blocks after the last one asked for.
             output_fmt: ``"NCHW"`` or ``"NLC"``.
             intermediates_only: return the list alone.
+            output_dict: return a dictionary: ``image_intermediates``, with
+                ``return_prefix_tokens`` also ``image_intermediates_prefix``, and unless
+                ``intermediates_only`` the final ``image_features``.
+            attn_mask: None; the mask is predicted.
+            is_causal: False.
+
+        Raises:
+            ConfigError: an unknown ``output_fmt``, or a mask.
         """
+        refuse_mask(attn_mask, is_causal)
         fmt = str(getattr(output_fmt, "value", output_fmt))
         if fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}.")
         take, last = feature_take_indices(len(self.blocks), indices)
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         run = self._run(x, take, last if stop_early else -1)
-        first, found = self.num_prefix_tokens, []
+        first, found, prefixes = self.num_prefix_tokens, [], []
         for tokens, kept in run.taken:
             tokens = self.norm(tokens) if norm else tokens
             patches = tokens[:, first:]
@@ -251,8 +265,15 @@ class Sparsifiner(VisionTransformer):
                 patches = whole.scatter(1, at, patches)
             if fmt == "NCHW":
                 patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
-            found.append((patches, tokens[:, :first]) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.norm(run.x), found)
+            found.append(patches)
+            prefixes.append(tokens[:, :first])
+        with_prefix = return_prefix_tokens and first > 0  # as timm: where there are such tokens
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": found}
+            result |= {"image_intermediates_prefix": prefixes} if with_prefix else {}
+            return result if intermediates_only else {**result, "image_features": self.norm(run.x)}
+        pairs = list(zip(found, prefixes, strict=True)) if with_prefix else found
+        return pairs if intermediates_only else (self.norm(run.x), pairs)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Another image or patch size: position embedding and predictors are resampled."""

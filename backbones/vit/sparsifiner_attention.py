@@ -97,10 +97,10 @@ class ConnectivityPredictor(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        if not 1 <= rank <= num_tokens or head_dim < reduce_c_factor:
+        if not 1 <= rank <= num_tokens or not 1 <= reduce_c_factor <= head_dim:
             raise ConfigError(
                 f"Sparsifiner: the rank must be in 1..{num_tokens} (the tokens) and "
-                f"reduce_c_factor at most {head_dim} (the head dimension); "
+                f"reduce_c_factor in 1..{head_dim} (the head dimension); "
                 f"got {rank} and {reduce_c_factor}."
             )
         self.num_tokens = num_tokens
@@ -163,12 +163,18 @@ class ConnectivityPredictor(nn.Module):
         return self.sparse_coefficients(self.coefficients(q, k, kept)), self.basis(kept)
 
     def select(self, coef: Tensor, basis: Tensor, pruned: bool = False) -> Tensor:
-        """Keys of every query: int64 [B, H, N - prefix, budget], rising, -1 for none."""
+        """Keys of every query: int64 [B, H, N - prefix, budget], rising, -1 for none.
+
+        Under a threshold the last axis is as long as the longest row. Where values are not known
+        (meta tensors, a compiled graph) it has room for all N tokens: what is counted on shapes
+        alone is the most that the attention can cost.
+        """
         threshold = self.sparsity.score_threshold
         tokens = basis.shape[-1]
         keep = self.budget(tokens, pruned) if threshold is None else tokens
-        idx = ops.lowrank_topk(coef, basis, keep, threshold)
-        if threshold is not None and not torch.compiler.is_compiling():
+        wide = torch.promote_types(coef.dtype, basis.dtype)  # autocast makes them two
+        idx = ops.lowrank_topk(coef.to(wide), basis.to(wide), keep, threshold)
+        if threshold is not None and not (idx.is_meta or torch.compiler.is_compiling()):
             longest = int((idx >= 0).sum(-1).max())  # most rows are far shorter than N
             idx = idx[..., : max(longest, 1)]
         return idx
@@ -246,9 +252,7 @@ class SparsifinerAttention(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """[B, N, C] -> the same, like any attention of timm."""
-        if attn_mask is not None or is_causal:
-            raise ConfigError("Sparsifiner predicts its own mask; attn_mask and is_causal cannot "
-                              "be given.")  # fmt: skip
+        refuse_mask(attn_mask, is_causal)
         return self.full(x).x
 
     def full(
@@ -310,18 +314,30 @@ class SparsifinerAttention(nn.Module):
 
     def _learned(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, soft: Tensor) -> Tensor:
         """Dense attention under a mask [B, H, N, N] whose gradient is that of ``soft``."""
-        scores = (q * self.scale) @ k.transpose(-1, -2)
+        scores = _wide((q * self.scale) @ k.transpose(-1, -2))  # as fused attention does
         # Against the largest score that is seen: what is not seen may exceed it, and is capped so
         # that its weight, which is zero, has a finite gradient.
         top = scores.detach().masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)
         top = top.masked_fill(top.isinf(), 0.0)
         weight = (scores - top).clamp(max=0.0).exp()
         first, mask = self.mask_predictor.num_prefix, seen.to(weight.dtype)
-        mask = torch.cat((mask[:, :, :first], mask[:, :, first:] + soft - soft.detach()), 2)
+        mask = torch.cat((mask[:, :, :first], mask[:, :, first:] + (soft - soft.detach())), 2)
         weight = weight * mask
         total = weight.sum(-1, keepdim=True)
         weight = weight / total.masked_fill(total == 0, 1.0)
-        return self.attn_drop(weight) @ v
+        return self.attn_drop(weight).to(v.dtype) @ v
+
+
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise ``ConfigError`` where timm's callers give a mask."""
+    if attn_mask is not None or is_causal:
+        raise ConfigError("Sparsifiner predicts its own mask; attn_mask and is_causal cannot "
+                          "be given.")  # fmt: skip
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Half types as fp32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _as_mask(idx: Tensor, tokens: int, prefix: int) -> Tensor:
@@ -333,7 +349,8 @@ def _as_mask(idx: Tensor, tokens: int, prefix: int) -> Tensor:
 
 
 def _soft_mask(scores: Tensor, idx: Tensor, rule: Sparsity) -> Tensor:
-    """Sigmoid of the distance to the row's cut: [B, H, N - prefix, N] in (0, 1)."""
+    """Sigmoid of the distance to the row's cut: [B, H, N - prefix, N] in (0, 1), at least fp32."""
+    scores = _wide(scores)
     if rule.score_threshold is None:
         chosen = scores.detach().gather(-1, idx.clamp(min=0)).masked_fill(idx < 0, torch.inf)
         cut = chosen.amin(-1, keepdim=True)

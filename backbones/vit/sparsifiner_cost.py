@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visprune.backbones.towers.macs import counted_macs
 from visprune.backbones.vit.sparsifiner import Sparsifiner
 from visprune.errors import ConfigError
 
@@ -88,6 +89,46 @@ def sparsifiner_cost(
         reduce = 2 * tokens * dim * c + tokens * c * rank
         predictor += heads * (reduce + rows * c * rank + rows * used * tokens * density)
     return SparsifinerCost(round(dense), round(sparse), round(predictor), _dense_model(model))
+
+
+def measured_macs(model: Sparsifiner, images: Tensor) -> int:
+    """Multiply-adds of one picture of the whole model, mean over pictures where they differ.
+
+    A budget is the same for every picture: then this is
+    :func:`visprune.backbones.towers.macs.counted_macs`. Under ``score_threshold`` that count has
+    room for every key, the most that attention can cost; here only the keys are counted that are
+    kept on ``images``. Where attention is dense and masked (``sparse_inference = False``) all of
+    them are.
+
+    Args:
+        model: the model; its token pruning counts.
+        images: [B, 3, H, W], on the model's device.
+    """
+    most = counted_macs(model, (images.shape[1], images.shape[2], images.shape[3]))
+    if model.predictors[0].sparsity.score_threshold is None:
+        return most
+    unseen: list[Tensor] = []  # (query, key) pairs per picture, times the multiply-adds of one
+
+    def measure(module: Any, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
+        idx = module.select(*out, pruned=args[2] is not None)
+        left = out[1].shape[-1] - (idx >= 0).sum(-1).double()
+        unseen.append(2 * args[0].shape[-1] * left.sum((1, 2)).mean())
+
+    blocks: Any = model.blocks
+    handles = [
+        block.attn.mask_predictor.register_forward_hook(measure)
+        for block in blocks
+        if block.attn.sparse_inference
+    ]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return most - round(float(sum(unseen)))
 
 
 def _pairs(model: Sparsifiner, images: Tensor | None) -> list[float]:

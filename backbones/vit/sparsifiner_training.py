@@ -3,14 +3,10 @@
 
 Stage ``"reconstruct"``: the predictors alone learn to reproduce the teacher's attention; nothing is
 masked. Stage ``"classify"``: the backbone alone learns under the predicted mask, from labels, the
-teacher's logits and its last patch tokens. Weights and losses as in lim142857/Sparsifiner at
-9a11e26 (``src/losses.py``, ``src/main.py``, ``sparsifiner_default_config.yaml``: 5 and 45 epochs,
-learning rates 3e-4 to 2e-4 and 8e-5 to 2e-6 by a cosine, batch 1344, weight decay 0.05).
-
-    student = timm.create_model("sparsifiner_deit_small", pretrained=True)
-    loss = SparsifinerLoss(teacher, "reconstruct")
-    parameters = stage_parameters(student, "reconstruct")
-    value, parts = loss(student, images, targets)
+teacher's logits and its last patch tokens. ``visprune train`` runs both; its losses and defaults
+are those of lim142857/Sparsifiner at 9a11e26 (``src/losses.py``, ``src/main.py``,
+``sparsifiner_default_config.yaml``: 5 and 45 epochs, learning rates 3e-4 to 2e-4 and 8e-5 to 2e-6
+by a cosine, batch 1344, weight decay 0.05).
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visprune.backbones.vit.sparsifiner import Sparsifiner, SparsifinerOutput
+from visprune.backbones.vit.sparsifiner import Sparsifiner
 from visprune.errors import ConfigError
 
 Stage = Literal["reconstruct", "classify"]
@@ -99,89 +95,6 @@ def reconstruction_loss(predicted: Sequence[Tensor], attention: Sequence[Tensor]
             )
         total = total + F.mse_loss(guess.float(), truth.float(), reduction="sum")
     return total / len(predicted)
-
-
-def logit_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of the class distributions, [B, classes] each, mean over images."""
-    logs = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return F.kl_div(*logs, reduction="batchmean", log_target=True)
-
-
-def token_distillation(output: SparsifinerOutput, tokens: Tensor) -> Tensor:
-    """Mean squared error of the last patch tokens, of those that were kept."""
-    if output.kept is not None:
-        tokens = tokens.gather(1, output.kept[..., None].expand(-1, -1, tokens.shape[2]))
-    return F.mse_loss(output.tokens.float(), tokens.float())
-
-
-class SparsifinerLoss(nn.Module):
-    """Loss of one stage; calls student and teacher itself.
-
-    Args:
-        teacher: dense model of the student's architecture; put into eval mode and frozen.
-        stage: ``"reconstruct"`` or ``"classify"``; may be set later.
-        criterion: of logits and targets, cross-entropy if None.
-        reconstruct_weight: of the attention reconstruction.
-        class_weight: of ``criterion``.
-        logit_weight: of :func:`logit_distillation`.
-        token_weight: of :func:`token_distillation`.
-
-    Raises:
-        ConfigError: an unknown stage.
-    """
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        stage: Stage = "reconstruct",
-        criterion: nn.Module | None = None,
-        reconstruct_weight: float = 0.01,
-        class_weight: float = 1.0,
-        logit_weight: float = 0.5,
-        token_weight: float = 0.5,
-    ) -> None:
-        super().__init__()
-        check_stage(stage)
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.stage: Stage = stage
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        self.weights = {
-            "reconstruct": reconstruct_weight,
-            "class": class_weight,
-            "logit": logit_weight,
-            "token": token_weight,
-        }
-
-    def train(self, mode: bool = True) -> SparsifinerLoss:
-        """The teacher stays in eval mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(
-        self, student: Sparsifiner, images: Tensor, targets: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(weighted sum, the parts, detached and before their weights).
-
-        Args:
-            student: in training mode.
-            images: [B, 3, H, W].
-            targets: class numbers [B] or probabilities [B, classes].
-        """
-        check_stage(self.stage)
-        first = self.stage == "reconstruct"
-        taught = teacher_outputs(self.teacher, images, attention=first)
-        output = student.forward_train(images, reconstruct=first)
-        if first:
-            parts = {"reconstruct": reconstruction_loss(output.predicted, taught.attention)}
-        else:
-            parts = {
-                "class": self.criterion(output.logits, targets),
-                "logit": logit_distillation(output.logits, taught.logits),
-                "token": token_distillation(output, taught.tokens),
-            }
-        total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
-        return total, {name: value.detach() for name, value in parts.items()}
 
 
 def stage_parameters(student: Sparsifiner, stage: Stage) -> list[nn.Parameter]:

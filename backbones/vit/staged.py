@@ -226,7 +226,7 @@ class StagedViT(nn.Module):
 
 
 def record_input_size(model: nn.Module, img_size: Any, patch_size: Any = None) -> None:
-    """Tell timm of a new size, where it keeps such a record (1.0.31 does, 1.0.21 does not)."""
+    """Tell timm of a new size, where it keeps such a record (1.0.31 does, 1.0.24 may not)."""
     try:
         from timm.models._input import update_model_input_size
     except ImportError:

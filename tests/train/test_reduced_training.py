@@ -18,6 +18,7 @@ from visprune.errors import ConfigError
 from visprune.train.image import loop
 from visprune.train.image.losses import logit_distillation, ratio_loss, token_distillation
 from visprune.train.image.reduction import keep_ratio_at
+from visprune.train.image.student import count_macs
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,25 @@ def sparse(folder: Path, dense: Path, **changes: Any) -> dict[str, Any]:
             **changes,
         },
     )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "args",
+    [{"token_pruning_loc": [1, 2], "token_keep_rate": 0.7}, {"score_threshold": 0.02}],
+    ids=["token pruning", "threshold"],
+)
+def test_every_budget_of_sparsifiner_trains(
+    args: dict[str, Any], precision: str, folder: Path, dense: Path, tmp_path: Path
+) -> None:
+    """The teacher's tokens are compared at the places that are left; keys are counted as kept."""
+    changes = {f"model__args__{name}": value for name, value in args.items()}
+    result = small.run(sparse(folder, dense, precision=precision, **changes), tmp_path)
+    whole, _ = visprune.load_pretrained(dense)
+    assert 0 < result["macs"] < 1.2 * count_macs(whole, None, (3, small.SIDE, small.SIDE))
+    model, run = visprune.load_pretrained(tmp_path / "weights")
+    assert run is None
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_sparsifiner_trains_in_two_stages(folder: Path, dense: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -18,6 +19,9 @@ from transformers import AutoModelForImageTextToText
 import visprune
 from tests import tiny
 from tests.contract.cases import batch
+from tests.train import small
+from visprune import saved
+from visprune.backbones.vit import with_attention
 from visprune.errors import ConfigError, UnsupportedModel
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -90,6 +94,117 @@ def test_without_a_method_there_is_no_run(tmp_path: Path) -> None:
     model, run = visprune.load_pretrained(tmp_path / "saved")
     assert run is None
     assert not model.training
+
+
+def replaced(kind: str) -> torch.nn.Module:
+    """A ViT with attention replaced in two ways, and weights that are not the first ones."""
+    model = vit()
+    options = {"hilo": {"alpha": 0.5}, "neighborhood": {"kernel_size": (2, 3)}}[kind]
+    with_attention(model, kind, blocks=[0, 3], **options)
+    with_attention(model, "neighborhood", blocks=[1], dilation=2, rel_pos_bias=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+def test_replaced_attention_comes_back(kind: str, tmp_path: Path) -> None:
+    model, pixels = replaced(kind), torch.randn(2, 3, 32, 32)
+    folder = visprune.save_pretrained(model, tmp_path / "saved")
+    again, run = visprune.load_pretrained(folder)
+    assert run is None
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(pixels), model(pixels))
+    assert [type(b.attn) for b in again.blocks] == [type(b.attn) for b in model.blocks]
+    other, _ = visprune.load_pretrained(folder, num_classes=3)  # a new head, as by timm
+    assert other(pixels).shape == (2, 3)
+    twice = visprune.save_pretrained(again, tmp_path / "twice")
+    assert (twice / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    # A folder of an earlier version does not say what was replaced, and loads as it did.
+    config = json.loads((folder / "config.json").read_text())
+    del config["with_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(
+        (visprune.save_pretrained(vit(), tmp_path / "plain") / "model.safetensors").read_bytes()
+    )
+    assert type(visprune.load_pretrained(folder)[0].blocks[0].attn).__name__ == "Attention"
+
+
+def test_replaced_attention_that_does_not_fit_says_why(tmp_path: Path) -> None:
+    folder = visprune.save_pretrained(replaced("hilo"), tmp_path / "saved")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["with_attention"][0]["blocks"] = [0]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"Cannot load the model.*blocks\.3\.attn"):
+        visprune.load_pretrained(folder)
+    config["with_attention"][0]["kind"] = "hillo"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"Did you mean 'hilo'"):
+        visprune.load_pretrained(folder)
+    path.write_text("[")
+    with pytest.raises(ConfigError, match="damaged"):
+        visprune.load_pretrained(folder)
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_a_kill_while_a_folder_is_replaced_leaves_one(
+    in_one_step: bool, moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
+    steps = iter(range(1, 99))
+
+    def dying(plain: Any) -> Any:
+        """The same, or death before it: one of the changes that saving makes at the end."""
+
+        def run(*args: Any, **options: Any) -> Any:
+            if next(steps) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args, **options)
+
+        return run
+
+    def work(rank: int) -> None:
+        if not in_one_step:
+            monkeypatch.setattr(saved, "_exchange", lambda one, other: False, raising=False)
+        monkeypatch.setattr(os, "replace", dying(os.replace))
+        monkeypatch.setattr(saved.shutil, "rmtree", dying(saved.shutil.rmtree))
+        visprune.save_pretrained(visprune.prune(vit(), "tome", r=2), folder)
+
+    (ended,) = small.in_children(work)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    one_step = in_one_step and saved._exchange(tmp_path / "a", tmp_path / "b")
+    assert folder.is_dir() == (one_step or moment != 2)
+    assert ended == (0 if one_step and moment > 1 else -signal.SIGKILL)
+    _, run = visprune.load_pretrained(folder)
+    assert run is not None
+    assert run.method.r == (1 if moment == 1 and not one_step else 2)
+    visprune.save_pretrained(visprune.prune(vit(), "tome", r=3), folder)
+    _, run = visprune.load_pretrained(folder)
+    assert run is not None
+    assert run.method.r == 3
+
+
+def test_the_next_saving_finishes_what_was_killed(tmp_path: Path) -> None:
+    folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
+    fresh = visprune.save_pretrained(visprune.prune(vit(), "tome", r=2), tmp_path / "fresh")
+    folder.rename(tmp_path / ".saved-abcdefgh-old")
+    fresh.rename(tmp_path / ".saved-abcdefgh")
+    visprune.save_pretrained(visprune.prune(vit(), "tome", r=3), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_link_is_replaced_like_a_folder(tmp_path: Path) -> None:
+    real = visprune.save_pretrained(vit(), tmp_path / "real")
+    (tmp_path / "saved").symlink_to(real)
+    folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
+    assert not folder.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real", "saved"]
+    assert not (real / "visprune.json").exists()
 
 
 def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor
 
 from tests.vit.shrunk import build, images, small_kwargs, stir
+from visprune.backbones.towers.macs import counted_macs
 from visprune.backbones.vit import Sparsifiner, sparsifiner_cost
 from visprune.backbones.vit.sparsifiner import checkpoint_filter_fn
 from visprune.backbones.vit.sparsifiner_attention import _as_mask
+from visprune.backbones.vit.sparsifiner_cost import measured_macs
 from visprune.errors import BudgetError, ConfigError
 
 NAME = "sparsifiner_deit_small"
@@ -146,6 +150,60 @@ def test_token_pruning_keeps_what_the_class_token_sees() -> None:
         assert torch.equal(net.forward_train(images()).kept, best)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"score_threshold": 0.02},
+        {"sparsity": {"mask_gradient": "straight_through"}},
+        {"token_pruning_loc": (0,), "token_keep_rate": 0.5},
+    ],
+    ids=["budget", "threshold", "straight through", "token pruning"],
+)
+def test_half_precision(
+    dtype: torch.dtype, autocast: bool, training: bool, kwargs: dict[str, Any]
+) -> None:
+    net, x = model(**kwargs).train(training), images()
+    want, taught = net(x), net.forward_train(x, reconstruct=True).predicted
+    net, x = (net, x) if autocast else (net.to(dtype), x.to(dtype))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        got, guessed = net.forward_train(x), net.forward_train(x, reconstruct=True).predicted
+    assert got.logits.dtype == dtype
+    # The class token's attention may rank two patches the other way round.
+    assert (got.logits.float() - want).norm() < 0.05 * want.norm()
+    for a, b in zip(guessed, taught, strict=True):
+        assert (a.float() - b).norm() < 0.02 * b.norm()
+    (got.logits.float().sum() + sum(a.float().sum() for a in guessed)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_intermediates_the_way_timm_asks() -> None:
+    net, x = model(), images()
+    with torch.no_grad():
+        final, maps = net.forward_intermediates(x)
+        lists = net.get_intermediate_layers(x, n=2)
+        assert [t.shape for t in lists] == [(2, 16, 32)] * 2
+        assert torch.equal(lists[1].transpose(1, 2).unflatten(2, (4, 4)), maps[1])
+        got = net.forward_intermediates(x, output_dict=True)
+        assert set(got) == {"image_intermediates", "image_features"}
+        assert torch.equal(got["image_features"], final)
+        options: dict[str, Any] = {"return_prefix_tokens": True, "intermediates_only": True}
+        pairs = net.forward_intermediates(x, **options)
+        got = net.forward_intermediates(x, output_dict=True, **options)
+        assert set(got) == {"image_intermediates", "image_intermediates_prefix"}
+        for (patches, prefix), a, b in zip(pairs, *got.values(), strict=True):
+            assert torch.equal(patches, a)
+            assert torch.equal(prefix, b)
+        bare = model(class_token=False, global_pool="avg")
+        assert [t.shape for t in bare.forward_intermediates(x, **options)] == [(2, 32, 4, 4)] * 2
+    for mask in ({"attn_mask": torch.ones(17, 17, dtype=torch.bool)}, {"is_causal": True}):
+        with pytest.raises(ConfigError, match="its own mask"):
+            net.forward_intermediates(x, **mask)
+
+
 def test_another_image_size() -> None:
     net = model()
     before = net.predictors[0].proj_n.clone()
@@ -219,6 +277,38 @@ def test_cost_measures_what_a_threshold_keeps() -> None:
     assert everything.mhsa_saved < 0, "the predictor is not free"
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"token_pruning_loc": (0,), "token_keep_rate": 0.5}])
+def test_a_threshold_is_counted_on_pictures(kwargs: dict[str, Any]) -> None:
+    size = (3, 64, 64)
+    budget = model(**kwargs)
+    assert measured_macs(budget, images()) == counted_macs(budget, size)
+    net = model(score_threshold=0.02, **kwargs)
+    most = counted_macs(net, size)  # on shapes alone: room for every key
+    if not kwargs:
+        assert most == counted_macs(model(attn_keep_rate=1.0), size)
+    kept: list[float] = []
+    for predictor in net.predictors:
+        plain = predictor.select
+
+        def count(*args: Any, plain: Any = plain, **options: Any) -> Tensor:
+            idx = plain(*args, **options)
+            kept.append(float((idx >= 0).sum()) / len(idx))
+            return idx
+
+        predictor.select = count
+    with torch.no_grad():
+        net(images())
+    for predictor in net.predictors:
+        del predictor.select
+    rows = [16, 8 if kwargs else 16]  # and two heads; 16 channels each, in scores and in values
+    pairs = sum(2 * n * (n + 1) for n in rows)
+    assert measured_macs(net, images()) == round(most - 2 * 16 * (pairs - sum(kept)))
+    assert measured_macs(model(score_threshold=1e9, **kwargs), images()) == most - 2 * 16 * pairs
+    for block in net.blocks:
+        block.attn.sparse_inference = False
+    assert measured_macs(net, images()) == counted_macs(net, size)
+
+
 def test_bad_input() -> None:
     for rate in (0.0, 1.5):
         with pytest.raises(BudgetError, match=r"keep_rate must be in \(0, 1\]"):
@@ -233,8 +323,29 @@ def test_bad_input() -> None:
         model(dynamic_img_size=True)
     with pytest.raises(ConfigError, match="mask_gradient"):
         model(sparsity={"mask_gradient": "gumbel"})
-    with pytest.raises(ConfigError, match="rank must be in"):
-        model(rank=99)
+    for rank in (0, 99):
+        with pytest.raises(ConfigError, match=rf"rank must be in 1\.\.17 .* got {rank} and 2"):
+            model(rank=rank)
+    with pytest.raises(ConfigError, match=r"reduce_c_factor in 1\.\.16 .* got 2 and 0"):
+        model(reduce_c_factor=0)
+    for factor in (0, 1.5):
+        with pytest.raises(ConfigError, match=f"reduce_n_factor must .* got {factor}"):
+            model(reduce_n_factor=factor)
+    with pytest.raises(ConfigError, match=r"no field 'coef_topks'\. Did you mean 'coef_topk'\?"):
+        model(sparsity={"coef_topks": 1})
+    with pytest.raises(ConfigError, match="keep_rate as the argument attn_keep_rate"):
+        model(sparsity={"keep_rate": 0.5})
+    with pytest.raises(ConfigError, match="must be a dictionary of coef_topk"):
+        model(sparsity=["coef_topk"])
+    for name in ("attn_layer", "block_fn"):
+        part = {"attn_layer": "diff", "block_fn": ParallelThingsBlock}[name]
+        if name not in inspect.signature(timm.models.VisionTransformer).parameters:
+            continue  # an older timm
+        with pytest.raises(ConfigError, match="leave attn_layer and block_fn out"):
+            model(**{name: part})
+    for places in (0, ["0"], "01"):
+        with pytest.raises(ConfigError, match="must be a list of rising block numbers"):
+            model(token_pruning_loc=places, token_keep_rate=0.5)
     with pytest.raises(BudgetError, match="score_threshold"):
         model(score_threshold=-1.0)
     with pytest.raises(ConfigError, match="its own mask"):

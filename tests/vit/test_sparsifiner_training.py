@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both training stages of Sparsifiner, with a dense teacher."""
+"""Both training stages of Sparsifiner with a dense teacher, on the losses of ``visprune train``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +11,25 @@ import timm
 import torch
 import torch.nn.functional as F
 
+import visprune
+from tests.train import small
 from tests.vit.shrunk import build, images, small_kwargs, stir
-from visprune.backbones.vit import SparsifinerLoss, stage_parameters
+from visprune.backbones.vit import stage_parameters
 from visprune.backbones.vit.sparsifiner import checkpoint_filter_fn
 from visprune.backbones.vit.sparsifiner_training import (
     attention_probabilities,
-    logit_distillation,
+    check_stage,
     reconstruction_loss,
     teacher_outputs,
 )
 from visprune.errors import ConfigError
+from visprune.train.image.losses import token_distillation
+from visprune.train.image.reading import build_recipe
+from visprune.train.image.student import Student
 
 NAME = "sparsifiner_deit_small"
+SHAPE = {"img_size": small.SIDE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+RECON_EPOCHS = 2  # before them the predictors learn, after them the rest
 
 
 def pair(**kwargs: Any) -> tuple[Any, Any]:
@@ -32,6 +40,45 @@ def pair(**kwargs: Any) -> tuple[Any, Any]:
     student = build(NAME, **kwargs)
     student.load_state_dict(checkpoint_filter_fn(teacher.state_dict(), student))
     return student.train(), teacher
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.make_folder(tmp_path_factory.mktemp("data"), train=3, val=1)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a dense model of sharp attention: something to reconstruct."""
+    torch.manual_seed(0)
+    teacher = timm.create_model("deit_small_patch16_224", num_classes=3, **SHAPE)
+    stir(teacher)
+    with torch.no_grad():
+        for block in teacher.blocks:
+            block.attn.qkv.weight[:64] *= 3
+    return visprune.save_pretrained(teacher, tmp_path_factory.mktemp("dense") / "weights")
+
+
+def trainer(data: Path, dense: Path, epoch: float, **args: Any) -> Student:
+    """What ``visprune train`` trains, at a point of time; the model starts as its teacher."""
+    raw = small.recipe(
+        data,
+        model={"name": NAME, "start_from": str(dense), "args": {**SHAPE, **args}},
+        distill={"teacher": str(dense), "logit": 0.5, "token": 0.5},
+        sparse={"recon_epochs": RECON_EPOCHS, "recon_weight": 0.01},
+        augment={},
+    )
+    student = Student(build_recipe(raw, "here"), torch.device("cpu"))
+    student.set_epoch(epoch)
+    return student
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    return images(count, small.SIDE, small.SIDE)
+
+
+def target(*classes: int) -> torch.Tensor:
+    return F.one_hot(torch.tensor(classes), 3).float()
 
 
 def test_teacher_attention_is_what_the_teacher_uses() -> None:
@@ -49,42 +96,35 @@ def test_teacher_attention_is_what_the_teacher_uses() -> None:
     assert teacher_outputs(teacher, images(), attention=False).attention == []
 
 
-def test_losses_by_hand() -> None:
-    student, teacher = pair()
-    loss, targets = SparsifinerLoss(teacher, "classify"), torch.tensor([1, 3])
-    total, parts = loss(student, images(), targets)
+def test_losses_by_hand(data: Path, dense: Path) -> None:
+    student, x = trainer(data, dense, RECON_EPOCHS), pictures()
+    model, teacher = student.model, student.teacher
+    logits, total = student.loss(x, target(1, 2))
     with torch.no_grad():
-        output, logits = student.forward_train(images()), teacher(images())
-        tokens = teacher.forward_features(images())[:, 1:]
-        want = {
-            "class": F.cross_entropy(output.logits, targets),
-            "logit": (logits.softmax(-1) * (logits.log_softmax(-1)
-                      - output.logits.log_softmax(-1))).sum(-1).mean(),
-            "token": (output.tokens - tokens).square().mean(),
-        }  # fmt: skip
-    for name, value in want.items():
-        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
+        output, theirs = model.forward_train(x), teacher(x)
+        torch.testing.assert_close(logits, output.logits)
+        tokens = teacher.forward_features(x)[:, 1:]
+        logit = (theirs.softmax(-1) * (theirs.log_softmax(-1)
+                 - logits.log_softmax(-1))).sum(-1).mean()  # fmt: skip
+        token = (output.tokens - tokens).square().mean()
+        hard = F.cross_entropy(logits, torch.tensor([1, 2]))
     torch.testing.assert_close(
-        total.detach(), want["class"] + 0.5 * want["logit"] + 0.5 * want["token"],
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
-    loss.stage = "reconstruct"
-    total, parts = loss(student, images(), targets)
+        total.detach(), hard + 0.5 * logit + 0.5 * token, rtol=1e-4, atol=1e-5
+    )
+    student.set_epoch(0)
+    _, total = student.loss(x, target(1, 2))
     with torch.no_grad():
-        predicted = student.forward_train(images(), reconstruct=True).predicted
-        attention = teacher_outputs(teacher, images(), attention=True).attention
+        predicted = model.forward_train(x, reconstruct=True).predicted
+        attention = teacher_outputs(teacher, x, attention=True).attention
     errors = [((p - a[:, :, 1:]) ** 2).sum() for p, a in zip(predicted, attention, strict=True)]
-    torch.testing.assert_close(parts["reconstruct"], sum(errors) / 2)
-    torch.testing.assert_close(total.detach(), 0.01 * parts["reconstruct"])
+    torch.testing.assert_close(total.detach(), 0.01 * sum(errors) / 2 / len(x))
 
 
-def test_the_student_starts_as_its_teacher() -> None:
-    student, teacher = pair(attn_keep_rate=1.0)
-    loss = SparsifinerLoss(teacher, "classify")
-    _, parts = loss(student, images(), torch.tensor([0, 1]))
-    assert parts["logit"] < 1e-6
-    assert parts["token"] < 1e-6
-    assert logit_distillation(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
+def test_the_student_starts_as_its_teacher(data: Path, dense: Path) -> None:
+    student, x = trainer(data, dense, RECON_EPOCHS, attn_keep_rate=1.0), pictures()
+    logits, total = student.loss(x, target(0, 1))
+    hard = F.cross_entropy(logits, torch.tensor([0, 1]))
+    assert abs(float(total.detach() - hard.detach())) < 1e-6
 
 
 def test_stages_train_their_own_parameters() -> None:
@@ -100,12 +140,11 @@ def test_stages_train_their_own_parameters() -> None:
     assert len(stage_parameters(both, "classify")) == len(names)
 
 
-def run(loss: SparsifinerLoss, student: Any, stage: Any, steps: int, lr: float) -> list[float]:
-    loss.stage = stage
-    optimizer = torch.optim.AdamW(stage_parameters(student, stage), lr=lr)
+def run(student: Student, steps: int, lr: float) -> list[float]:
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     found = []
     for _ in range(steps):
-        total, _ = loss(student, images(4), torch.tensor([0, 1, 2, 3]))
+        _, total = student.loss(pictures(4), target(0, 1, 2, 0))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -113,21 +152,18 @@ def run(loss: SparsifinerLoss, student: Any, stage: Any, steps: int, lr: float) 
     return found
 
 
-def test_two_stages_learn() -> None:
-    student, teacher = pair(rank=12)
-    with torch.no_grad():
-        for model in (student, teacher):  # sharp attention: something to reconstruct
-            for block in model.blocks:
-                block.attn.qkv.weight[:64] *= 3
-    loss = SparsifinerLoss(teacher)
-    agreement = overlap(student, teacher)
-    frozen = {n: p.clone() for n, p in student.named_parameters() if "mask_pred" not in n}
-    first = run(loss, student, "reconstruct", 60, 1e-2)
+def test_two_stages_learn(data: Path, dense: Path) -> None:
+    student = trainer(data, dense, 0, rank=12)
+    model, teacher = student.model, student.teacher
+    agreement = overlap(model, teacher)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "mask_pred" not in n}
+    first = run(student, 60, 1e-2)
     assert first[-1] < 0.7 * first[0]
-    assert all(torch.equal(p, frozen[n]) for n, p in student.named_parameters() if n in frozen)
-    learned, best = overlap(student, teacher), overlap(student, teacher, best=True)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    learned, best = overlap(model, teacher), overlap(model, teacher, best=True)
     assert learned - agreement > 0.5 * (best - agreement), "the keys chosen are the teacher's"
-    second = run(loss, student, "classify", 25, 3e-4)
+    student.set_epoch(RECON_EPOCHS)
+    second = run(student, 25, 3e-4)
     assert second[-1] < 0.9 * second[0]
     assert all(p.requires_grad is False and p.grad is None for p in teacher.parameters())
     assert not teacher.training
@@ -136,7 +172,7 @@ def test_two_stages_learn() -> None:
 def overlap(student: Any, teacher: Any, best: bool = False) -> float:
     """Teacher's attention to the keys chosen in the first block, or to the best of that number."""
     with torch.no_grad():
-        x = teacher.norm_pre(teacher._pos_embed(teacher.patch_embed(images(4))))
+        x = teacher.norm_pre(teacher._pos_embed(teacher.patch_embed(pictures(4))))
         attn = student.blocks[0].attn
         x = student.blocks[0].norm1(x)
         truth = attention_probabilities(teacher.blocks[0].attn, x)[:, :, 1:]
@@ -146,24 +182,27 @@ def overlap(student: Any, teacher: Any, best: bool = False) -> float:
         return float(truth.gather(-1, idx).sum(-1).mean())
 
 
-def test_token_pruning_distils_the_tokens_that_are_left() -> None:
-    student, teacher = pair(token_pruning_loc=(0,), token_keep_rate=0.5, attn_keep_rate=1.0)
-    loss = SparsifinerLoss(teacher, "classify")
-    total, parts = loss(student, images(), torch.tensor([0, 1]))
+def test_token_pruning_says_which_tokens_are_left() -> None:
+    # Of a student that sees every key, the patches that are dropped after the last block are all
+    # that differs from its teacher: those that are left are the teacher's, at their places.
+    student, teacher = pair(token_pruning_loc=(1,), token_keep_rate=0.5, attn_keep_rate=1.0)
     output = student.forward_train(images())
-    tokens = teacher.forward_features(images())[:, 1:]
-    want = torch.stack([tokens[i, output.kept[i]] for i in range(2)])
-    torch.testing.assert_close(parts["token"], (output.tokens - want).square().mean().detach())
-    total.backward()
+    assert output.kept.shape == output.tokens.shape[:2] == (2, 8)
+    theirs = teacher.forward_features(images())[:, 1:]
+    theirs = theirs.gather(1, output.kept[..., None].expand_as(output.tokens))
+    loss = token_distillation(output.tokens, theirs)
+    assert loss < 1e-8
+    loss.backward()
+    assert student.blocks[0].attn.qkv.weight.grad is not None
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
     grads = []
     for recompute in (False, True):
-        student, teacher = pair(token_pruning_loc=(0,), token_keep_rate=0.5)
+        student, _ = pair(token_pruning_loc=(0,), token_keep_rate=0.5)
         student.set_grad_checkpointing(recompute)
-        total, _ = SparsifinerLoss(teacher, "classify")(student, images(), torch.tensor([0, 1]))
-        total.backward()
+        output = student.forward_train(images())
+        (output.logits.square().sum() + output.tokens.sum()).backward()
         grads.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, value in grads[0].items():
@@ -171,11 +210,9 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_bad_input() -> None:
-    _, teacher = pair()
     with pytest.raises(ConfigError, match="'reconstruct' or 'classify'; got 'distil'"):
-        SparsifinerLoss(teacher, "distil")  # type: ignore[arg-type]
-    deep = build(NAME, depth=3)
+        check_stage("distil")
     with pytest.raises(ConfigError, match="equally deep"):
-        SparsifinerLoss(teacher)(deep, images(), torch.tensor([0, 1]))
+        reconstruction_loss([torch.zeros(1, 2, 4, 5)], [torch.zeros(1, 2, 5, 5)] * 2)
     with pytest.raises(ConfigError, match="same heads and tokens"):
         reconstruction_loss([torch.zeros(1, 2, 4, 5)], [torch.zeros(1, 3, 5, 5)])

@@ -28,7 +28,7 @@ VITS = {
     "rotary": ("eva02_tiny_patch14_224", {"patch_size": 16}),
     "rotary, registers": ("vit_small_patch16_dinov3", {}),
 }
-HILO = [n for n in VITS if "rotary" not in n and "norms" not in n]
+HILO = [n for n in VITS if "rotary" not in n]
 
 
 def build(which: str, **kwargs: Any) -> Any:
@@ -70,6 +70,33 @@ def test_hilo_of_window_one_is_the_model(which: str) -> None:
         two = with_attention(build(which), "hilo", window_size=2, alpha=0.5)
         assert two(x).shape == want.shape
         assert not torch.allclose(two(x), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_hilo_of_one_window_is_the_model(norms: bool) -> None:
+    # All heads high, all patches in one window: queries, keys and outputs under their norms.
+    plain = {"class_token": False, "global_pool": "avg", "qk_norm": norms, "scale_attn_norm": norms}
+    model, x = build("query and key norms", **plain), images()
+    fresh = with_attention(build("query and key norms", **plain), "hilo", copy_weights=False)
+    with torch.no_grad():
+        want = model(x)
+        with_attention(model, "hilo", window_size=4, alpha=0.0)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        assert fresh(x).shape == want.shape
+    norm = {n for n, _ in fresh.blocks[0].attn.named_parameters() if "norm" in n}
+    assert len(norm) == 6 * norms
+    assert all(fresh.blocks[0].attn.get_parameter(n).std() == 0 for n in norm)
+
+
+@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+@pytest.mark.parametrize("which", ["query and key norms", "registers"])
+def test_autocast(kind: str, which: str) -> None:
+    model, x = with_attention(build(which), kind), images()
+    want = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+    got.float().sum().backward()
 
 
 def dense(attn: Any, x: Tensor, seen: Tensor) -> Tensor:
@@ -173,6 +200,15 @@ def test_some_blocks_only_and_options_per_block() -> None:
         assert model(images()).shape == (2, 5)
 
 
+def test_a_dilation_too_large_for_one_size_only() -> None:
+    model = build("class token", dynamic_img_size=True)
+    with_attention(model, "neighborhood", dilation=3)
+    with torch.no_grad():
+        assert model(images(1, 96, 96)).shape == (1, 5)
+        with pytest.raises(ConfigError, match=r"half the grid of 4 x 6 .* got dilation \(3, 3\)"):
+            model(images(1, 64, 96))
+
+
 def test_bad_input() -> None:
     model = build("class token")
     with pytest.raises(ConfigError, match=r"Unknown attention 'hillo'. Did you mean 'hilo'\?"):
@@ -181,12 +217,20 @@ def test_bad_input() -> None:
         with_attention(model, "hilo", window=2)
     with pytest.raises(ConfigError, match=r"blocks must be in 0\.\.1; got \[2\]"):
         with_attention(model, "hilo", blocks=[2])
+    for blocks in (1, "01", [0.5]):
+        with pytest.raises(ConfigError, match=r"blocks must be numbers of blocks, such as"):
+            with_attention(model, "hilo", blocks=blocks)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="kernel_size must be at least 2"):
         with_attention(model, "neighborhood", kernel_size=1)
+    with pytest.raises(ConfigError, match=r"stride in 1\.\.kernel_size; got \(7, 7\).*\(1, 9\)"):
+        with_attention(model, "neighborhood", kernel_size=7, stride=(1, 9))
+    for value in (2.5, (3, 3, 3), "7"):
+        with pytest.raises(ConfigError, match="kernel_size must be one int or two"):
+            with_attention(model, "neighborhood", kernel_size=value)
+    with pytest.raises(ConfigError, match=r"half the grid of 4 x 4 .* \(2, 3\) with .* \(7, 7\)"):
+        with_attention(model, "neighborhood", kernel_size=7, dilation=(2, 3))
     with pytest.raises(ConfigError, match="larger alpha"):
         with_attention(model, "hilo", alpha=0.1)
-    with pytest.raises(UnsupportedModel, match="q_norm, k_norm, norm"):
-        with_attention(build("query and key norms"), "hilo")
     with pytest.raises(UnsupportedModel, match="EvaAttention"):
         with_attention(build("rotary"), "hilo")
     with pytest.raises(UnsupportedModel, match="ResNet is none"):

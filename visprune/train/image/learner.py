@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from visprune.errors import ConfigError, did_you_mean
+from visprune.saved import load_pretrained
 from visprune.train.image.recipe import ModelConfig, Recipe
 
 __all__ = ["build_model", "data_config", "make_ema", "make_teacher"]
@@ -149,7 +150,9 @@ def make_teacher(recipe: Recipe, classes: int, device: torch.device) -> nn.Modul
             inside = folder / "weights"
             hint = f" Did you mean {str(inside)!r}?" if inside.is_dir() else ""
             raise ConfigError(f"distill.teacher {name!r} holds no config.json.{hint}")
-        teacher = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        teacher, run = load_pretrained(folder)
+        if run is not None:
+            run.remove()
     elif timm.is_model(name):
         teacher = _created(name, "distill.teacher", pretrained=True)
     else:

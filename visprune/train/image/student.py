@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visprune.backbones.towers.macs import counted_macs
 from visprune.backbones.vit import Sparsifiner, stage_parameters
+from visprune.backbones.vit.sparsifiner_cost import measured_macs
 from visprune.backbones.vit.sparsifiner_training import (
     reconstruction_loss,
     teacher_outputs,
@@ -126,17 +127,17 @@ class Student:
             return self._reconstruction(images)
         distill = self.recipe.distill
         with_tokens = distill is not None and distill.token > 0
-        logits, tokens = _forward(self.model, images, with_tokens)
+        logits, tokens, kept = _forward(self.model, images, with_tokens)
         loss = hard_loss(logits, target)
         if distill is not None:
             loss = loss * distill.hard_weight
             with torch.no_grad():
-                their_logits, their_tokens = _forward(self.teacher, images, with_tokens)
+                their_logits, their_tokens, _ = _forward(self.teacher, images, with_tokens)
             if distill.logit:
                 soft = logit_distillation(logits, their_logits, distill.temperature)
                 loss = loss + soft * distill.logit
             if tokens is not None and their_tokens is not None:
-                loss = loss + self._token_loss(tokens, their_tokens) * distill.token
+                loss = loss + self._token_loss(tokens, their_tokens, kept) * distill.token
         if self.reduction is not None and self.reduction.learned is not None:
             run = self.reduction.run
             weight = self.recipe.prune.ratio_weight if self.recipe.prune is not None else 0.0
@@ -151,11 +152,14 @@ class Student:
         loss = reconstruction_loss(output.predicted, taught.attention) / len(images)
         return output.logits, loss * weight
 
-    def _token_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
+    def _token_loss(self, ours: Tensor, theirs: Tensor, kept: Tensor | None) -> Tensor:
         """Distance to the teacher's tokens where the student still has its own."""
-        if self.reduction is None:
+        if self.reduction is not None:
+            index, there = self.reduction.survivors()
+        elif kept is not None:
+            index, there = kept, None
+        else:
             return token_distillation(ours, theirs)
-        index, there = self.reduction.survivors()
         theirs = theirs.gather(1, index[..., None].expand(-1, -1, theirs.shape[-1]))
         return token_distillation(ours, theirs, there)
 
@@ -192,6 +196,10 @@ class Student:
         """Multiply-adds of one picture under the finished model; see :func:`count_macs`."""
         if self.reduction is not None:
             self.reduction.at_the_end()
+        if isinstance(self.model, Sparsifiner) and self.reduction is None:
+            loader = self.data.val_loader(_COUNTED, 0, 1)
+            images = next(batch.images for batch in loader if len(batch.labels))
+            return measured_macs(self.model.eval(), images.to(next(self.model.parameters()).device))
         size = data_config(self.model)["input_size"]
         return count_macs(self.model.eval(), self.reduction.run if self.reduction else None, size)
 
@@ -222,12 +230,23 @@ class Student:
         save_pretrained(reduction.run if reduction else model, folder, model_args=args)
 
 
-def _forward(model: Any, images: Tensor, with_tokens: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits, and the last layer's patch tokens ``[B, N, D]`` if asked for."""
+_COUNTED = 8  # pictures, where the number of operations depends on them
+
+
+def _forward(
+    model: Any, images: Tensor, with_tokens: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Logits; if asked for the last layer's patch tokens ``[B, N, D]``, and their places.
+
+    Places ``[B, N]`` are None where all are there, or a reduction knows them.
+    """
     if not with_tokens:
-        return model(images), None
+        return model(images), None, None
+    if isinstance(model, Sparsifiner):
+        out = model.forward_train(images)
+        return out.logits, out.tokens, out.kept
     features = model.forward_features(images)
-    return model.forward_head(features), features[:, model.num_prefix_tokens :]
+    return model.forward_head(features), features[:, model.num_prefix_tokens :], None
 
 
 def count_macs(model: Any, run: Any, size: tuple[int, int, int]) -> int:
