@@ -3,25 +3,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.records import Cell, Record, canonical
-from visprune.eval.report.build import arm_label
+from visprune.errors import ConfigError
+from visprune.eval.pairing import (
+    by_task,
+    labels_of,
+    matched,
+    opened,
+    pairs_of,
+    same_folder,
+    titled,
+)
+from visprune.eval.records import Cell, Record
 from visprune.eval.report.estimate import Draws, Scorer
+from visprune.eval.report.results import Line
 from visprune.eval.report.rows import pooled
-from visprune.eval.results import ResultsFolder
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 
 __all__ = ["Comparison", "OwnFigure", "compare", "mcnemar", "to_text"]
-
-_Setting = tuple[str, str]  # name of the model; generation options and style of the prompts
-_Records = dict[tuple[int, str], Record]
 
 _RIGHT = 0.5  # a fractional score counts as right from here on, for McNemar's test alone
 
@@ -116,19 +119,19 @@ def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Compari
     Raises:
         ConfigError: no such folder or method, or no question that both answered.
     """
-    (left, left_label), (right, right_label) = _split(first), _split(second)
-    pairs = _pairs(left, left_label or None, right, right_label or None)
-    if _same(left, right) and all(a == b for a, b in pairs):
+    (left, left_label), (right, right_label) = opened(first), opened(second)
+    pairs = pairs_of(left, left_label or None, right, right_label or None)
+    if same_folder(left, right) and all(a == b for a, b in pairs):
         raise ConfigError(
             f"Both sides are the same run. Name two methods, such as "
-            f"'{left.path}:{next(iter(_labels(left)))}' and another of: {', '.join(_labels(left))}."
+            f"'{left.path}:{labels_of(left)[0]}' and another of: {', '.join(labels_of(left))}."
         )
     found = []
     for a, b in pairs:
-        tasks, others = _by_task(left, a), _by_task(right, b)
+        tasks, others = by_task(left, a), by_task(right, b)
         for task in tasks:
-            names = (_title(left, a, right), _title(right, b, left))
-            for on, one, other in _matched(tasks[task], others.get(task, {}), names):
+            names = (titled(left, a, right), titled(right, b, left))
+            for on, one, other in matched(tasks[task], others.get(task, {}), names):
                 told = (names[0] + on, names[1] + on)
                 made = _compare(task, told, one, other, resamples, left.cells())
                 found += [made] if made is not None else []
@@ -138,117 +141,6 @@ def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Compari
             f"of the same task with the same options."
         )
     return found
-
-
-def _split(text: str) -> tuple[ResultsFolder, str]:
-    if Path(text).is_dir():
-        return ResultsFolder(text), ""
-    folder, _, label = text.rpartition(":")
-    return ResultsFolder(folder or text), arm_label(label) if folder else ""
-
-
-def _same(left: ResultsFolder, right: ResultsFolder) -> bool:
-    return Path(left.path).resolve() == Path(right.path).resolve()
-
-
-def _labels(folder: ResultsFolder) -> list[str]:
-    return list(dict.fromkeys(arm_label(cell.label) for cell in folder.cells().values()))
-
-
-def _pairs(
-    left: ResultsFolder, a: str | None, right: ResultsFolder, b: str | None
-) -> list[tuple[str, str]]:
-    """The methods to compare with each other."""
-    for folder, label in ((left, a), (right, b)):
-        if label is not None and label not in _labels(folder):
-            raise ConfigError(
-                f"{str(folder.path)!r} has no method {label!r}."
-                f"{did_you_mean(label, _labels(folder))} It has: {', '.join(_labels(folder))}."
-            )
-    if a is not None or b is not None:
-        one, other = (a or b or ""), (b or a or "")
-        return _pairs(left, one, right, other) if a is None or b is None else [(one, other)]
-    common = [label for label in _labels(left) if label in _labels(right)]
-    if not common:
-        raise ConfigError(
-            f"{str(left.path)!r} and {str(right.path)!r} have no method of the same name; name one "
-            f"of each: {left.path}:METHOD. There are {', '.join(_labels(left))}, and "
-            f"{', '.join(_labels(right))}."
-        )
-    return [(label, label) for label in common]
-
-
-def _by_task(folder: ResultsFolder, label: str) -> dict[str, dict[_Setting, _Records]]:
-    """Records of a method by task (with options), then by setting, then by seed and sample.
-
-    Raises:
-        ConfigError: two cells of the same setting are called the same.
-    """
-    found: dict[str, dict[_Setting, _Records]] = {}
-    cells = [cell for cell in folder.cells().values() if arm_label(cell.label) == label]
-    places: dict[str, set[str]] = {}
-    for cell in cells:
-        places.setdefault(_task_title(cell), set()).add(_task_title(cell, place=True))
-    for cell in cells:
-        how = canonical({**cell.generation, "prompt_style": cell.prompt_style}).decode()
-        title = _task_title(cell)
-        # Where the data lies matters only among several of one name: a copy holds the same.
-        settings = found.setdefault(_task_title(cell, place=len(places[title]) > 1), {})
-        records = settings.setdefault((str(cell.model["name"]), how), {})
-        for record in folder.records(cell.id):
-            if (cell.seed, record.sample) in records:
-                raise ConfigError(
-                    f"{str(folder.path)!r} calls two methods {label!r}, with different "
-                    f"parameters; it cannot be told which one is meant."
-                )
-            records[cell.seed, record.sample] = record
-    return found
-
-
-def _matched(
-    first: Mapping[_Setting, _Records], second: Mapping[_Setting, _Records], names: tuple[str, str]
-) -> list[tuple[str, _Records, _Records]]:
-    """What to compare of one task: each model with itself, where a folder has several.
-
-    Two runs of one model each are compared whatever the models are.
-
-    Returns:
-        What tells the pair from the others, for its title; the records of A; those of B.
-
-    Raises:
-        ConfigError: a folder has several models, and the other none of them.
-    """
-    if not first or not second:
-        return []
-    if len(first) == len(second) == 1:
-        ((_, one),), ((_, other),) = first.items(), second.items()
-        return [("", one, other)]
-    same = [key for key in first if key in second]
-    if same:
-        words = [model if len({m for m, _ in same}) > 1 else how for model, how in same]
-        return [
-            (f" on {word}" * (len(same) > 1), first[key], second[key])
-            for key, word in zip(same, words, strict=True)
-        ]
-    by_model = [(f" on {a[0]}", first[a], second[b]) for a in first for b in second if a[0] == b[0]]
-    if by_model and len(by_model) == len({on for on, _, _ in by_model}):
-        return by_model
-    have = [", ".join(f"{model} {how}" for model, how in keys) for keys in (first, second)]
-    raise ConfigError(
-        f"{names[0]} and {names[1]} cannot be paired: the one was run on {have[0]}, the other on "
-        f"{have[1]}."
-    )
-
-
-def _task_title(cell: Cell, *, place: bool = False) -> str:
-    left_out = ["task", "seed", "limit"]  # what samples two limits share are the same samples
-    left_out += [] if place else ["data", "path"]
-    options = {k: v for k, v in cell.task.items() if k not in left_out and v is not None}
-    return f"{cell.task.get('task')} ({', '.join(f'{k}={v}' for k, v in options.items())})"
-
-
-def _title(folder: ResultsFolder, label: str, other: ResultsFolder) -> str:
-    return label if _same(folder, other) else f"{folder.path}:{label}"
 
 
 def _compare(
@@ -295,12 +187,11 @@ def _own(
     scored: Sequence[tuple[Record, Record]], cells: Mapping[str, Cell], resamples: int
 ) -> OwnFigure | None:
     """The task's own figure of both sides; ``None`` where it is the mean that is told anyway."""
-    sides: list[dict[int, list[Record]]] = [{}, {}]
+    sides: list[dict[int, list[Line]]] = [{}, {}]
     for pair in scored:
         seed = cells[pair[0].cell].seed
         for side, record in zip(sides, pair, strict=True):
-            named = dataclasses.replace(record, cluster=record.cluster or record.sample)
-            side.setdefault(seed, []).append(named)
+            side.setdefault(seed, []).append(_line(record))
     one, two = ([*side.values()] for side in sides)
     draws = Draws([r.cluster for lines in one for r in lines], resamples=resamples)
     about = cells[scored[0][0].cell].task
@@ -311,11 +202,21 @@ def _own(
     if not all("score" in scorer.figures(lines) for lines in (*one, *two)):
         return None
     (first, low), (second, high) = pooled(one, scorer), pooled(two, scorer)
-    every = [record for lines in one for record in lines]
+    every = [line for lines in one for line in lines]
     ends = scorer.ends(every, high - low)
     return OwnFigure(
         scorer.task.metric_name, scorer.task.unit, first, second,
         PairedDifference(second - first, *ends),
+    )  # fmt: skip
+
+
+def _line(record: Record) -> Line:
+    """What a task's aggregate reads of a scored record."""
+    return Line(
+        sample=record.sample, question=record.question, kind=record.kind,
+        cluster=record.cluster or record.sample, answers=record.answers, choices=record.choices,
+        answer=record.answer, score=record.score, meta=record.meta, error=None, text=record.text,
+        tokens=None, macs=None, kv_bytes=None, new_tokens=None,
     )  # fmt: skip
 
 

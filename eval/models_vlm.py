@@ -287,7 +287,7 @@ def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
         raise ConfigError(
             f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
             f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
-            f"timm:NAME, open_clip:NAME/TAG, or {EMBEDDED!r}."
+            f"timm:NAME, open_clip:NAME/PRETRAINED, or {EMBEDDED!r}."
         )
     options: dict[str, Any] = {"dtype": spec.dtype, "local_files_only": here or offline()}
     if spec.attention is not None:
