@@ -14,6 +14,11 @@ from visprune.site import Site
 Rounding = Literal["round", "floor"]
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an int or a float, and not ``True`` or ``False``."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Budget:
     """The number of visual tokens of one image that are **kept**.
@@ -46,8 +51,7 @@ class Budget:
         if self.num_keep is not None and self.num_keep < 1:
             raise BudgetError(f"num_keep must be at least 1, got {self.num_keep}.")
         ratio = self.keep_ratio
-        number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-        if ratio is not None and not (number and 0.0 < ratio <= 1.0):
+        if ratio is not None and not (is_number(ratio) and 0.0 < ratio <= 1.0):
             raise BudgetError(
                 f"keep_ratio is the fraction of tokens that stays, in (0, 1]; got {ratio!r}. "
                 f"To keep a number of tokens, use num_keep."

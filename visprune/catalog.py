@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from visprune.backbones.towers import REFUSED
 from visprune.backbones.towers import TABLE as TOWERS
 from visprune.backbones.vlm import TABLE as ADAPTERS
+from visprune.budget import is_number
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import PruningMethod
 from visprune.methods import TABLE as METHODS
@@ -39,20 +42,77 @@ def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
     """Build a method from its name and parameters, or return one that is already built.
 
     Raises:
-        ConfigError: unknown name or parameter (with a suggestion), or a value out of range.
+        ConfigError: unknown name or parameter (with a suggestion), or a value of another type or
+            out of range.
     """
     if isinstance(method, PruningMethod):
         if params:
             raise ConfigError(
                 f"{method.name} is already built; set {', '.join(params)} on it, or pass its name."
             )
+        _check_types(type(method), vars(method))
         return method
     if not isinstance(method, str):
         raise ConfigError(
             f"A method is a name or a PruningMethod instance, got {type(method).__name__}. "
             f"Names: {', '.join(list_methods())}."
         )
-    return methods.get(method).from_params(**params)
+    kind = methods.get(method)
+    try:
+        built: PruningMethod = kind.from_params(**params)
+    except TypeError:  # a range is checked by comparing, which not every type can
+        _check_types(kind, params)
+        raise
+    _check_types(kind, vars(built))
+    return built
+
+
+def _check_types(method: type[PruningMethod], given: Mapping[str, Any]) -> None:
+    """Compare the values of a method's parameters with the types that its class declares.
+
+    After the method's own checks, which say more of the values that they look at.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    try:
+        hints = get_type_hints(method)
+    except NameError:  # a method from elsewhere, with names that a type checker alone imports
+        return
+    for name, value in given.items():
+        if not _fits(value, hints.get(name, Any)):
+            raise ConfigError(
+                f"{method.name} takes no {name}={value!r}: give {_named(hints[name])}."
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; of types that no method of ours declares, yes."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin in (list, tuple, Sequence) and parts[1:] in ((), (...,)):
+        return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
+    if hint in (int, float):
+        return is_number(value) and (hint is float or isinstance(value, int))
+    return hint not in _NAMED or isinstance(value, hint)
+
+
+_NAMED = {int: "an int", float: "a number", bool: "True or False", NoneType: "None"}
+
+
+def _named(hint: Any) -> str:
+    """A type in words, after "give"."""
+    parts = get_args(hint)
+    if get_origin(hint) in (list, tuple, Sequence):
+        return f"a list, each {_named(parts[0])}"
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(part) for part in parts)
+    if hint == int | float:
+        return "an int or a fraction"
+    return " or ".join(_named(part) for part in parts) if parts else _NAMED[hint]
 
 
 def unwrap(model: Any) -> Any:
@@ -132,6 +192,13 @@ def find_adapter(model: Any) -> Any:
     if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
         return adapters.get(kind)(inner)
     if getattr(config, "vision_config", None) is None:
+        if getattr(inner, "main_input_name", "") == "pixel_values":
+            raise UnsupportedModel(
+                f"{type(inner).__name__} ({kind}) takes pictures alone, and has no adapter. Vision "
+                f"transformers with one: {', '.join(list_models('vit'))}; families of "
+                f"vision-language models: {', '.join(list_models())}. Take an encoder or a family "
+                f"of those; many others are in timm as a VisionTransformer or Eva."
+            )
         raise UnsupportedModel(
             f"{type(inner).__name__} ({kind}) is a text-only model: there are no visual tokens to "
             f"prune. {have}"

@@ -48,7 +48,7 @@ class TokenState:
         if placed:
             origin = index if origin is None else origin.gather(1, index)
         if sized and (selection.merges or size is not None):
-            ones = torch.ones(len(index), self.count, device=index.device)
+            ones = torch.ones(index.shape[0], self.count, device=index.device)
             size = selection.sizes(ones if size is None else size)
             if biased:
                 bias = torch.nn.functional.pad(size.log(), (prefix, 0))
@@ -60,11 +60,11 @@ class TowerPass:
 
     Args:
         grid: patches along height and width.
-        pixels: what the encoder was given, kept only where a method wants a fingerprint.
+        fingerprints: one int per picture, where the method wants them.
     """
 
-    def __init__(self, grid: tuple[int, int], pixels: Tensor | None = None) -> None:
-        self.grid, self.pixels = grid, pixels
+    def __init__(self, grid: tuple[int, int], fingerprints: tuple[int, ...] = ()) -> None:
+        self.grid, self.fingerprints = grid, fingerprints
         self.state = TokenState(0)
         self.layers: dict[int, TokenState] = {}
         self.attended: dict[int, int] = {}
@@ -75,13 +75,12 @@ class TowerPass:
         self.stream: Tensor | None = None
         self.keys: Tensor | None = None
         self.cls_attention: Tensor | None = None
-        self.fingerprints: tuple[int, ...] = ()
         self.total = self.batch = 0
 
     def enter(self, layer: int, x: Tensor, prefix: int) -> None:
         """Take the state that ``layer`` starts from, also when a checkpoint runs it again."""
         if not self.layers:
-            self.batch, self.total = len(x), x.shape[1] - prefix
+            self.batch, self.total = x.shape[0], x.shape[1] - prefix
             self.state = TokenState(self.total)
         self.state = self.layers.setdefault(layer, self.state)
 

@@ -47,7 +47,7 @@ def bipartite_pairs(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Te
     if prefix:
         left = left.sort(dim=1).values
     shift = prefix % 2  # behind an odd prefix the even tokens are the odd patches
-    odd = torch.arange(1 - shift, count, 2, device=metric.device).expand(len(metric), -1)
+    odd = torch.arange(1 - shift, count, 2, device=metric.device).expand(metric.shape[0], -1)
     index = torch.cat([2 * left + shift, odd], dim=1)
     slot = partner.gather(1, merged) + left.shape[1]
     return index, 2 * merged + shift, slot

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from visprune.budget import Schedule, Stage, StepBudget
+from visprune.catalog import methods
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import ModelSpec, PruningMethod
 
@@ -85,7 +87,7 @@ def make_tower_plan(
         if stage.site.kind != "vision":
             continue
         layer = stage.site.resolve(spec.vision_layers)
-        _check(method, stage, no_cls_rows)
+        _check(method, stage, spec, no_cls_rows)
         by_layer = plan.inside if stage.site.after_attention else plan.entry
         by_layer.setdefault(layer, []).append((number, stage))
     return plan
@@ -101,12 +103,22 @@ def check_encoder(method: PruningMethod, spec: ModelSpec) -> None:
         return
     raise UnsupportedModel(
         f"{method.name} acts inside the vision encoder, and {spec.family} cannot be reduced there: "
-        f"{spec.vision_refusal}. Methods that act behind the encoder: todre, divprune, fastv, "
-        f"pyramiddrop, pool, random, uniform."
+        f"{spec.vision_refusal}. Methods that act behind the encoder: "
+        f"{_names(lambda m: not m.only_in_towers and (spec.has_cls or not _needs_cls(m)))}."
     )
 
 
-def _check(method: PruningMethod, stage: Stage, no_cls_rows: str | None) -> None:
+def _needs_cls(method: type[PruningMethod]) -> bool:
+    """Whether a method refuses models without a class token, as its class says."""
+    return bool(getattr(method, "needs_cls", False))
+
+
+def _names(fits: Callable[[type[PruningMethod]], bool]) -> str:
+    """Names of the methods that ``fits`` is true of, in the registry's order."""
+    return ", ".join(name for name in methods if fits(methods.get(name)))
+
+
+def _check(method: PruningMethod, stage: Stage, spec: ModelSpec, no_cls_rows: str | None) -> None:
     needs = stage.needs
     if needs.attention is not None:
         raise ConfigError(f"{method.name}: there is no decoder attention inside an encoder.")
@@ -119,5 +131,6 @@ def _check(method: PruningMethod, stage: Stage, no_cls_rows: str | None) -> None
     if needs.cls_attention is not None and needs.cls_required and no_cls_rows is not None:
         raise UnsupportedModel(
             f"{method.name} ranks patches by the attention of the class token, but {no_cls_rows}. "
-            f"Methods that need no class token: tome, pitome, dynamicvit, random."
+            f"Methods that need no class token: "
+            f"{_names(lambda m: (m.in_towers or not spec.is_vit) and not _needs_cls(m))}."
         )

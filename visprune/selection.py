@@ -25,14 +25,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, count: int) -> Tensor:
     """Rows of a batch as rows of all its pictures, one after another."""
-    return index + torch.arange(0, len(index) * count, count, device=index.device)[:, None]
+    return index + torch.arange(0, index.shape[0] * count, count, device=index.device)[:, None]
 
 
 def behind(index: Tensor, prefix: int) -> Tensor:
     """``index`` ``[B, K]`` on a sequence with ``prefix`` tokens before these, all kept."""
     if prefix == 0:
         return index
-    first = torch.arange(prefix, device=index.device).expand(len(index), -1)
+    first = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
     return torch.cat([first, index + prefix], dim=1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visprune import ops
-from visprune.backbones.towers.base import Layer, TowerAdapter
+from visprune.backbones.towers.base import Layer, Noticed, TowerAdapter
 from visprune.backbones.vlm.base import fingerprint
 from visprune.budget import Stage
 from visprune.errors import ConfigError
@@ -27,6 +27,9 @@ _LEARNED = "visprune_learned"
 
 class TowerReducer:
     """The hooks of one method on one encoder.
+
+    All hooks are methods of objects that the model's hooks refer to, so a copy of the model
+    (``copy.deepcopy``, an average of weights, a pickle) is pruned by itself, and has not run yet.
 
     Args:
         adapter: the encoder.
@@ -62,13 +65,18 @@ class TowerReducer:
             if isinstance(other, PruningMethod):
                 raise ConfigError(
                     f"The model is already pruned by {other.name!r}. Two methods at once would "
-                    f"count each other's tokens; call run.remove() on the first."
+                    f"count each other's tokens; call run.remove() on the first. (A copy of a "
+                    f"pruned model is pruned too: copy.deepcopy(run) is the run of another copy, "
+                    f"its adapter.model.)"
                 )
         add = self._handles.append
         add(self.adapter.embed.register_forward_hook(self._begin, with_kwargs=True))
         for number, layer in enumerate(self.adapter.layers):
             self._install_layer(number, layer)
         self._handles += self.adapter.overrides(self)
+        for module in self.adapter.model.modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                add(Noticed(module))
         self._attach()
 
     def _attach(self) -> None:
@@ -103,6 +111,9 @@ class TowerReducer:
             del modules[_LEARNED]
         self._active = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "latest": None, "_active": None}
+
     # What adapters ask -----------------------------------------------------------------------
 
     def sizes(self, count: int) -> Tensor | None:
@@ -125,9 +136,8 @@ class TowerReducer:
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the pixels became patches: a new pass."""
         pixels = args[0] if args else next(iter(kwargs.values()))
-        self.latest = TowerPass(self.adapter.grid(pixels))
-        if self._fingerprints:
-            self.latest.fingerprints = tuple(fingerprint(picture) for picture in pixels)
+        prints = tuple(fingerprint(picture) for picture in pixels) if self._fingerprints else ()
+        self.latest = TowerPass(self.adapter.grid(pixels), prints)
 
     def _enter(
         self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

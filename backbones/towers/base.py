@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,41 @@ class Override:
     def remove(self) -> None:
         """Take it off; the class's own shows again."""
         vars(self._owner).pop(self._name, None)
+
+
+class Noticed:
+    """A module's ``forward`` as an attribute of the instance, so that compiled code is made anew.
+
+    ``torch.compile`` trusts that a module without hooks gets none
+    (``torch._dynamo.config.skip_nnmodule_hook_guards``): code from before a method was attached, or
+    of another instance, would run on as if there were none. A ``forward`` on the instance it does
+    look for. One that is there already stays (Accelerate's).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._forward = module, None if "forward" in vars(module) else module.forward
+        if self._forward is not None:
+            vars(module)["forward"] = self._forward
+
+    def remove(self) -> None:
+        """Take it off, unless another took its place."""
+        own = vars(self._module)
+        if self._forward is not None and own.get("forward") is self._forward:
+            del own["forward"]
+
+
+class Hooks:
+    """Hooks that hand tensors to each other within one forward, in ``held``.
+
+    They are methods and not functions inside a function, so that a copy of the model has copies of
+    them, which act on the copy alone. It starts without what is held.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": []}
 
 
 @dataclass(frozen=True)
@@ -147,18 +183,25 @@ class TowerAdapter:
         """Let keys count as ``policy()`` ``[B, N]`` says, with gradients, in training.
 
         A patch of weight 0 is no key; the others share its part. Where it is ``None``, nothing
-        changes.
+        changes. Here: training is refused.
         """
+        hook = partial(self._refuse_training, policy)
+        return [self.layers[number].attention.register_forward_pre_hook(hook)]
 
-        def refuse(module: nn.Module, args: Any) -> None:
-            if policy() is not None:
-                raise UnsupportedModel(
-                    f"A method that learns which tokens to keep needs to weigh the keys of every "
-                    f"layer in training, which is not offered for {type(self.model).__name__} with "
-                    f"{type(self.layers[number].attention).__name__}. It runs in eval mode."
-                )
-
-        return [self.layers[number].attention.register_forward_pre_hook(refuse)]
+    def _refuse_training(
+        self, policy: Callable[[], Tensor | None], attention: nn.Module, args: Any
+    ) -> None:
+        if policy() is None:
+            return
+        pool = getattr(self.model, "attn_pool", None)
+        pooled = "" if pool is None else f" and {type(pool).__name__} pooling"
+        raise UnsupportedModel(
+            f"A method that learns which tokens to keep has to weigh the keys of every layer in "
+            f"training, which is not offered for {type(self.model).__name__} with "
+            f"{type(attention).__name__}{pooled}. It trains on timm's VisionTransformer with its "
+            f"plain Attention and no attention pooling; with weights that were trained before, "
+            f"this model runs it in eval mode (model.eval())."
+        )
 
     def why_no_cls_rows(self) -> str | None:
         """Why the class token's attention cannot be read, or ``None`` if it can."""

@@ -107,7 +107,7 @@ class HfClip(TowerAdapter):
 
     def watch(self, number: int, record: Record) -> list[Any]:
         """By the probe of transformers' attention functions."""
-        return list(watch(self.layers[number].attention, lambda: record))
+        return list(watch(self.layers[number].attention, functools.partial(_always, record)))
 
     def overrides(self, reduction: Reduction) -> list[Any]:
         """SigLIP's pooling weighs tokens by their size."""
@@ -116,6 +116,10 @@ class HfClip(TowerAdapter):
             return []
         hook = functools.partial(_add_pool_bias, reduction)
         return [pooler.attention.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def _always(record: Record) -> Record:
+    return record
 
 
 def _add_pool_bias(

@@ -88,13 +88,9 @@ class OpenClipViT(TowerAdapter):
 
     def watch(self, number: int, record: Record) -> list[Any]:
         """Project queries and keys of what the attention is given."""
-        attention: Any = self.layers[number].attention
-
-        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["query"]
-            record(*_queries_and_keys(attention, x), (self.width // attention.num_heads) ** -0.5)
-
-        return [attention.register_forward_pre_hook(before, with_kwargs=True)]
+        hook = functools.partial(_project, record)
+        attention = self.layers[number].attention
+        return [attention.register_forward_pre_hook(hook, with_kwargs=True)]
 
     def signal_macs(self, tokens: int) -> int:
         """The keys of all tokens and the query of one."""
@@ -140,10 +136,15 @@ class OpenClipViT(TowerAdapter):
         for number, y in zip(sorted(taken), found["image_intermediates"], strict=True):
             full = reduction.expand(number, y)
             if raster:
-                full = full.reshape(len(full), *self.grid(given["x"]), -1)
+                full = full.reshape(full.shape[0], *self.grid(given["x"]), -1)
                 full = full.permute(0, 3, 1, 2).contiguous()
             maps.append(full)
         return {**found, "image_intermediates": maps}
+
+
+def _project(record: Record, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else kwargs["query"]
+    record(*_queries_and_keys(module, x), (x.shape[-1] // module.num_heads) ** -0.5)
 
 
 def _add_bias(
@@ -163,7 +164,7 @@ def _add_pool_bias(
     size = reduction.sizes(args[1].shape[1] - 1)
     if size is None:
         return None
-    whole = torch.cat([size.new_ones(len(size), 1), size], dim=1)
+    whole = torch.cat([size.new_ones(size.shape[0], 1), size], dim=1)
     return args, {**kwargs, "key_padding_mask": whole.log().to(args[1].dtype)}
 
 

@@ -10,8 +10,9 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from visprune.backbones.towers.base import Layer, Record, places
-from visprune.backbones.towers.timm_vit import TimmViT, watch_norms
+from visprune.backbones.towers.base import Hooks, Layer, Record, places
+from visprune.backbones.towers.timm_hooks import watch_norms
+from visprune.backbones.towers.timm_vit import TimmViT
 
 
 class TimmEva(TimmViT):
@@ -46,19 +47,27 @@ class TimmEva(TimmViT):
     def watch(self, number: int, record: Record) -> list[Any]:
         """The norms come before the rotation: it is applied to what they show."""
         attention: Any = self.layers[number].attention
-        rope: list[Tensor | None] = [None]
+        hooks = _Turned(attention, record)
+        handle = attention.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        return [handle, *watch_norms(attention, hooks.turned)]
 
-        def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            rope[0] = kwargs.get("rope")
 
-        def turned(q: Tensor, k: Tensor, scale: float) -> None:
-            table = rope[0]
-            if table is not None:
-                q, k = (_rotated(part, table, attention) for part in (q, k))
-            record(q, k, scale)
+class _Turned(Hooks):
+    """The hooks of :meth:`TimmEva.watch` on one attention module."""
 
-        handle = attention.register_forward_pre_hook(before, with_kwargs=True)
-        return [handle, *watch_norms(attention, turned)]
+    def __init__(self, attention: Any, record: Record) -> None:
+        super().__init__()
+        self.attention, self.record = attention, record
+
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rope = kwargs.get("rope")
+        self.held = [] if rope is None else [rope]
+
+    def turned(self, q: Tensor, k: Tensor, scale: float) -> None:
+        if self.held:
+            table = self.held.pop()
+            q, k = (_rotated(part, table, self.attention) for part in (q, k))
+        self.record(q, k, scale)
 
 
 def _rotated(x: Tensor, table: Tensor, attention: Any) -> Tensor:

@@ -31,6 +31,7 @@ from visprune.backbones.towers.base import (
     weighted_mean,
 )
 from visprune.backbones.towers.macs import embedding_macs, head_macs
+from visprune.backbones.towers.timm_hooks import Branches, Weighing, watch_norms
 from visprune.errors import UnsupportedModel
 
 _PARALLEL = (ParallelScalingBlock, DiffParallelScalingBlock, ParallelThingsBlock)
@@ -125,7 +126,8 @@ class TimmViT(TowerAdapter):
         """By hooks on the norms of queries and keys, which are there (as identities) always."""
         block: Any = self.layers[number].block
         if isinstance(block, ParallelThingsBlock):
-            return _watch_branches([part.attn for part in block.attns], record)
+            collect = Branches(len(block.attns), record).collect
+            return [handle for part in block.attns for handle in watch_norms(part.attn, collect)]
         heads_last = isinstance(block, ParallelScalingBlock)
         return watch_norms(self.layers[number].attention, record, heads_last=heads_last)
 
@@ -138,7 +140,7 @@ class TimmViT(TowerAdapter):
         attention: Any = self.layers[number].attention
         if type(attention) is not Attention or self.model.attn_pool is not None:
             return super().weigh_keys(number, policy)
-        return _weighing(attention, self.prefix, policy)
+        return Weighing(attention, self.prefix, policy).install()
 
     def why_no_cls_rows(self) -> str | None:
         """A differential attention has no rows."""
@@ -168,7 +170,7 @@ class TimmViT(TowerAdapter):
         if size is None or (model.attn_pool is None and not kind.startswith("avg")):
             return original(x, pool_type) if pool_type is not None else original(x)
         if self._pools_prefix():
-            size = torch.cat([size.new_ones(len(size), self.prefix), size], dim=1)
+            size = torch.cat([size.new_ones(size.shape[0], self.prefix), size], dim=1)
         else:
             x = x[:, self.prefix :]
         if isinstance(model.attn_pool, AttentionPoolLatent):
@@ -195,7 +197,7 @@ class TimmViT(TowerAdapter):
             full = reduction.expand(number, y)
             if not raster:
                 return full
-            return full.reshape(len(full), *grid, -1).permute(0, 3, 1, 2).contiguous()
+            return full.reshape(full.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous()
 
         maps = found if isinstance(found, list) else None
         if isinstance(found, dict):
@@ -221,69 +223,3 @@ def _head_width(module: Any) -> int:
     if isinstance(module, ParallelThingsBlock):
         return _head_width(module.attns[0].attn)
     return int(module.head_dim)
-
-
-def watch_norms(attention: Any, record: Record, *, heads_last: bool = False) -> list[Any]:
-    """Show what comes out of ``q_norm`` and ``k_norm``; the query's runs first."""
-    seen: list[Tensor] = []
-
-    def query(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen[:] = [output]
-
-    def key(module: nn.Module, args: Any, output: Tensor) -> None:
-        q, k = seen.pop(), output
-        if heads_last:  # [B, T, H, d]
-            q, k = q.transpose(1, 2), k.transpose(1, 2)
-        record(q, k, attention.scale)
-
-    return [
-        attention.q_norm.register_forward_hook(query),
-        attention.k_norm.register_forward_hook(key),
-    ]
-
-
-def _watch_branches(attentions: list[Any], record: Record) -> list[Any]:
-    """Attention modules side by side count as one with the heads of all."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def collect(q: Tensor, k: Tensor, scale: float) -> None:
-        found.append((q, k))
-        if len(found) == len(attentions):
-            record(torch.cat([q for q, _ in found], 1), torch.cat([k for _, k in found], 1), scale)
-            found.clear()
-
-    return [handle for one in attentions for handle in watch_norms(one, collect)]
-
-
-def _weighing(attention: Any, prefix: int, policy: Callable[[], Tensor | None]) -> list[Any]:
-    """The hooks of :meth:`TimmViT.weigh_keys` on one attention module."""
-    mass: list[Tensor] = []
-
-    def whole() -> Tensor | None:
-        given = policy()
-        return None if given is None else nn.functional.pad(given, (prefix, 0), value=1.0)
-
-    def scale_values(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        weight = whole()
-        if weight is None:
-            return None
-        q, k, v = output.chunk(3, dim=-1)
-        return torch.cat([q, k, v * weight[..., None].to(v.dtype)], dim=-1)
-
-    def add_up(q: Tensor, k: Tensor, scale: float) -> None:
-        weight = whole()
-        if weight is not None:
-            value = weight[:, None, :, None].to(q.dtype).expand(-1, q.shape[1], -1, 1)
-            mass[:] = [nn.functional.scaled_dot_product_attention(q, k, value, scale=scale)]
-
-    def divide(module: nn.Module, args: Any) -> Any:
-        if not mass:
-            return None
-        heads = args[0].unflatten(-1, (attention.num_heads, -1))
-        return ((heads / mass.pop().transpose(1, 2)).flatten(-2),)
-
-    return [
-        attention.qkv.register_forward_hook(scale_values),
-        *watch_norms(attention, add_up),
-        attention.norm.register_forward_pre_hook(divide),
-    ]

@@ -74,20 +74,26 @@ def watch(attention: nn.Module, wanted: Callable[[], Record | None]) -> list[Rem
     Returns:
         Handles of the two hooks; removing them leaves the module as it was.
     """
-    original = attention.config
-
-    def before(module: nn.Module, args: Any) -> None:
-        record = wanted()
-        if record is not None:
-            module.config = _probed_config(original, record, stop=False)
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        module.config = original
-
+    hooks = _Watch(attention.config, wanted)
     return [
-        attention.register_forward_pre_hook(before),
-        attention.register_forward_hook(after, always_call=True),
+        attention.register_forward_pre_hook(hooks.before),
+        attention.register_forward_hook(hooks.after, always_call=True),
     ]
+
+
+class _Watch:
+    """The hooks of :func:`watch`; methods, so that those of a copied model act on the copy."""
+
+    def __init__(self, original: Any, wanted: Callable[[], Record | None]) -> None:
+        self.original, self.wanted = original, wanted
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        record = self.wanted()
+        if record is not None:
+            module.config = _probed_config(self.original, record, stop=False)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        module.config = self.original
 
 
 def capture(attention: nn.Module, record: Record, **inputs: Any) -> None:

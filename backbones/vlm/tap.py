@@ -57,7 +57,9 @@ class EncoderTap:
             name = f"get_{kind}_features"
             original = getattr(core, name, None)
             if original is not None:
-                vars(core)[name] = self._wrap(original, kind)
+                # A method and not a function inside a function: a copied model's encodes the copy.
+                wrapped = functools.partial(self._encode, original, kind)
+                vars(core)[name] = functools.update_wrapper(wrapped, original)
                 self._wrapped.append(name)
         watched = dict.fromkeys((*self.layers, *(("feature",) if self.keys else ())))
         for which in watched:
@@ -75,25 +77,22 @@ class EncoderTap:
         self._heard.clear()
         self.latest = {}
 
-    def _wrap(self, original: Any, kind: Literal["image", "video"]) -> Any:
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            self._heard.clear()
-            output = original(*args, **kwargs)
-            bound = signature.bind_partial(*args, **kwargs).arguments
-            pictures = self.adapter.pictures({**bound.pop("kwargs", {}), **bound}, kind)
-            if self.finish is not None:
-                self.finish(pictures)
-            features = getattr(output, "pooler_output", output)
-            for picture, tensor in zip(pictures, features, strict=True):
-                self._finish(picture)
-                setattr(tensor, _MARK, picture)
-            self.latest[kind] = pictures
-            return output
-
-        return encode
+    def _encode(
+        self, original: Any, kind: Literal["image", "video"], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of a core's ``original``, in the same manner."""
+        self._heard.clear()
+        output = original(*args, **kwargs)
+        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        pictures = self.adapter.pictures({**bound.pop("kwargs", {}), **bound}, kind)
+        if self.finish is not None:
+            self.finish(pictures)
+        features = getattr(output, "pooler_output", output)
+        for picture, tensor in zip(pictures, features, strict=True):
+            self._finish(picture)
+            setattr(tensor, _MARK, picture)
+        self.latest[kind] = pictures
+        return output
 
     def _recorder(self, which: Layer) -> Record:
         # Nothing may be saved for backward: a checkpointed recomputation does not run this again.

@@ -95,7 +95,7 @@ def _(q: Tensor, k: Tensor, scale: float, mask: Any, row_pos: Any, reduce: str, 
 def _(
     q: Tensor, k: Tensor, scale: float, mask: Any, causal: bool, w: Any, reduce: str, *_: Any
 ) -> Tensor:
-    shape = (len(q), q.shape[1], k.shape[2]) if reduce == "none" else (len(q), k.shape[2])
+    shape = (q.shape[0], q.shape[1], k.shape[2]) if reduce == "none" else (q.shape[0], k.shape[2])
     return q.new_empty(shape, dtype=_out_dtype(q))
 
 

@@ -134,8 +134,14 @@ def test_training_is_refused_where_keys_cannot_be_weighed(kind: str) -> None:
         with torch.no_grad():
             model(x)
         model.train()
-        with pytest.raises(UnsupportedModel, match=r"weigh the keys.*It runs in eval mode"):
+        with pytest.raises(UnsupportedModel) as caught:
             model(x)
+    message = str(caught.value)
+    attention = type(model.blocks[0] if kind == "side_by_side" else model.blocks[0].attn).__name__
+    assert f"not offered for {type(model).__name__} with {attention}" in message
+    assert ("AttentionPoolLatent pooling" in message) == (kind == "siglip")
+    assert "It trains on timm's VisionTransformer with its plain Attention" in message
+    assert "runs it in eval mode (model.eval())" in message
     model.eval()
     model(x)
 

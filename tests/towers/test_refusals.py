@@ -9,6 +9,13 @@ import pytest
 import timm
 import torch
 from torch import nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import visprune
 from tests.towers import small
@@ -39,6 +46,9 @@ from visprune.errors import BudgetError, ConfigError, UnsupportedModel
         ("fastv", {"num_keep": 4}, UnsupportedModel, "inside a language model's decoder.*tome"),
         ("todre", {"num_keep": 4}, UnsupportedModel, "behind a VLM's projector.*evit"),
         ("tomee", {"r": 3}, ConfigError, "Did you mean 'tome'"),
+        ("evit", {"keep_ratio": "0.7"}, BudgetError, r"in \(0, 1\]; got '0.7'"),
+        ("pitome", {"keep_ratio": None}, BudgetError, r"in \[0.5, 1\].*got None"),
+        ("random", {"num_keep": 4, "seed": "a"}, ConfigError, "random takes no seed='a': give an"),
     ],
 )
 def test_bad_parameters(
@@ -62,8 +72,13 @@ def test_bad_parameters(
 )  # fmt: skip
 def test_no_class_token(method: str, kind: str, why: str) -> None:
     model = small.small(small.KINDS[kind])
-    with pytest.raises(UnsupportedModel, match=f"{why}.*Methods that need no class token: tome"):
+    with pytest.raises(UnsupportedModel, match=f"{why}.*Methods that need no class") as caught:
         visprune.prune(model, method, keep_ratio=0.5)
+    named = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert named == ["keep_all", "random", "uniform", "tome", "pitome", "dynamicvit"]
+    for name in named:
+        params = {"keep_all": {}, "tome": {"r": 2}}.get(name, {"keep_ratio": 0.5})
+        visprune.prune(model, name, **params).remove()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +97,23 @@ def test_other_models_of_timm(name: str, why: str) -> None:
         model = timm.create_model(name)
     with pytest.raises(UnsupportedModel, match=f"{why}.*timm.VisionTransformer"):
         visprune.prune(model, "tome", r=3)
+
+
+def test_image_encoders_of_transformers_without_an_adapter() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 1, "image_size": 8, "patch_size": 4}  # fmt: skip
+    models = [ViTModel(ViTConfig(**sizes)), Dinov2Model(Dinov2Config(**sizes)),
+              ViTForImageClassification(ViTConfig(**sizes))]  # fmt: skip
+    for model in models:
+        with pytest.raises(UnsupportedModel) as caught:
+            visprune.prune(model, "tome", r=1)
+        message = str(caught.value)
+        kind = type(model).__name__
+        assert message.startswith(f"{kind} ({model.config.model_type}) takes pictures alone")
+        assert "has no adapter" in message
+        assert "text-only" not in message
+        for name in (*visprune.list_models("vit"), *visprune.list_models()):
+            assert name in message
 
 
 def test_an_attention_that_is_not_known() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprune.budget import Budget
+from visprune.budget import Budget, is_number
 from visprune.errors import BudgetError
 
 counts = st.integers(1, 5000)
@@ -64,6 +64,10 @@ def test_scaled() -> None:
     assert Budget(keep_ratio=0.125).scaled(4.0, "floor") == Budget(keep_ratio=0.5, rounding="floor")
     assert Budget(keep_ratio=0.5).scaled(4.0, "floor").keep_ratio == 1.0
     assert Budget(num_keep=1).scaled(0.25, "round").num_keep == 1
+
+
+def test_truth_values_are_no_numbers() -> None:
+    assert [is_number(value) for value in (0, 0.5, True, "1", None)] == [True, True, *[False] * 3]
 
 
 @pytest.mark.parametrize(

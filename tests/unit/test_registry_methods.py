@@ -11,8 +11,9 @@ import pytest
 
 import visprune
 import visprune.catalog
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.method import ModelSpec, PruningMethod
+from visprune.plan import make_plan
 from visprune.plan_tower import make_tower_plan
 
 METHODS = visprune.list_methods()
@@ -99,6 +100,57 @@ def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
     if "num_keep" in plain(name):
         assert counts[-1] == 16
     assert (counts[-1] == 576) == (name == "keep_all")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_class_says_whether_its_schedule_requires_a_class_token(name: str) -> None:
+    spec = ModelSpec(family="x", num_layers=8, has_cls=True, multi_axis_rope=False,
+                     vision_layers=8, vision_width=64)  # fmt: skip
+    stages = visprune.get_method(name, **plain(name)).schedule(spec)
+    required = any(stage.needs.cls_required for stage in stages)
+    assert getattr(visprune.catalog.methods.get(name), "needs_cls", False) == required
+
+
+@pytest.mark.parametrize("has_cls", [False, True])
+def test_what_acts_behind_an_encoder_is_named(has_cls: bool) -> None:
+    spec = ModelSpec(family="x", num_layers=8, has_cls=has_cls, multi_axis_rope=False)
+    with pytest.raises(UnsupportedModel) as caught:
+        make_plan(visprune.get_method("evit"), spec)
+    named = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert named == [n for n in METHODS if n not in INSIDE and (has_cls or n != "visionzip")]
+    for name in named:
+        make_plan(visprune.get_method(name, **plain(name)), spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("evit", {"fuse": "no"}, "evit takes no fuse='no': give True or False"),
+        ("evit", {"layers": 3}, "no layers=3: give a list, each an int or a fraction"),
+        ("topk", {"num_keep": 4, "layers": ("a",)}, r"no layers=\('a',\): give a list"),
+        ("tome", {"r": 3, "inflect": "x"}, "tome takes no inflect='x': give a number"),
+        ("tome", {"r": 3, "prop_attn": 2}, "no prop_attn=2: give True or False"),
+        ("pitome", {"keep_ratio": 0.9, "margin": None}, "no margin=None: give a number"),
+        ("random", {"num_keep": 4, "seed": "a"}, "random takes no seed='a': give an int"),
+        ("random", {"num_keep": 4, "seed": 1.5}, "no seed=1.5: give an int"),
+        ("todre", {"num_keep": 4, "tau": "a"}, "no tau='a': give a number"),
+        ("todre", {"num_keep": 4, "stage1": "a"}, "no stage1='a': give True or False"),
+        ("pyramiddrop", {"num_keep": 4, "depths": 0.5}, "no depths=0.5: give a list, each a num"),
+        ("pyramiddrop", {"num_keep": 4, "factor": "a"}, "no factor='a': give a number"),
+        ("visionzip", {"num_keep": 4, "contextual": "a"}, "no contextual='a': give an int or None"),
+        ("fastv", {"num_keep": 4, "layer": "2"}, "no layer='2': give an int or a fraction"),
+        ("uniform", {"num_keep": 4, "strict": "yes"}, "no strict='yes': give True or False"),
+    ],
+)
+def test_values_of_another_type(name: str, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        visprune.get_method(name, **params)
+
+
+def test_values_of_another_type_in_a_built_method() -> None:
+    built = visprune.catalog.methods.get("random")(num_keep=4, seed="a")
+    with pytest.raises(ConfigError, match="random takes no seed='a': give an int"):
+        visprune.get_method(built)
 
 
 @pytest.mark.parametrize("name", [m for m in METHODS if m not in ("keep_all", "tome", "evit")])

@@ -70,7 +70,11 @@ class DynamicViT(BudgetedMethod):
     1e-6; here it does neither. What any kept token sees is the same.
 
     The predictors are new, and have to be trained: ``run.learned``. Without training they pick at
-    random.
+    random. Training is offered for timm's ``VisionTransformer`` with its plain ``Attention`` and
+    without attention pooling, and refused elsewhere: EVA and all rotary models, open_clip's and
+    transformers' towers, pooling by attention ("map"), differential attention, and blocks whose
+    attention and MLP run side by side. There, and inside a vision-language model's encoder, the
+    predictors pick at random unless ``learned`` brings trained ones.
 
     Args:
         layers: where: 0-based layers, or fractions of the depth.
@@ -110,7 +114,7 @@ class DynamicViT(BudgetedMethod):
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """The most probable."""
-        batch, count, device = len(tokens.features), tokens.num_tokens, tokens.features.device
+        batch, count, device = tokens.features.shape[0], tokens.num_tokens, tokens.features.device
         if ctx.num_keep == count:
             return Selection.identity(batch, count, device)
         score = self._scores(tokens, ctx)[..., 0]

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from visprune.budget import Schedule, Stage, StepBudget
+from visprune.budget import Schedule, Stage, StepBudget, is_number
 from visprune.budget_depths import DEPTHS, checked_depths, resolved
 from visprune.errors import BudgetError
 from visprune.method import Context, ModelSpec, PruningMethod
@@ -39,6 +39,7 @@ class EViT(PruningMethod):
     name: ClassVar[str] = "evit"
     in_towers: ClassVar[bool] = True
     only_in_towers: ClassVar[bool] = True
+    needs_cls: ClassVar[bool] = True
 
     keep_ratio: float = 0.7
     fuse: bool = True
@@ -48,7 +49,7 @@ class EViT(PruningMethod):
         """Check the ratio."""
         super().__post_init__()
         object.__setattr__(self, "layers", checked_depths(self.layers))
-        if not 0.0 < self.keep_ratio <= 1.0:
+        if not (is_number(self.keep_ratio) and 0.0 < self.keep_ratio <= 1.0):
             raise BudgetError(
                 f"keep_ratio is the fraction of patches kept at each depth, in (0, 1]; got "
                 f"{self.keep_ratio!r}."
@@ -65,7 +66,7 @@ class EViT(PruningMethod):
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Rank by attention; fuse or drop the rest."""
-        batch, count, keep = len(tokens.features), tokens.num_tokens, ctx.num_keep
+        batch, count, keep = tokens.features.shape[0], tokens.num_tokens, ctx.num_keep
         if keep == count:
             return Selection.identity(batch, count, tokens.features.device)
         attention = ctx.shown("cls_attention").mean(dim=1)  # [B, N]

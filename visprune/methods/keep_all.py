@@ -31,4 +31,6 @@ class KeepAll(PruningMethod):
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Everything."""
-        return Selection.identity(len(tokens.features), tokens.num_tokens, tokens.features.device)
+        return Selection.identity(
+            tokens.features.shape[0], tokens.num_tokens, tokens.features.device
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
-from visprune.budget import Schedule, Stage, StepBudget
+from visprune.budget import Schedule, Stage, StepBudget, is_number
 from visprune.errors import BudgetError
 from visprune.method import Context, ModelSpec, PruningMethod
 from visprune.needs import Needs
@@ -52,7 +52,7 @@ class PiToMe(PruningMethod):
     def __post_init__(self) -> None:
         """Check the ratio."""
         super().__post_init__()
-        if not 0.5 <= self.keep_ratio <= 1.0:
+        if not (is_number(self.keep_ratio) and 0.5 <= self.keep_ratio <= 1.0):
             raise BudgetError(
                 f"keep_ratio is the fraction of patches kept in each layer, in [0.5, 1]: at most "
                 f"half can merge; got {self.keep_ratio!r}."
@@ -73,7 +73,7 @@ class PiToMe(PruningMethod):
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Rank by energy, and merge."""
-        batch, count = len(tokens.features), tokens.num_tokens
+        batch, count = tokens.features.shape[0], tokens.num_tokens
         r = count - ctx.num_keep
         if r == 0:
             return Selection.identity(batch, count, tokens.features.device)

@@ -100,7 +100,7 @@ class ToMe(PruningMethod):
         count = tokens.num_tokens
         r = count - ctx.num_keep
         if r == 0:
-            return Selection.identity(len(tokens.features), count, tokens.features.device)
+            return Selection.identity(tokens.features.shape[0], count, tokens.features.device)
         index, source, slot = ops.bipartite_pairs(ctx.shown("vision_keys"), r, ctx.prefix)
         return PairMerge.mean(index, source, slot, tokens.size)
 

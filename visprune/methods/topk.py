@@ -32,6 +32,7 @@ class TopK(BudgetedMethod):
     name: ClassVar[str] = "topk"
     in_towers: ClassVar[bool] = True
     only_in_towers: ClassVar[bool] = True
+    needs_cls: ClassVar[bool] = True
 
     layers: Sequence[int | float] = DEPTHS
 

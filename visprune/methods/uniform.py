@@ -37,4 +37,4 @@ class Uniform(BudgetedMethod):
         count, keep = tokens.num_tokens, ctx.num_keep
         steps = torch.arange(keep, device=tokens.features.device)
         index = ((2 * steps + 1) * count) // (2 * keep)
-        return Selection.keep(index.expand(len(tokens.features), -1), count)
+        return Selection.keep(index.expand(tokens.features.shape[0], -1), count)

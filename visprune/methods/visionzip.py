@@ -40,6 +40,7 @@ class VisionZip(BudgetedMethod):
 
     name: ClassVar[str] = "visionzip"
     default_positions: ClassVar[PositionRule] = "compact"
+    needs_cls: ClassVar[bool] = True
 
     contextual: int | None = None
 
