@@ -63,7 +63,7 @@ def save_pretrained(
         folder: Where to.
         processor: A processor to save beside it (transformers).
         model: What to save in place of the run's model, such as the PEFT model around it.
-        model_args: What a timm model was created with beside its name (timm before 1.0.30).
+        model_args: What a timm model was created with beside its name (timm before 1.0.31).
         asked: How questions are put to a vision-language model, as ``style`` and ``template`` of
             :class:`visprune.eval.models_vlm.VLM`; ``visprune eval`` on the folder asks like that.
 
