@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from visprune.errors import ConfigError, UnsupportedModel
+from visprune.errors import ConfigError, UnsupportedModel, first_line
 
 __all__ = ["read_model", "write_model"]
 
@@ -69,8 +69,9 @@ def read_model(folder: Path, **options: Any) -> nn.Module:
             return _timm_model(folder, options)
         return _transformers_model(folder, options)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"Cannot load the model in {str(folder)!r}: {first}.") from error
+        raise ConfigError(
+            f"Cannot load the model in {str(folder)!r}: {first_line(error)}."
+        ) from error
 
 
 def _timm_model(folder: Path, options: dict[str, Any]) -> nn.Module:

@@ -126,14 +126,14 @@ def compare(first: str, second: str, *, resamples: int = 10_000) -> list[Compari
             f"Both sides are the same run. Name two methods, such as "
             f"'{left.path}:{labels_of(left)[0]}' and another of: {', '.join(labels_of(left))}."
         )
-    found = []
+    found, cells = [], left.cells()
     for a, b in pairs:
         tasks, others = by_task(left, a), by_task(right, b)
         for task in tasks:
             names = (titled(left, a, right), titled(right, b, left))
             for on, one, other in matched(tasks[task], others.get(task, {}), names):
                 told = (names[0] + on, names[1] + on)
-                made = _compare(task, told, one, other, resamples, left.cells())
+                made = _compare(task, told, one, other, resamples, cells)
                 found += [made] if made is not None else []
     if not found:
         raise ConfigError(

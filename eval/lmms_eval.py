@@ -29,9 +29,9 @@ from transformers import GenerationConfig
 from visprune.apply import prune
 from visprune.catalog import get_method
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.eval.load_vlm import load as load_vlm
 from visprune.eval.models import NONE, ModelSpec
 from visprune.eval.models_vlm import VLM
-from visprune.eval.models_vlm import load as load_vlm
 from visprune.eval.runner import process_number
 
 __all__ = ["Visprune"]

@@ -201,16 +201,16 @@ def load_model(spec: ModelSpec | str, *, local_rank: int = 0) -> EvalModel:
 def _load(spec: ModelSpec, local_rank: int) -> EvalModel:
     library, colon, name = spec.name.partition(":")
     if colon and library in LIBRARIES:
-        from visprune.eval import models_vit
+        from visprune.eval import load_vit
 
-        return models_vit.load(spec, library, name, local_rank)
+        return load_vit.load(spec, library, name, local_rank)
     if _is_timm_folder(Path(spec.name)):
-        from visprune.eval import models_vit
+        from visprune.eval import load_vit
 
-        return models_vit.load(spec, "timm", f"local-dir:{spec.name}", local_rank)
-    from visprune.eval import models_vlm
+        return load_vit.load(spec, "timm", f"local-dir:{spec.name}", local_rank)
+    from visprune.eval import load_vlm
 
-    return models_vlm.load(spec, local_rank)
+    return load_vlm.load(spec, local_rank)
 
 
 def _is_timm_folder(path: Path) -> bool:

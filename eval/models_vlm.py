@@ -16,19 +16,15 @@ from visprune.catalog import find_adapter, unwrap
 from visprune.cost import Cost
 from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
 from visprune.eval import prompts
-from visprune.eval.environment import quiet_loading
 from visprune.eval.identity import config_hash, plain, processor_hash
 from visprune.eval.kept import kept_map
 from visprune.eval.models import (
-    EMBEDDED,
     NO_IMAGE,
     NONE,
     Answerer,
     Choice,
-    ModelSpec,
     Output,
     Request,
-    offline,
     weights_hash,
 )
 from visprune.eval.seen import seen_by_processor
@@ -36,11 +32,10 @@ from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.refcoco import RefCOCO
 from visprune.method import PruningMethod
 from visprune.run_cost import prompt_costs, sample_costs
-from visprune.saved import read_asked
 
-__all__ = ["VLM", "load"]
+__all__ = ["PLAIN", "VLM"]
 
-_PLAIN = "USER: <image>\n{prompt} ASSISTANT:"
+PLAIN = "USER: <image>\n{prompt} ASSISTANT:"
 _SAMPLING = ("temperature", "top_p", "top_k")
 # Fields of a generation config that say nothing about the answers, or that greedy search ignores.
 _SILENT = ("transformers_version", "_from_model_config", "max_new_tokens", "max_length",
@@ -235,7 +230,7 @@ class VLM:
             return self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
-        template = template or _PLAIN
+        template = template or PLAIN
         if not picture:
             template = template.replace("<image>\n", "").replace("<image>", "")
         return template.replace("<image>", _image_token(self.processor)).replace("{prompt}", prompt)
@@ -254,58 +249,6 @@ class VLM:
         ends = [end] if isinstance(end, int) else list(end or ())
         hits = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
         return int(hits[0]) + 1 if len(hits) else len(row)
-
-
-def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
-    """Load the embedded model, a folder's, or the Hub's.
-
-    Raises:
-        ConfigError: there is no such model, it is not there offline, or it is of another kind.
-    """
-    device = spec.torch_device(local_rank)
-    if spec.name == EMBEDDED:
-        from visprune.backbones.vlm import embedded
-
-        with quiet_loading():
-            dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
-            model, processor = embedded.load(dtype)
-        if spec.attention is not None:
-            model.set_attn_implementation(spec.attention)
-        return VLM(model.to(device), processor, name=EMBEDDED, template=spec.template or _PLAIN,
-                   style="plain")  # fmt: skip
-    model, processor = _from_transformers(spec)
-    asked: Any = read_asked(spec.name) or {}  # a folder of this library says how it was taught
-    template, style = spec.template or asked.get("template"), asked.get("style")
-    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
-
-
-def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    here = Path(spec.name).is_dir()
-    if not here and "/" not in spec.name:
-        raise ConfigError(
-            f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
-            f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
-            f"timm:NAME, open_clip:NAME/PRETRAINED, or {EMBEDDED!r}."
-        )
-    options: dict[str, Any] = {"dtype": spec.dtype, "local_files_only": here or offline()}
-    if spec.attention is not None:
-        options["attn_implementation"] = spec.attention
-    if spec.revision is not None:
-        options["revision"] = spec.revision
-    common = {k: v for k, v in options.items() if k in ("local_files_only", "revision")}
-    try:
-        processor = AutoProcessor.from_pretrained(spec.name, **common, **spec.processor)
-        model = AutoModelForImageTextToText.from_pretrained(spec.name, **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() and not here else ""
-        raise ConfigError(
-            f"transformers cannot load a vision-language model and its processor from "
-            f"{spec.name!r}: {first}.{away}"
-        ) from error
-    return model, processor
 
 
 def _image_token(processor: Any) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from visprune.apply import Run, prune
 from visprune.catalog import get_method
 from visprune.catalog import methods as method_registry
-from visprune.errors import ConfigError, did_you_mean
+from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.eval.environment import quiet_loading
 from visprune.eval.figures import Panel, shown_picture
 from visprune.eval.kept import KeptMap, paint, recorded
@@ -143,7 +143,7 @@ def load_model(model: str | tuple[Any, Any] | None) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"transformers cannot load a vision-language model and its processor from {model!r}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            f"{first_line(error)}"
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.eval().to(device), processor

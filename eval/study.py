@@ -15,8 +15,8 @@ from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.models import ModelSpec
 from visprune.eval.prompts import check_style
 from visprune.eval.published import read_published
+from visprune.eval.sections import build_section, check_values
 from visprune.eval.study_flags import override
-from visprune.eval.study_sections import build_section, check_values
 from visprune.eval.tasks.base import Task, get_task
 from visprune.eval.variants import Variant, expand, listed
 from visprune.saved import read_method

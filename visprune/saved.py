@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from visprune.apply import Run, prune
 from visprune.apply_vit import ViTRun
 from visprune.backbones.storage import read_model, write_model
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, first_line
 
 __all__ = [
     "METHOD_FILE",
@@ -292,5 +292,5 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{name!r} is neither a folder nor a repository that can be had from the Hub: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{first_line(error)}"
         ) from error

@@ -65,10 +65,12 @@ def _said(about: Mapping[str, Any]) -> list[str]:
     name = str(about.get("task"))
     if name not in registry:
         return []
-    usual = {f.name: f.default for f in dataclasses.fields(registry.get(name))}
+    fields = dataclasses.fields(registry.get(name))
+    usual = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     return [
         field for field, default in usual.items()
-        if field in about and field not in _ELSEWHERE and about[field] != default
+        if field in about and field not in _ELSEWHERE
+        and canonical(about[field]) != canonical(default)
     ]  # fmt: skip
 
 

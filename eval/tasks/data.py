@@ -110,13 +110,23 @@ class DataTask(Task):
     def _where(self) -> str:
         return self.data or self.HUB
 
+    def _folder(self) -> Path | None:
+        """Return where the data lies here; ``None``: on the Hub.
+
+        Raises:
+            ConfigError: a path that is not there.
+        """
+        if self.data is None or Path(self.data).exists():
+            return None if self.data is None else Path(self.data)
+        if self.data.count("/") != 1 or self.data[0] in "./~":
+            raise ConfigError(f"{self.name}: there is no folder {self.data}. {self._help}")
+        return None
+
     def _rows(self) -> Rows:
-        if self.data is None or not Path(self.data).exists():
+        folder = self._folder()
+        if folder is None:
             name = self.data or self.HUB
-            if self.data is not None and (self.data.count("/") != 1 or self.data[0] in "./~"):
-                raise ConfigError(f"{self.name}: there is no folder {self.data}. {self._help}")
             return HubRows(self._from_hub(name), name)
-        folder = Path(self.data)
         found = self._files(folder)
         if found is not None:
             return found

@@ -48,18 +48,18 @@ class ImageNet(DataTask):
 
     split: str = "val"
 
+    @functools.cached_property  # every method of a study asks, of 50,000 files
     def classes(self) -> tuple[dict[str, int], list[str]]:
         """Number of every class by its name, and the names of those that the data holds.
 
         Names are ImageNet's synsets, or those of the folders.
 
         Raises:
-            ConfigError: some folders are synsets and others not.
+            ConfigError: the data is not there, or some folders are synsets and others not.
         """
-        root = None if self.data is None else Path(self.data)
-        if root is not None:
-            root = find_file(root, "val") or root
-        if root is None or not root.is_dir() or _from_the_hub(root):
+        folder = self._folder()
+        root = folder and (find_file(folder, "val") or folder)
+        if root is None or _from_the_hub(root):
             return _synsets(), list(_synsets())
         held = list(class_folders(root))
         return _class_numbers(held), held

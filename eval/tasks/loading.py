@@ -65,7 +65,7 @@ def open_image(path: Path, owner: str = "") -> Image.Image:
 
 
 class Unreachable(ConfigError):
-    """Data that lies elsewhere and cannot be reached from here; nothing is wrong with the study."""
+    """Data, a model or a device that another machine may have; nothing is wrong with the study."""
 
 
 # What Pillow raises on damaged files, also a byte away from a size of gigabytes: that one is an

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +76,8 @@ class TextVQA(VQATask):
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
-        return Sample(
-            id=name,
-            question=row["question"],
-            image=rows.picture(number),
-            answers=answers_of(row["answers"], rows.place(number), needed=self.scored),
-            cluster=str(row["image_id"]),
-            meta={"ocr_tokens": list(row["ocr_tokens"])} if self.ocr else {},
-        )
+        meta = {"ocr_tokens": list(row["ocr_tokens"])} if self.ocr else {}
+        return dataclasses.replace(self._asked(number, name, rows, row), meta=meta)
 
 
 def _ocr_tokens(folder: Path) -> dict[tuple[str, str], list[str]]:

@@ -8,6 +8,7 @@ writes what is handed in.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,16 @@ class VQATask(DataTask):
     def metric_name(self) -> str:  # type: ignore[override]
         """``"vqa_"`` and the variant."""
         return f"vqa_{self.variant}"
+
+    def _asked(self, number: int, name: str, rows: Rows, row: Mapping[str, Any]) -> Sample:
+        """What the samples of all these tasks have; each adds its kind, cluster or meta."""
+        return Sample(
+            id=name,
+            question=row["question"],
+            image=rows.picture(number),
+            answers=answers_of(row["answers"], rows.place(number), needed=self.scored),
+            cluster=str(row.get("image_id", name)),
+        )
 
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
         """Return the question and LLaVA-1.5's instruction."""
@@ -124,13 +135,9 @@ class VQAv2(VQATask):
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
-        return Sample(
-            id=name,
-            question=row["question"],
-            image=rows.picture(number),
-            answers=answers_of(row["answers"], rows.place(number), needed=self.scored),
+        return dataclasses.replace(
+            self._asked(number, name, rows, row),
             kind=str(row.get("answer_type", "")),
-            cluster=str(row["image_id"]),
             meta={"question_type": row.get("question_type", "")},
         )
 
@@ -203,14 +210,8 @@ class VizWiz(VQATask):
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
-        return Sample(
-            id=name,
-            question=row["question"],
-            image=rows.picture(number),
-            answers=answers_of(row["answers"], rows.place(number), needed=self.scored),
-            kind=str(row.get("category") or ""),
-            cluster=name,
-        )
+        kind = str(row.get("category") or "")
+        return dataclasses.replace(self._asked(number, name, rows, row), kind=kind, cluster=name)
 
 
 def answers_of(value: Any, where: str, *, needed: bool = True) -> tuple[str, ...]:

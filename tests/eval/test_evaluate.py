@@ -38,7 +38,7 @@ SCRIPTS = Path(sys.executable).parent
 def vlm() -> VLM:
     torch.set_num_threads(1)
     model, processor = small_embedded()
-    return VLM(model, processor, name="small", style="plain", template=models_vlm._PLAIN)
+    return VLM(model, processor, name="small", style="plain", template=models_vlm.PLAIN)
 
 
 def requests(count: int, *, pictures: bool = True) -> list[Request]:
@@ -235,7 +235,7 @@ def test_a_model_without_an_adapter_answers_untouched_only(
         raise UnsupportedModel("It has no adapter.")
 
     monkeypatch.setattr(models_vlm, "find_adapter", none)
-    other = VLM(vlm.model, vlm.processor, style="plain", template=models_vlm._PLAIN)
+    other = VLM(vlm.model, vlm.processor, style="plain", template=models_vlm.PLAIN)
     assert other.refusal(visprune.get_method("keep_all"), EmbeddedTask()) == "It has no adapter."
     assert other.refusal("none", EmbeddedTask()) is None
     (output,) = answers(other, "none", requests(1), 1)
@@ -346,6 +346,14 @@ def test_a_saved_model_brings_its_method_and_what_that_has_learned(tmp_path: Pat
     assert "comes without one" in untrained.refusal(choice, made.tasks[0])
 
 
+def ended(monkeypatch: pytest.MonkeyPatch, words: str) -> int | str | None:
+    """Run the command in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code
+
+
 def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
@@ -357,10 +365,7 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
         "--num-keep 64 --keep-ratio 0.5 --limit 9 --seed 1 --seed 2 --no-controls "
         "--attention eager --max-new-tokens 5 --dry-run --out o"
     )
-    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert not exit_.value.code
+    assert not ended(monkeypatch, words)
     ((path, out, changes), options) = seen[0]
     assert (path, out, options["dry_run"]) == (Path("s.yaml"), Path("o"), True)
     assert changes == {
@@ -380,9 +385,7 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
     build_study(changes)
     seen.clear()
     words = "eval s.yaml --dtype float32 --device cpu --task-option split=train --limit 9"
-    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
-    with pytest.raises(SystemExit):
-        cli.main()
+    ended(monkeypatch, words)
     ((_, _, changes), _) = seen[0]
     assert changes == {
         "model_options": {"dtype": "float32", "device": "cpu"},
@@ -395,10 +398,7 @@ def test_the_example_of_the_help_can_be_planned_and_says_what_it_leaves_out(
     method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"eval --model embedded --task embedded --limit 2 --method {method} --dry-run"
-    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert not exit_.value.code
+    assert not ended(monkeypatch, words)
     said = " ".join(capsys.readouterr().out.split())
     assert "left out: random, uniform, pool" in said
     assert "4 cells, 8 samples to ask" in said
@@ -408,10 +408,7 @@ def test_a_model_that_cannot_do_the_task_ends_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"eval --model embedded --task imagenet --out {tmp_path}"
-    monkeypatch.setattr(sys, "argv", ["visprune", *words.split()])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 2
+    assert ended(monkeypatch, words) == 2
     said = capsys.readouterr().err
     assert said.count("wants class numbers") == 1
     assert "visprune: Nothing of the study can run: imagenet wants class numbers" in said

@@ -42,7 +42,7 @@ def parts() -> tuple[Any, Any]:
 
 
 def vlm(parts: tuple[Any, Any], **options: Any) -> VLM:
-    settings = {"name": "small", "style": "plain", "template": models_vlm._PLAIN}
+    settings = {"name": "small", "style": "plain", "template": models_vlm.PLAIN}
     return VLM(*map(copy.deepcopy, parts), **settings | options)
 
 
@@ -82,7 +82,7 @@ def other_weight(model: VLM) -> None:
     with torch.no_grad():
         next(model.model.parameters()).reshape(-1)[0] += 1e-3
     model.__init__(model.model, model.processor, name="small", style="plain",  # type: ignore[misc]
-                   template=models_vlm._PLAIN)  # fmt: skip
+                   template=models_vlm.PLAIN)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_what_is_no_argument_of_a_study_counts_too(
 def test_settings_of_a_study_count(parts: tuple[Any, Any]) -> None:
     before = cells(vlm(parts))
     half = VLM(copy.deepcopy(parts[0]).to(torch.bfloat16), parts[1], name="small", style="plain",
-               template=models_vlm._PLAIN)  # fmt: skip
+               template=models_vlm.PLAIN)  # fmt: skip
     others = {
         "dtype": cells(half),
         "batch in half precision": cells(half, batch_size=2),
@@ -138,7 +138,7 @@ def test_an_adapter_s_scale_counts(parts: tuple[Any, Any]) -> None:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
         model = peft.get_peft_model(copy.deepcopy(parts[0]), config)
-        return VLM(model, parts[1], name="small", style="plain", template=models_vlm._PLAIN)
+        return VLM(model, parts[1], name="small", style="plain", template=models_vlm.PLAIN)
 
     assert cells(adapted(4)) == cells(adapted(4))
     assert not cells(adapted(4)) & cells(adapted(8))

@@ -28,7 +28,7 @@ PLAN = {"rounds": 2, "warmup": 1, "batches": [1, 2], "new_tokens": 3, "prompts":
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[VLM, dict[str, dict[str, Any]]]:
     model, processor = small_embedded()
-    vlm = VLM(model, processor, name="small", style="plain", template=models_vlm._PLAIN)
+    vlm = VLM(model, processor, name="small", style="plain", template=models_vlm.PLAIN)
     study = build_study(
         {
             "models": "small", "tasks": "embedded", "limit": 3, "speed": PLAN,

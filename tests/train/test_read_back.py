@@ -52,6 +52,8 @@ def test_data_of_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(folder / "val", tmp_path / "photos")
     shutil.rmtree(root / "blue")  # fewer classes: the others keep their numbers
     assert scored(weights, root, tmp_path / "fewer")["n"] == 8
+    with pytest.raises(ConfigError, match=r"there is no folder .*absent"):
+        scored(weights, tmp_path / "absent", tmp_path / "none")
     (root / "red").rename(root / "rad")
     with pytest.raises(ConfigError, match=r"tells 3 classes apart \(blue, green, red .*: rad"):
         scored(weights, root, tmp_path / "other")

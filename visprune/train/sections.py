@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.study_sections import build_section
+from visprune.eval.sections import build_section
 
 __all__ = ["build_section", "changed_keys", "known_name"]
 

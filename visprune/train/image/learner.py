@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from visprune.errors import ConfigError, did_you_mean
+from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.saved import load_pretrained
 from visprune.train.image.recipe import ModelConfig, Recipe
 
@@ -75,9 +75,8 @@ def _created(name: str, where: str, **args: Any) -> Any:
     except (OSError, RuntimeError) as error:
         if not args.get("pretrained"):
             raise
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"{where}: the pretrained weights of {name} cannot be had ({cause}). They "
+            f"{where}: the pretrained weights of {name} cannot be had ({first_line(error)}). They "
             f"come over the network once and stay in a cache; from a folder: model.start_from."
         ) from error
 

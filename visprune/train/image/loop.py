@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor
 
 from visprune.errors import ConfigError
@@ -24,11 +23,12 @@ from visprune.train.image.optimizer import build_optimizer, scale_rate, take_ste
 from visprune.train.image.progress import Progress
 from visprune.train.image.reading import build_recipe, recipe_dict
 from visprune.train.image.recipe import FREE_ON_RESUME, Recipe
+from visprune.train.image.schedule import build_schedule
 from visprune.train.image.seeds import seed_of
 from visprune.train.image.state import load_state, save_state
 from visprune.train.image.student import Student
 from visprune.train.parallel import average_gradients
-from visprune.train.sections import build_section, changed_keys, known_name
+from visprune.train.sections import build_section, changed_keys
 
 __all__ = ["train"]
 
@@ -101,7 +101,7 @@ class _Run:
         self.optimizer = build_optimizer(recipe.optimizer, self.student.model)
         if recipe.prune is not None and recipe.prune.model_lr_scale != 1:
             scale_rate(self.optimizer, recipe.prune.model_lr_scale, but=self.student.predictors())
-        self.schedule = _schedule(recipe, self.optimizer, self.data.steps_per_epoch)
+        self.schedule = build_schedule(recipe.schedule, self.optimizer, self.data.steps_per_epoch)
         self.step = 0
         self.broken: set[str] = set()
         changed = self._restore() if checkpoint.exists() else {}
@@ -279,31 +279,3 @@ def _at(recipe: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
-
-
-def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
-    config = recipe.schedule
-    # plateau depends on what was measured before, so a step would not be a function of its number.
-    known_name(
-        config.name,
-        ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"),
-        "schedule.name",
-    )
-    schedule: Any = create_scheduler_v2  # annotated for whole epochs, computes with any
-    try:
-        scheduler, _ = schedule(
-            optimizer,
-            sched=config.name,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-            **config.args,
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule: {error}.") from error
-    if scheduler is None:
-        raise ConfigError(f"This timm has no schedule {config.name!r}; a newer one may.")
-    return scheduler
