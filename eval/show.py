@@ -143,7 +143,7 @@ def load_model(model: str | tuple[Any, Any] | None) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"transformers cannot load a vision-language model and its processor from {model!r}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}."
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return loaded.eval().to(device), processor

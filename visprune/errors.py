@@ -28,8 +28,15 @@ class UnsupportedKernel(VispruneError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of another library's error, or its type where it says nothing.
+
+    Where that line only announces what follows ("Error(s) in loading state_dict for X:"), the next
+    one is a part of it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".:")
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -292,5 +292,5 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{name!r} is neither a folder nor a repository that can be had from the Hub: "
-            f"{first_line(error)}"
+            f"{first_line(error)}."
         ) from error

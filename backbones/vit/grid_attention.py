@@ -19,7 +19,8 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from visprune import ops
-from visprune.backbones.vit.with_attention_grid import Grid, attend, refuse_mask
+from visprune.backbones.vit.refusals import refuse_mask
+from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.registry import did_you_mean

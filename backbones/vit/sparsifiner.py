@@ -29,11 +29,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import Tensor, nn
 
 from visprune import ops
+from visprune.backbones.vit.refusals import refuse_mask
 from visprune.backbones.vit.sparsifiner_attention import (
     AttentionOutput,
     ConnectivityPredictor,
     SparsifinerAttention,
-    refuse_mask,
 )
 from visprune.backbones.vit.sparsifiner_options import (
     default_rank,

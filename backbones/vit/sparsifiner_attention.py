@@ -14,6 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from visprune import ops
+from visprune.backbones.vit.refusals import refuse_mask
 from visprune.errors import BudgetError, ConfigError
 
 MaskGradient = Literal["none", "straight_through"]
@@ -326,13 +327,6 @@ class SparsifinerAttention(nn.Module):
         total = weight.sum(-1, keepdim=True)
         weight = weight / total.masked_fill(total == 0, 1.0)
         return self.attn_drop(weight).to(v.dtype) @ v
-
-
-def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raise ``ConfigError`` where timm's callers give a mask."""
-    if attn_mask is not None or is_causal:
-        raise ConfigError("Sparsifiner predicts its own mask; attn_mask and is_causal cannot "
-                          "be given.")  # fmt: skip
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -38,10 +38,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Plain attention of [B, n, heads, d] to [B, m, heads, d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raise ``ConfigError`` where timm's callers give a mask."""
-    if attn_mask is not None or is_causal:
-        raise ConfigError("Attention on a grid has its own pattern; attn_mask and is_causal "
-                          "cannot be given.")  # fmt: skip

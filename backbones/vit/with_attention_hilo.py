@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from visprune import ops
 from visprune.backbones.vit.hilo import HiLo
-from visprune.backbones.vit.with_attention_grid import Grid, attend, refuse_mask
+from visprune.backbones.vit.refusals import refuse_mask
+from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.errors import ConfigError, UnsupportedModel
 
 

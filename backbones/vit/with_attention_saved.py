@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import timm
@@ -15,7 +14,7 @@ from torch import nn
 
 from visprune.backbones.vit.grid_attention import GridNeighborhoodAttention, with_attention
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, first_line
 
 
 def calls_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -65,10 +64,8 @@ def rebuilt(folder: Path, calls: Any, options: dict[str, Any]) -> nn.Module:
             filter_fn=getattr(of_timm, "checkpoint_filter_fn", None),
         )
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = shorten(" ".join(lines[:2]) or type(error).__name__, 300, placeholder=" ...")
-        raise ConfigError(f"Cannot load the model in {str(folder)!r}: {why.rstrip('.')}.") from (
-            error
-        )
+        raise ConfigError(
+            f"Cannot load the model in {str(folder)!r}: {first_line(error)}."
+        ) from error
     plain: nn.Module = model.eval()
     return plain

@@ -58,7 +58,9 @@ class EncoderTap:
             original = getattr(core, name, None)
             if original is not None:
                 # A method and not a function inside a function: a copied model's encodes the copy.
-                wrapped = functools.partial(self._encode, original, kind)
+                wrapped = functools.partial(
+                    self._encode, original, inspect.signature(original), kind
+                )
                 vars(core)[name] = functools.update_wrapper(wrapped, original)
                 self._wrapped.append(name)
         watched = dict.fromkeys((*self.layers, *(("feature",) if self.keys else ())))
@@ -78,12 +80,18 @@ class EncoderTap:
         self.latest = {}
 
     def _encode(
-        self, original: Any, kind: Literal["image", "video"], /, *args: Any, **kwargs: Any
+        self,
+        original: Any,
+        signature: inspect.Signature,
+        kind: Literal["image", "video"],
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """In place of a core's ``original``, in the same manner."""
         self._heard.clear()
         output = original(*args, **kwargs)
-        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        bound = signature.bind_partial(*args, **kwargs).arguments
         pictures = self.adapter.pictures({**bound.pop("kwargs", {}), **bound}, kind)
         if self.finish is not None:
             self.finish(pictures)
