@@ -16,16 +16,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
-from visprune.eval.dry_run import plan_study, print_plan
 from visprune.eval.environment import set_threads
-from visprune.eval.models import EvalModel, ModelSpec
-from visprune.eval.progress import Progress, Silent
-from visprune.eval.records import Record
-from visprune.eval.results import ResultsFolder
-from visprune.eval.runner import process_number, run_study
-from visprune.eval.study import Study, build_study, read_study
-from visprune.method import PruningMethod
+from visprune.eval.models.base import EvalModel, ModelSpec
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.records.record import Record
+from visprune.eval.run.dry_run import plan_study, print_plan
+from visprune.eval.run.progress import Progress, Silent
+from visprune.eval.run.runner import process_number, run_study
+from visprune.eval.study.grid import Study, build_study, read_study
 
 __all__ = ["Evaluation", "evaluate", "run_command"]
 
@@ -90,7 +90,7 @@ def evaluate(
         prompt_style: ``"llava15"``, ``"chat"`` or ``"plain"``; ``None``: as the model likes it.
         generation: options of ``generate`` in place of greedy search.
         speed: also measure latency by part: ``True``, or options of
-            :class:`visprune.eval.study.SpeedPlan`.
+            :class:`visprune.eval.study.grid.SpeedPlan`.
         name: what tables call the model.
         progress: show bars on the terminal.
 
@@ -131,10 +131,10 @@ def evaluate(
 def _loaded(model: Any, processor: Any, name: str | None) -> EvalModel:
     """The loaded model as one that the runner can ask."""
     if processor is not None:
-        from visprune.eval.models_vlm import VLM
+        from visprune.eval.models.vlm import VLM
 
         return VLM(model, processor, name=name)
-    from visprune.eval.models_vit import TimmClassifier
+    from visprune.eval.models.vit import TimmClassifier
 
     return TimmClassifier(model, name=name)
 
@@ -148,7 +148,7 @@ def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
     """Rows for programs and a table for people, from the records alone."""
     from visprune.eval.report.average import averages
     from visprune.eval.report.build import build_tables
-    from visprune.eval.report.results import read_results
+    from visprune.eval.report.read import read_results
     from visprune.eval.report.tables import floor_list, to_markdown
 
     tables = build_tables(read_results(folder.path), resamples=1000)
@@ -251,7 +251,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _measure(study: Study, folder: ResultsFolder, bars: Silent, **options: Any) -> None:
     if study.speed is None:
         return
-    from visprune.eval.speed import measure_study
+    from visprune.eval.speed.measure import measure_study
 
     measure_study(study, folder, progress=bars, **options)
 

@@ -26,13 +26,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from transformers import GenerationConfig
 
-from visprune.apply import prune
 from visprune.catalog import get_method
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.eval.load_vlm import load as load_vlm
-from visprune.eval.models import NONE, ModelSpec
-from visprune.eval.models_vlm import VLM
-from visprune.eval.runner import process_number
+from visprune.eval.models.base import NONE, ModelSpec
+from visprune.eval.models.load_vlm import load as load_vlm
+from visprune.eval.models.vlm import VLM
+from visprune.eval.run.runner import process_number
+from visprune.machine.run import prune
 
 __all__ = ["Visprune"]
 

@@ -6,28 +6,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from visprune.version import __version__ as __version__
 
 # Everything heavy is imported when it is first used, so that `import visprune` stays light.
 _LAZY = {
-    "prune": "visprune.apply",
-    "Run": "visprune.apply",
+    "prune": "visprune.machine.run",
+    "Run": "visprune.machine.run",
     "get_method": "visprune.catalog",
     "list_methods": "visprune.catalog",
     "list_models": "visprune.catalog",
-    "encode_images": "visprune.sharing",
+    "encode_images": "visprune.machine.sharing",
     "evaluate": "visprune.eval.evaluate",
-    "load_pretrained": "visprune.saved",
-    "save_pretrained": "visprune.saved",
-    "Budget": "visprune.budget",
-    "Stage": "visprune.budget",
-    "Needs": "visprune.needs",
-    "Site": "visprune.site",
-    "Selection": "visprune.selection",
-    "VisualTokens": "visprune.tokens",
-    "PruningMethod": "visprune.method",
-    "BudgetedMethod": "visprune.method",
-    "Trace": "visprune.trace",
+    "load_pretrained": "visprune.machine.saved",
+    "save_pretrained": "visprune.machine.saved",
+    "Budget": "visprune.core.budget",
+    "Stage": "visprune.core.budget",
+    "Needs": "visprune.core.needs",
+    "Site": "visprune.core.site",
+    "Selection": "visprune.core.selection",
+    "VisualTokens": "visprune.core.tokens",
+    "PruningMethod": "visprune.core.method",
+    "BudgetedMethod": "visprune.core.method",
+    "Trace": "visprune.core.trace",
     "VispruneError": "visprune.errors",
     "ConfigError": "visprune.errors",
     "BudgetError": "visprune.errors",
@@ -39,14 +39,14 @@ __all__ = ["__version__", "ops", *_LAZY]
 
 if TYPE_CHECKING:
     from visprune import ops as ops
-    from visprune.apply import Run as Run
-    from visprune.apply import prune as prune
     from visprune.catalog import get_method as get_method
     from visprune.catalog import list_methods as list_methods
     from visprune.catalog import list_models as list_models
     from visprune.eval.evaluate import evaluate as evaluate
-    from visprune.saved import load_pretrained as load_pretrained
-    from visprune.saved import save_pretrained as save_pretrained
+    from visprune.machine.run import Run as Run
+    from visprune.machine.run import prune as prune
+    from visprune.machine.saved import load_pretrained as load_pretrained
+    from visprune.machine.saved import save_pretrained as save_pretrained
 
 
 def __getattr__(name: str) -> Any:

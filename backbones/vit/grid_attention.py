@@ -22,8 +22,8 @@ from visprune import ops
 from visprune.backbones.vit.refusals import refuse_mask
 from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
+from visprune.core.registry import did_you_mean
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.registry import did_you_mean
 
 KINDS = ("hilo", "neighborhood")
 _ATTENTIONS = (Attention, AttentionRope, EvaAttention)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.towers.macs import counted_macs
+from visprune.backbones.encoders.macs import counted_macs
 from visprune.backbones.vit.sparsifiner import Sparsifiner
 from visprune.errors import ConfigError
 
@@ -95,7 +95,7 @@ def measured_macs(model: Sparsifiner, images: Tensor) -> int:
     """Multiply-adds of one picture of the whole model, mean over pictures where they differ.
 
     A budget is the same for every picture: then this is
-    :func:`visprune.backbones.towers.macs.counted_macs`. Under ``score_threshold`` that count has
+    :func:`visprune.backbones.encoders.macs.counted_macs`. Under ``score_threshold`` that count has
     room for every key, the most that attention can cost; here only the keys are counted that are
     kept on ``images``. Where attention is dense and masked (``sparse_inference = False``) all of
     them are.

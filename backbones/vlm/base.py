@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.towers.base import TowerAdapter
-from visprune.cost import ModelShape
+from visprune.backbones.encoders.base import TowerAdapter
+from visprune.core.method import ModelSpec
+from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.method import ModelSpec
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from visprune.backbones.towers.base import TowerAdapter
-from visprune.backbones.towers.hf_clip import HfClip
+from visprune.backbones.encoders.base import TowerAdapter
+from visprune.backbones.encoders.hf_clip import HfClip
 from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
-from visprune.cost import (
+from visprune.cost.cost import (
     ModelShape,
     clip_vision_shape,
     decoder_shape,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
-from visprune.cost import (
+from visprune.cost.cost import (
     ModelShape,
     decoder_shape,
     qwen2_5_vl_vision_shape,

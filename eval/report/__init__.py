@@ -12,8 +12,8 @@ from visprune.eval.environment import writable_folder
 from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
 from visprune.eval.report.page import build_page, payload
-from visprune.eval.report.published import attach_published
-from visprune.eval.report.results import read_results
+from visprune.eval.report.papers import attach_published
+from visprune.eval.report.read import read_results
 from visprune.eval.report.tables import to_csv, to_kinds_csv, to_latex, to_markdown
 
 __all__ = ["write_report"]

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from visprune.eval.report.cost import pareto
 from visprune.eval.report.estimate import Draws, Scorer
 from visprune.eval.report.floors import pooled_floors
-from visprune.eval.report.results import UNTOUCHED, Line, Results, Run, canonical
+from visprune.eval.report.front import pareto
+from visprune.eval.report.read import UNTOUCHED, Line, Results, Run, canonical
 from visprune.eval.report.rows import Arm, Row, Table, build_row
 from visprune.eval.tasks.base import tasks as registry
 

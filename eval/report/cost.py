@@ -5,16 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from visprune.eval.report.results import NO_IMAGE, Line, Run
+from visprune.eval.report.read import Line, Run
 
-if TYPE_CHECKING:
-    from visprune.eval.report.rows import Row
-
-__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Cost", "by_size", "cost_of", "on_front", "pareto"]
+__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Cost", "by_size", "cost_of"]
 
 FLOP_PARTS = ("vision", "projector", "selection", "prefill", "decode", "lm_head")
 TIME_PARTS = ("vision_ms", "selection_ms", "prefill_ms", "decode_ms_per_token", "total_ms")
@@ -123,23 +120,3 @@ def _speed(batches: Any) -> dict[str, dict[str, tuple[float, float, float]]]:
             ]
             found.setdefault(str(size), {})[part] = (float(median), quartiles[0], quartiles[1])
     return found
-
-
-def pareto(rows: Sequence[Row]) -> None:
-    """Mark on every axis the rows that no other beats; without a picture there is no contest."""
-    seeing = [row for row in rows if row.arm.method != NO_IMAGE]
-    for axis in AXES:
-        points = [
-            (cost, row.score[0], row)
-            for row in seeing if row.score is not None and (cost := row.cost.on(axis)) is not None
-        ]  # fmt: skip
-        plain = [(cost, score) for cost, score, _ in points]
-        for cost, score, row in points:
-            if on_front((cost, score), plain):
-                row.pareto.append(axis)
-
-
-def on_front(point: tuple[float, float], points: Sequence[tuple[float, float]]) -> bool:
-    """Return whether no other (cost, score) is as good in both and better in one."""
-    cost, score = point
-    return not any(c <= cost and s >= score and (c < cost or s > score) for c, s in points)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from visprune.errors import ConfigError
-from visprune.eval.report.results import Line, canonical
+from visprune.eval.report.read import Line, canonical
 from visprune.eval.stats import wilson
 from visprune.eval.tasks.base import Task, get_task
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from visprune.eval.metrics.beside import Floors, floors
-from visprune.eval.report.results import Line
+from visprune.eval.report.read import Line
 
 if TYPE_CHECKING:
     from visprune.eval.tasks.base import Task

@@ -17,10 +17,10 @@ from importlib.resources import files
 from typing import Any
 
 import visprune
-from visprune.eval.records import Cell
+from visprune.eval.records.record import Cell
 from visprune.eval.report.cost import AXES, FLOP_PARTS, TIME_PARTS
 from visprune.eval.report.formats import html_json, rounded
-from visprune.eval.report.results import Results, Run
+from visprune.eval.report.read import Results, Run
 from visprune.eval.report.rows import Arm, Figure, Row, Table
 from visprune.eval.report.samples import Chosen, choose, pictures, read_samples
 from visprune.eval.report.tables import FLOORS, HOW_TO_READ

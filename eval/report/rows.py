@@ -13,7 +13,7 @@ import numpy as np
 from visprune.eval.metrics.beside import Floors, loyal, yes_rate, yes_wanted
 from visprune.eval.report.cost import Cost, cost_of
 from visprune.eval.report.estimate import Scorer, ratio
-from visprune.eval.report.results import UNTOUCHED, Line, Run
+from visprune.eval.report.read import UNTOUCHED, Line, Run
 
 __all__ = ["Arm", "Figure", "Row", "Table", "build_row", "pooled"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from visprune.eval.report.results import Line, Results, Run
+from visprune.eval.report.read import Line, Results, Run
 
 __all__ = ["Chosen", "choose", "pictures", "read_samples"]
 

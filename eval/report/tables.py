@@ -11,7 +11,7 @@ from typing import Any
 
 from visprune.eval.report.cost import FLOP_PARTS, TIME_PARTS, by_size
 from visprune.eval.report.formats import csv_text, figure, latex, markdown, scale
-from visprune.eval.report.results import NO_IMAGE
+from visprune.eval.report.read import NO_IMAGE
 from visprune.eval.report.rows import Row, Table
 
 __all__ = ["HOW_TO_READ", "to_csv", "to_kinds_csv", "to_latex", "to_markdown"]

@@ -12,10 +12,10 @@ import numpy as np
 import torchmetrics
 from PIL import Image
 
+from visprune.core.registry import Registry
 from visprune.errors import ConfigError, VispruneError, did_you_mean
 from visprune.eval.tasks import TABLE
 from visprune.eval.tasks.scored import Scored
-from visprune.registry import Registry
 
 __all__ = [
     "STYLES",

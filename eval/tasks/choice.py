@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
 from visprune.eval.metrics.letters import LETTER_PARSERS, parse_letter
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, read_object, read_rows, require_columns

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 from PIL import Image
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
 from visprune.eval.metrics.letters import answer_letter
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Task, check_option
 from visprune.eval.tasks.loading import ImageFile, LazySamples, jsonl_lines
 from visprune.eval.tasks.scoring import SCORINGS, Scoring

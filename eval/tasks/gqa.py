@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
 from visprune.eval.metrics.text import GQA_PARSERS, gqa_match
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, read_object, require_columns

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torchmetrics
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
 from visprune.eval.metrics.boxes import (
     SCALES,
     Box,
@@ -22,6 +21,7 @@ from visprune.eval.metrics.boxes import (
     parse_box,
     seen_size,
 )
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, SampleError, Scored, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, jsonl_lines

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import PromptStyle, Sample
 from visprune.eval.tasks.loading import find_file, jsonl_lines, read_rows
 from visprune.eval.tasks.rows import FileRows, Rows

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
 from visprune.eval.metrics.vqa import vqa_accuracy
 from visprune.eval.metrics.vqa_text import NORMALISERS
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, jsonl_lines, read_rows

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torchmetrics
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
 from visprune.eval.metrics.mme import (
     COGNITION,
     PERCEPTION,
@@ -25,6 +24,7 @@ from visprune.eval.metrics.mme import (
 from visprune.eval.metrics.pope import POPE as POPEMetric
 from visprune.eval.metrics.pope import SPLITS, pope_cell, pope_figures
 from visprune.eval.metrics.yesno import MME_PARSERS, POPE_PARSERS, parse_yes_no, yes_no_label
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, jsonl_lines, read_text

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import visprune.apply
-from visprune.forward import Forward
+import visprune.machine.run
+from visprune.machine.decoder.forward import Forward
 
 TOLERANCE = 1e-5
 
@@ -42,7 +42,7 @@ def forwards() -> Iterator[list[Forward]]:
                 found.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visprune.apply, "Forward", Noted)
+        patch.setattr(visprune.machine.run, "Forward", Noted)
         yield found
 
 

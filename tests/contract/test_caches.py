@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 import visprune
 from tests.contract import oracle
 from tests.contract.cases import batch, every_family, every_pair, few
-from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
 

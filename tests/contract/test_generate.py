@@ -23,7 +23,7 @@ from tests.contract.cases import (
     everything,
     few,
 )
-from visprune.backbones.vlm.cache import CACHE_ARGUMENT
+from visprune.backbones.hf.cache import CACHE_ARGUMENT
 
 STEPS = 3
 # A picture placeholder in an answer would be read as a picture when the answer is fed again.

@@ -12,7 +12,7 @@ import visprune
 from tests import tiny
 from tests.contract import oracle
 from tests.contract.cases import METHODS, batch, every_family, every_pair, few, places
-from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
 
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
 QWENS = ("qwen2_vl", "qwen2_5_vl")

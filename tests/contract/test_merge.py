@@ -14,7 +14,7 @@ from torch import Tensor
 import visprune
 from tests.contract import oracle
 from tests.contract.cases import FAMILIES, LINE_FAMILIES, MERGING, PAIRS, batch, few, places
-from visprune.selection import Selection
+from visprune.core.selection import Selection
 
 MERGES = [pair for pair in PAIRS if pair[0] in MERGING]
 CASES = [(name, family, "original") for name, family in MERGES] + [

@@ -11,9 +11,9 @@ import torch
 import visprune
 from tests.contract import oracle
 from tests.contract.cases import batch, every_family, every_pair, few, places
-from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
+from visprune.core.site import Site
 from visprune.methods.pool import pool_tokens
-from visprune.site import Site
 
 LAYERS = 4
 TWO = [[3, "a", 6], [2, "b", 9]]

@@ -15,7 +15,7 @@ import visprune
 from tests import tiny
 from tests.contract import oracle
 from tests.contract.cases import FAMILIES, INSIDE, METHODS, batch, places
-from tests.towers.oracle import matched_by_hand
+from tests.encoders.oracle import matched_by_hand
 from visprune.errors import ConfigError, UnsupportedModel
 
 TOWERS = ("llava", "llava_next")

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from visprune.errors import ConfigError
-from visprune.eval.models import Answerer, Choice, ModelSpec, Output, Request
-from visprune.eval.study import Study, build_study
+from visprune.eval.models.base import Answerer, Choice, ModelSpec, Output, Request
+from visprune.eval.study.grid import Study, build_study
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, SampleError, Task
 
 

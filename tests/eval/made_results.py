@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from visprune.eval.records import Cell, Record
-from visprune.eval.results import ResultsFolder, write_json
+from visprune.eval.records.folder import ResultsFolder, write_json
+from visprune.eval.records.record import Cell, Record
 from visprune.eval.tasks.embedded import KINDS, make_sample
 
 MODEL = {"name": "made-7b", "weights": "0" * 16, "dtype": "float32", "attention": "sdpa"}

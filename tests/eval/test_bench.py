@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from visprune import cli
-from visprune.apply import prune
 from visprune.catalog import get_method
+from visprune.cli import commands as cli
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval import bench_decode, bench_prefill, ideal
-from visprune.eval.bench_prefill import METHODS, agree, pair_up
-from visprune.eval.ideal import ideal_of, prompt
-from visprune.eval.kept import recorded
+from visprune.eval.show.kept import recorded
+from visprune.eval.speed import bench_decode, bench_prefill, ideal
+from visprune.eval.speed.bench_prefill import METHODS, agree, pair_up
+from visprune.eval.speed.ideal import ideal_of, prompt
+from visprune.machine.run import prune
 
 
 @pytest.fixture(scope="module")

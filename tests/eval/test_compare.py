@@ -10,11 +10,11 @@ import pytest
 
 from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
-from visprune.eval.compare import compare, mcnemar, to_text
-from visprune.eval.models import ModelSpec
-from visprune.eval.records import Cell, Record
-from visprune.eval.results import ResultsFolder
-from visprune.eval.runner import run_study
+from visprune.eval.models.base import ModelSpec
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.records.record import Cell, Record
+from visprune.eval.report.compare import compare, mcnemar, to_text
+from visprune.eval.run.runner import run_study
 from visprune.eval.tasks.base import get_task
 
 

@@ -15,16 +15,17 @@ import torch
 from PIL import Image
 
 from tests.eval.small import small_embedded
-from visprune.apply import prune
 from visprune.catalog import get_method
 from visprune.errors import ConfigError
-from visprune.eval import accuracy, demo
-from visprune.eval.accuracy import QuestionSet, batch_inputs
-from visprune.eval.demo import Plan, run_demo
-from visprune.eval.demo_report import most_typical
-from visprune.eval.kept import KeptMap, paint, recorded
+from visprune.eval.demo import accuracy
+from visprune.eval.demo import run as demo
+from visprune.eval.demo.accuracy import QuestionSet, batch_inputs
+from visprune.eval.demo.report import most_typical
+from visprune.eval.demo.run import Plan, run_demo
+from visprune.eval.show.kept import KeptMap, paint, recorded
 from visprune.eval.stats import wilson
 from visprune.eval.tasks.embedded import blind_floor, load
+from visprune.machine.run import prune
 
 PLAN = Plan(methods=("random", "pool", "fastv"), budgets=(64, 32), limit=14, prompts=2)
 REQUIRED = {

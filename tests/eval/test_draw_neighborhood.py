@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visprune import cli
+from visprune.cli import commands as cli
 from visprune.errors import ConfigError
-from visprune.eval.draw_neighborhood_attention import Window, draw, seen_keys
+from visprune.eval.show.neighborhood_attention import Window, draw, seen_keys
 from visprune.kernels.neighborhood_attention import bench, cases, reference
 
 

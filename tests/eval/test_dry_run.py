@@ -12,9 +12,9 @@ from rich.console import Console
 
 from tests.eval.instant import Instant, instant_study, loader
 from visprune.errors import ConfigError
-from visprune.eval.dry_run import Planned, plan_study, print_plan
 from visprune.eval.evaluate import print_rows
-from visprune.eval.study import build_study
+from visprune.eval.run.dry_run import Planned, plan_study, print_plan
+from visprune.eval.study.grid import build_study
 
 LONG = "runs/2026-11-26/vlm_easy_vqa_with_all_its_weights/checkpoint-last"
 

@@ -19,15 +19,17 @@ from PIL import Image
 import visprune
 from tests import tiny
 from tests.eval.small import small_embedded
-from visprune import cli
+from visprune.cli import commands as cli
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.eval import models_vlm
 from visprune.eval.evaluate import Evaluation, run_command
-from visprune.eval.models import ModelSpec, Output, Request, load_model, weights_hash
-from visprune.eval.models_vit import TimmClassifier
-from visprune.eval.models_vlm import VLM
-from visprune.eval.results import ResultsFolder
-from visprune.eval.study import build_study
+from visprune.eval.models import vlm as models_vlm
+from visprune.eval.models.base import ModelSpec, Output, Request
+from visprune.eval.models.identity import weights_hash
+from visprune.eval.models.load import load_model
+from visprune.eval.models.vit import TimmClassifier
+from visprune.eval.models.vlm import VLM
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.eval.tasks.imagenet import ranking_text
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
-from visprune.eval.ideal_vit import forward_shortened, has_ideal
+from visprune.eval.speed.ideal_vit import forward_shortened, has_ideal
 
 
 def small(**args: Any) -> Any:

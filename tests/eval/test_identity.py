@@ -21,14 +21,14 @@ import visprune.backbones.vit as vit
 from tests.eval.small import small_embedded
 from tests.eval.task_fixtures import dump_lines
 from visprune.errors import ConfigError
-from visprune.eval import models_vlm
 from visprune.eval.evaluate import evaluate
-from visprune.eval.identity import structure_hash, transform_hash
-from visprune.eval.jobs import jobs_of
-from visprune.eval.models_vit import TimmClassifier, ZeroShot
-from visprune.eval.models_vlm import VLM
-from visprune.eval.results import ResultsFolder
-from visprune.eval.study import build_study
+from visprune.eval.models import vlm as models_vlm
+from visprune.eval.models.identity import structure_hash, transform_hash
+from visprune.eval.models.vit import TimmClassifier, ZeroShot
+from visprune.eval.models.vlm import VLM
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.jobs import jobs_of
+from visprune.eval.study.grid import build_study
 
 STUDY: dict[str, Any] = {
     "models": ["small"], "tasks": [{"task": "embedded", "limit": 4}], "controls": ["none"],

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from tests.eval.instant import Instant, Tiling, instant_study, loader
-from visprune.eval.models import Output, Request
-from visprune.eval.results import ResultsFolder
-from visprune.eval.runner import run_study
-from visprune.eval.study import Study
+from visprune.eval.models.base import Output, Request
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.runner import run_study
+from visprune.eval.study.grid import Study
 
 # Forked children: what takes time is imported once. They touch no tensor.
 FORK = multiprocessing.get_context("fork")

@@ -14,7 +14,7 @@ import torch
 
 from visprune.errors import ConfigError
 from visprune.eval.environment import describe, describe_line, set_threads, writable_folder
-from visprune.eval.latency import Case, Timings, interleaved
+from visprune.eval.speed.latency import Case, Timings, interleaved
 
 
 def test_cases_take_turns_forwards_then_backwards() -> None:

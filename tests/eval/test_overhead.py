@@ -8,8 +8,8 @@ import tracemalloc
 from pathlib import Path
 
 from tests.eval.instant import Instant, instant_study, loader
-from visprune.eval.progress import Silent
-from visprune.eval.runner import run_study
+from visprune.eval.run.progress import Silent
+from visprune.eval.run.runner import run_study
 
 
 def test_a_thousand_samples_take_less_than_a_second_of_this_process(tmp_path: Path) -> None:

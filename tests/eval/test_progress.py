@@ -7,7 +7,7 @@ import io
 
 from rich.console import Console
 
-from visprune.eval.progress import Progress
+from visprune.eval.run.progress import Progress
 
 
 def test_a_timed_run_is_no_sample() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.eval.task_fixtures import LOCAL, dump_lines
 from visprune.errors import ConfigError
-from visprune.eval import prompts
+from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import STYLES, Task, get_task, list_tasks
 
 SNAPSHOT = Path(__file__).with_name("prompts.json")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from visprune.errors import ConfigError
-from visprune.eval import record_files
-from visprune.eval.record_files import read_lines
-from visprune.eval.records import Cell, Record, merge
-from visprune.eval.results import ResultsFolder, read_records, write_json
+from visprune.eval.records import files as record_files
+from visprune.eval.records.files import read_lines
+from visprune.eval.records.folder import ResultsFolder, read_records, write_json
+from visprune.eval.records.record import Cell, Record, merge
 
 
 def a_cell(**changes: Any) -> Cell:

@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 
 from tests.eval.made_results import made_results
-from visprune import cli
+from visprune.cli import commands as cli
 from visprune.errors import ConfigError
-from visprune.eval.records import Cell, Record
+from visprune.eval.records.folder import ResultsFolder, write_json
+from visprune.eval.records.record import Cell, Record
 from visprune.eval.report import estimate, write_report
 from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
 from visprune.eval.report.cost import FLOP_PARTS
 from visprune.eval.report.formats import csv_text, figure, html_json, latex, markdown
-from visprune.eval.report.published import attach_published
-from visprune.eval.report.results import read_results
+from visprune.eval.report.papers import attach_published
+from visprune.eval.report.read import read_results
 from visprune.eval.report.rows import Table
 from visprune.eval.report.samples import choose, pictures, read_samples
 from visprune.eval.report.tables import to_csv, to_latex, to_markdown
-from visprune.eval.results import ResultsFolder, write_json
 from visprune.eval.stats import paired_bootstrap, wilson
 from visprune.eval.tasks.base import Parsed, Sample, Task, get_task
 

@@ -19,9 +19,9 @@ from selenium.webdriver import ActionChains, Keys
 
 from tests.eval.browser import Page, browser, missing
 from tests.eval.made_results import made_results
-from visprune.eval.records import Cell, Record
+from visprune.eval.records.folder import ResultsFolder, write_json
+from visprune.eval.records.record import Cell, Record
 from visprune.eval.report import write_report
-from visprune.eval.results import ResultsFolder, write_json
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing() or "there is a browser"),

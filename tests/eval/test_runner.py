@@ -14,12 +14,12 @@ import torch
 
 from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
-from visprune.eval import record_files
-from visprune.eval.models import ModelSpec
-from visprune.eval.progress import Silent
-from visprune.eval.results import ResultsFolder
-from visprune.eval.runner import run_study
-from visprune.eval.study import Study
+from visprune.eval.models.base import ModelSpec
+from visprune.eval.records import files as record_files
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.progress import Silent
+from visprune.eval.run.runner import run_study
+from visprune.eval.study.grid import Study
 
 
 def run(study: Study, out: Path, model: Instant | None = None, **options: Any) -> ResultsFolder:

@@ -15,10 +15,10 @@ from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaNextImage
 
 import visprune
 from tests import tiny
-from visprune.eval.models import Request
-from visprune.eval.models_vit import TimmClassifier
-from visprune.eval.models_vlm import VLM
-from visprune.eval.seen import seen_by_processor, seen_by_transform
+from visprune.eval.models.base import Request
+from visprune.eval.models.seen import seen_by_processor, seen_by_transform
+from visprune.eval.models.vit import TimmClassifier
+from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import Sample, get_task
 from visprune.eval.tasks.imagenet import ImageNet
 

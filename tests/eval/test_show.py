@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from tests.eval.small import small_embedded
-from visprune import cli
 from visprune.backbones.vlm import embedded
 from visprune.backbones.vlm.embedded.tokenizer import SPECIAL, build_tokenizer
+from visprune.cli import commands as cli
 from visprune.errors import ConfigError
-from visprune.eval import figures
-from visprune.eval import show as module
-from visprune.eval.show import open_picture, show
+from visprune.eval.show import figures
+from visprune.eval.show import vlm as module
+from visprune.eval.show.vlm import open_picture, show
 from visprune.eval.tasks.embedded import words
 
 QUESTION = "what color is the circle?"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.towers import small
+from tests.encoders import small
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval import bench_vit
-from visprune.eval.show import show
-from visprune.eval.show_vit import paint_slots, show_vit
+from visprune.eval.show.vit import paint_slots, show_vit
+from visprune.eval.show.vlm import show
+from visprune.eval.speed import bench_vit
 
 
 def test_tokens_show_their_mean_and_dropped_ones_a_veil() -> None:
@@ -46,7 +46,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "p.png")
     with pytest.raises(ConfigError, match=r"timm has no 'deit_smal_patch16_224'. Did you mean"):
         show_vit(tmp_path / "p.png", model="deit_smal_patch16_224")
-    with pytest.raises(ConfigError, match=r"acts inside an image encoder; visprune.eval.show_vit"):
+    with pytest.raises(ConfigError, match=r"acts inside an image encoder; visprune.eval.show.vit"):
         show(tmp_path / "p.png", question="what?", method="tome", out=tmp_path / "o.png")
 
 

@@ -13,13 +13,13 @@ import torch
 from tests.eval.instant import Instant, instant_study, loader
 from tests.eval.small import small_embedded
 from visprune.errors import ConfigError
-from visprune.eval import models_vlm
-from visprune.eval.models_vit import TimmClassifier
-from visprune.eval.models_vlm import VLM
-from visprune.eval.results import ResultsFolder
-from visprune.eval.runner import run_study
-from visprune.eval.speed import measure_jobs, measure_study
-from visprune.eval.study import SpeedPlan, build_study
+from visprune.eval.models import vlm as models_vlm
+from visprune.eval.models.vit import TimmClassifier
+from visprune.eval.models.vlm import VLM
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.runner import run_study
+from visprune.eval.speed.measure import measure_jobs, measure_study
+from visprune.eval.study.grid import SpeedPlan, build_study
 from visprune.eval.tasks.imagenet import ImageNet
 
 PLAN = {"rounds": 2, "warmup": 1, "batches": [1, 2], "new_tokens": 3, "prompts": 2}
@@ -129,7 +129,7 @@ def test_a_classifier_is_one_forward(tmp_path: Path) -> None:
             "budgets": [{"r": 2}], "controls": ["none"],
         }
     )  # fmt: skip
-    from visprune.eval.jobs import jobs_of
+    from visprune.eval.run.jobs import jobs_of
 
     jobs = [job for job in jobs_of(study, classifier) if not job.cell.refused]
     found = measure_jobs(classifier, jobs, SpeedPlan(rounds=2, batches=(1, 2)))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from visprune.errors import ConfigError
-from visprune.eval.models import ModelSpec
-from visprune.eval.study import SpeedPlan, Study, build_study, read_study
+from visprune.eval.models.base import ModelSpec
+from visprune.eval.study.grid import SpeedPlan, Study, build_study, read_study
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.methods.fastv import FastV
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.eval.task_fixtures import drawn, dump_lines, save
-from visprune import cli
+from visprune.cli import commands as cli
 from visprune.errors import ConfigError
 from visprune.eval.llava_files import score_answers
 from visprune.eval.tasks import embedded

@@ -8,47 +8,48 @@ an arrow. Registry rows are strings and no imports.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-_VOCABULARY = (
-    *("errors", "registry", "tokens", "selection", "slots", "budget", "site", "needs", "method"),
-    *("trace", "cost"),
-)
-
-_MACHINE = (
-    *("apply", "catalog", "forward", "stages", "outputs", "plan", "run_cost", "saved", "sharing"),
-)
-
-# Longest prefix wins. A new module in visprune/ needs a row: decide where it stands. Parts of a
-# module that grew too long stand with it: `cost_macs` with `cost`.
+# One row a folder, longest prefix wins; four files lie flat, and a fifth needs a reason and a row.
 LAYERS = {
     "visprune": "top",
+    "visprune.version": "version",
+    "visprune.errors": "errors",
+    "visprune.catalog": "catalog",
     "visprune.cli": "cli",
+    "visprune.core": "core",
+    "visprune.cost": "cost",
     "visprune.eval": "eval",
-    "visprune.train": "train",
+    "visprune.machine": "machine",
     "visprune.methods": "methods",
-    "visprune.backbones": "backbones",
     "visprune.ops": "ops",
+    "visprune.train": "train",
+    "visprune.backbones": "backbones",
     "visprune.kernels": "kernels",
     "visprune.kernels.common": "kernels.common",
-    **dict.fromkeys((f"visprune.{name}" for name in _MACHINE), "apply"),
-    **dict.fromkeys((f"visprune.{name}" for name in _VOCABULARY), "vocabulary"),
 }
 
-# From a layer to the layers that it may import; a row that names itself may look sideways.
+# From a layer to the layers that it may import; one that names itself may look sideways.
 ALLOWED = {
-    "cli": {"cli", "top", "eval", "train", "apply", "methods", "backbones", "ops", "vocabulary"},
-    "top": {"eval", "train", "apply", "methods", "backbones", "ops", "vocabulary"},
-    "train": {"top", "train", "eval", "apply", "methods", "backbones", "ops", "vocabulary"},
-    "eval": {"top", "eval", "apply", "methods", "backbones", "ops", "vocabulary"},
-    "apply": {"apply", "methods", "backbones", "ops", "vocabulary"},
-    "methods": {"ops", "vocabulary"},
-    "backbones": {"backbones", "ops", "vocabulary"},
-    "ops": {"ops", "kernels", "vocabulary"},  # kernels: their op.py alone, see _edge_allowed
-    "kernels": {"kernels.common"},  # and their own folder
+    "version": set(),
+    "errors": set(),
     "kernels.common": {"kernels.common"},
-    "vocabulary": {"vocabulary"},
-}
+    "kernels": {"kernels.common"},  # and their own folder
+    "ops": {"ops", "kernels", "errors"},  # kernels: their op.py alone, see _edge_allowed
+    "core": {"core", "ops", "errors"},
+    "cost": {"cost", "errors"},
+    "methods": {"methods", "core", "ops", "errors"},  # one from another: `_` files alone
+    "backbones": {"backbones", "core", "cost", "ops", "errors"},
+    "catalog": {"methods", "backbones", "core", "errors"},
+    "machine": {"machine", "catalog", "methods", "backbones", "core", "cost", "ops", "errors"},
+    "top": {"eval", "train", "machine", "catalog", "core", "ops", "errors", "version"},
+    "eval": {"eval", "top", "machine", "catalog", "methods", "backbones", "core", "cost", "ops",
+             "errors", "version"},
+    "train": {"train", "top", "eval", "machine", "catalog", "methods", "backbones", "core", "cost",
+              "ops", "errors", "version"},
+    "cli": {"cli", "top", "eval", "train", "machine", "catalog", "core", "ops", "errors",
+            "version"},
+}  # fmt: skip
 
 # Libraries that belong to some layers only; a library without a row may be imported anywhere.
 OWNERS = {
@@ -65,13 +66,22 @@ OWNERS = {
     "triton": set(),  # only kernels/*/triton_*.py, see violations
 }
 
+# Files that may lie directly in a folder; what else there is lies in a room.
+FLAT = {
+    "visprune": {"__init__", "catalog", "errors", "version"},
+    "eval": {
+        *("environment", "evaluate", "stats"),
+        # Paths that others have written down: lmms-eval's manifest, LLaVA's files.
+        *("llava_files", "lmms_eval", "lmms_manifest"),
+    },
+}
+
 
 def layer_of(module: str) -> str | None:
     """Return the layer of a module of ours, or None where no row of ``LAYERS`` speaks of it."""
     parts = module.split(".")
     if len(parts) > 1 and ".".join(parts[:2]) not in LAYERS:
-        whole = f"visprune.{parts[1].partition('_')[0]}"
-        return LAYERS.get(whole) if whole != f"visprune.{parts[1]}" else None
+        return None
     prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next(LAYERS[prefix] for prefix in prefixes if prefix in LAYERS)
 
@@ -89,7 +99,7 @@ def violations(module: str, source: str, *, known: set[str], is_package: bool) -
     if layer is None:
         return [f"line 1: {module} stands in no layer; give it a row in LAYERS"]
     found = []
-    for line, target in _imports(module, ast.parse(source), known, is_package):
+    for line, target in imports_of(module, source, known=known, is_package=is_package):
         library = target.partition(".")[0]
         if library == "visprune":
             if target != module and not _edge_allowed(module, target):
@@ -105,6 +115,30 @@ def violations(module: str, source: str, *, known: set[str], is_package: bool) -
     return found
 
 
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return the circles of a graph of modules: each a list of those that reach one another."""
+    reach = {module: _reached(graph, module) for module in graph}
+    found: list[list[str]] = []
+    seen: set[str] = set()
+    for module in graph:
+        circle = sorted(m for m in reach[module] if module in reach[m])
+        if circle and module not in seen:
+            found.append(sorted({module, *circle}))
+            seen.update(circle)
+    return found
+
+
+def _reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    reached: set[str] = set()
+    waiting = list(graph[start])
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting += graph.get(module, ())
+    return reached
+
+
 def _edge_allowed(module: str, target: str) -> bool:
     """Return whether ``module`` may import ``target``, both of ours."""
     source_layer, target_layer = layer_of(module), layer_of(target)
@@ -112,16 +146,18 @@ def _edge_allowed(module: str, target: str) -> bool:
         return False
     if source_layer == target_layer == "kernels":
         return module.split(".")[2] == target.split(".")[2]
+    if source_layer == target_layer == "methods":
+        return target.rpartition(".")[2].startswith("_")
     if (source_layer, target_layer) == ("ops", "kernels"):
         return target.split(".")[3:] == ["op"]
     return target_layer in ALLOWED[source_layer]
 
 
-def _imports(
-    module: str, tree: ast.Module, known: set[str], is_package: bool
+def imports_of(
+    module: str, source: str, *, known: set[str], is_package: bool
 ) -> Iterator[tuple[int, str]]:
-    """Yield line and full module name of everything that a syntax tree imports."""
-    for node in ast.walk(tree):
+    """Yield line and full module name of everything that a source imports."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

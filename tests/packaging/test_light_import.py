@@ -16,7 +16,7 @@ HEAVY = ["transformers", "timm", "open_clip", "torchvision", "matplotlib", "data
     ("statement", "absent"),
     [
         ("import visprune", HEAVY),
-        ("import visprune.cli", [*HEAVY, "torch"]),
+        ("import visprune.cli.commands", [*HEAVY, "torch"]),
     ],
 )
 def test_stays_light(statement: str, absent: list[str], tmp_path: Path) -> None:

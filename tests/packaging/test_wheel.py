@@ -79,9 +79,9 @@ print("all", len({PACKAGES!r}))
 
 def test_the_command_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = """
-import sys, visprune.cli
+import sys, visprune.cli.commands
 sys.argv = ["visprune", "methods"]
-visprune.cli.main()
+visprune.cli.commands.main()
 """
     output = run_python(code, cwd=tmp_path, env={"PYTHONPATH": str(installed)})
     assert "todre" in output

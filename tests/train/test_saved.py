@@ -20,9 +20,9 @@ import visprune
 from tests import tiny
 from tests.contract.cases import batch
 from tests.train import small
-from visprune import saved
 from visprune.backbones.vit import with_attention
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.machine import saved
 
 METHODS: dict[str, dict[str, Any]] = {
     "tome": {"r": [2, 2, 1, 0]},

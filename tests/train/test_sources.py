@@ -13,8 +13,9 @@ import pytest
 
 from tests.train import small
 from visprune.errors import ConfigError
+from visprune.train.image.pictures import CorruptPicture, Pictures
 from visprune.train.image.recipe import DataConfig
-from visprune.train.image.sources import CorruptPicture, Pictures, open_pictures
+from visprune.train.image.sources import open_pictures
 
 
 @pytest.fixture(scope="module")

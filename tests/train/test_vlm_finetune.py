@@ -15,9 +15,10 @@ from PIL import Image
 import visprune
 from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError
-from visprune.eval.models import ModelSpec, Request, load_model
+from visprune.eval.models.base import ModelSpec, Request
+from visprune.eval.models.load import load_model
 from visprune.eval.tasks.base import get_task
-from visprune.sharing import encode_images
+from visprune.machine.sharing import encode_images
 from visprune.train.start import train
 from visprune.train.vlm import tune
 from visprune.train.vlm.learner import add_words

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 import visprune
 from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError
-from visprune.eval.models import ModelSpec, load_model
+from visprune.eval.models.base import ModelSpec
+from visprune.eval.models.load import load_model
 from visprune.eval.tasks.base import get_task
-from visprune.sharing import EncodedImages
+from visprune.machine.sharing import EncodedImages
 from visprune.train.start import train
 from visprune.train.vlm import trainer, tune
 from visprune.train.vlm.questions import (

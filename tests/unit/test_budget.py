@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprune.budget import Budget, is_number
+from visprune.core.budget import Budget, is_number
 from visprune.errors import BudgetError
 
 counts = st.integers(1, 5000)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import visprune
-from visprune import cli
+from visprune.cli import commands as cli
+from visprune.core.registry import Registry
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel
-from visprune.registry import Registry
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -35,8 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[s
         seen.append((args, kwargs))
 
     targets = {
-        "visprune.eval.demo": "run_demo",
-        "visprune.eval.show": "show",
+        "visprune.eval.demo.run": "run_demo",
+        "visprune.eval.show.vlm": "show",
         "visprune.train": "train",
     }
     for module, function in targets.items():
@@ -96,7 +96,10 @@ def test_train_refuses_what_is_not_key_and_value(
 def test_lists_are_one_line_each_with_the_first_line_of_the_docstring(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    table = {"short": "visprune.registry:Registry", "longer_name": "visprune.errors:BudgetError"}
+    table = {
+        "short": "visprune.core.registry:Registry",
+        "longer_name": "visprune.errors:BudgetError",
+    }
     cli._print_registry(Registry("thing", table))
     assert capsys.readouterr().out.splitlines() == [
         f"short        {Registry.__doc__.splitlines()[0]}",
@@ -114,7 +117,7 @@ def test_our_errors_are_one_line_and_exit_code_2(
     def fail(**kwargs: Any) -> None:
         raise family("No [bold] file\n  'x.png'. " + "Long. " * 40)
 
-    monkeypatch.setattr(sys.modules["visprune.eval.demo"], "run_demo", fail)
+    monkeypatch.setattr(sys.modules["visprune.eval.demo.run"], "run_demo", fail)
     assert _run(monkeypatch, "demo") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -142,7 +145,7 @@ def test_other_errors_keep_their_traceback(
     def fail(**kwargs: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(sys.modules["visprune.eval.demo"], "run_demo", fail)
+    monkeypatch.setattr(sys.modules["visprune.eval.demo.run"], "run_demo", fail)
     monkeypatch.setattr(sys, "argv", ["visprune", "demo"])
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main()
@@ -171,7 +174,7 @@ def test_bench_hands_further_words_to_the_benchmark(monkeypatch: pytest.MonkeyPa
 
 def test_every_benchmark_that_is_listed_has_a_main() -> None:
     found = cli._benchmarks()
-    root = Path(cli.__file__).parent
+    root = Path(cli.__file__).parents[1]
     for module in found.values():
         path = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
         assert "\ndef main(" in path.read_text(encoding="utf-8")

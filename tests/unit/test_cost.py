@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprune.cost import (
+from visprune.cost.cost import (
     PARTS,
     Cost,
     DecoderShape,

@@ -17,8 +17,8 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from visprune.backbones.vlm.cache import CACHE_ARGUMENT, cache_of
-from visprune.cost import (
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
+from visprune.cost.cost import (
     ModelShape,
     clip_vision_shape,
     decode_macs,

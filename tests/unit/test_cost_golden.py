@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from visprune.cost import DecoderShape, VisionShape, encoder_macs, mean_tokens, prefill_macs
-from visprune.cost_presets import LLAVA_1_5_7B, calflops, fastv, pyramiddrop
+from visprune.cost.cost import DecoderShape, VisionShape, encoder_macs, mean_tokens, prefill_macs
+from visprune.cost.presets import LLAVA_1_5_7B, calflops, fastv, pyramiddrop
 from visprune.errors import ConfigError
 
 _FILE = Path(__file__).parents[1] / "golden" / "flops" / "cases.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from visprune.cost import (
+from visprune.cost.cost import (
     Cost,
     DecoderShape,
     ModelShape,

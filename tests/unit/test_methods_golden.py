@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from visprune import ops
-from visprune.backbones.vlm.cache import CACHE_ARGUMENT
-from visprune.backbones.vlm.probe import capture
-from visprune.budget import Budget
-from visprune.method import Context, ModelSpec
+from visprune.backbones.hf.cache import CACHE_ARGUMENT
+from visprune.backbones.hf.probe import capture
+from visprune.core.budget import Budget
+from visprune.core.method import Context, ModelSpec
+from visprune.core.tokens import VisualTokens
 from visprune.methods.divprune import DivPrune
 from visprune.methods.fastv import FastV
 from visprune.methods.pyramiddrop import PyramidDrop
 from visprune.methods.todre import ToDRE
 from visprune.methods.visionzip import VisionZip, zip_tokens
-from visprune.tokens import VisualTokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visprune.outputs import OutputHooks
-from visprune.slots import SlotTable, assemble
-from visprune.trace import Trace
+from visprune.core.slots import SlotTable, assemble
+from visprune.core.trace import Trace
+from visprune.machine.decoder.outputs import OutputHooks
 
 LENGTH, VOCAB = 5, 7
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 import pytest
 
 import visprune
-from visprune.budget import Budget, Schedule, Stage, StepBudget
+from visprune.core.budget import Budget, Schedule, Stage, StepBudget
+from visprune.core.method import ModelSpec, PruningMethod
+from visprune.core.needs import Needs
+from visprune.core.site import Site
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.method import ModelSpec, PruningMethod
-from visprune.needs import Needs
-from visprune.plan import make_plan
-from visprune.site import Site
+from visprune.machine.plan import make_plan
 
 LLAVA = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False)
 QWEN = ModelSpec(family="qwen2_vl", num_layers=28, has_cls=False, multi_axis_rope=True)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visprune.backbones.vlm.base import grid
+from visprune.core.selection import Selection
 from visprune.methods.pool import best_grid, pool_tokens
-from visprune.selection import Selection
 
 sides = st.integers(1, 30)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from visprune.core.registry import Registry
 from visprune.errors import ConfigError
-from visprune.registry import Registry
 
 TABLE = {"fraction": "fractions:Fraction", "fastv": "no.such.module:FastV"}
 

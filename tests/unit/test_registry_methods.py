@@ -11,10 +11,10 @@ import pytest
 
 import visprune
 import visprune.catalog
+from visprune.core.method import ModelSpec, PruningMethod
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.method import ModelSpec, PruningMethod
-from visprune.plan import make_plan
-from visprune.plan_tower import make_tower_plan
+from visprune.machine.encoder.plan import make_tower_plan
+from visprune.machine.plan import make_plan
 
 METHODS = visprune.list_methods()
 OTHERS: dict[str, list[dict[str, Any]]] = {

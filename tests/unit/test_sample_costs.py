@@ -10,9 +10,9 @@ import torch
 
 import visprune
 from tests import tiny
-from visprune.catalog import find_adapter
 from visprune.errors import ConfigError
-from visprune.run_cost import prompt_costs, sample_costs
+from visprune.machine.find import find_adapter
+from visprune.machine.price import prompt_costs, sample_costs
 
 ROWS: list[list[Any]] = [[3, "a", 5], [2, "b", 12]]
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from visprune.core.selection import Selection
 from visprune.errors import ConfigError
-from visprune.selection import Selection
 
 
 @st.composite

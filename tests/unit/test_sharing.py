@@ -11,7 +11,7 @@ import torch
 import visprune
 from tests import tiny
 from visprune.backbones.vlm.base import fingerprint
-from visprune.backbones.vlm.tap import pictures_of
+from visprune.machine.encoder.tap import pictures_of
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from visprune.core.site import Site
 from visprune.errors import ConfigError
-from visprune.site import Site
 
 
 @pytest.mark.parametrize(

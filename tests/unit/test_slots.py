@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprune.slots import SlotTable, assemble, gather_sequence
+from visprune.core.slots import SlotTable, assemble, gather_sequence
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from visprune.errors import ConfigError
 from visprune.eval.tasks.embedded import make_sample, words
 from visprune.train import train
 from visprune.train.__main__ import main
-from visprune.train.data import (
+from visprune.train.embedded.data import (
     TOKENS,
     VOCABULARY,
     choose_patches,
@@ -28,10 +28,10 @@ from visprune.train.data import (
     patch_labels,
     to_pixels,
 )
+from visprune.train.embedded.parts import Parts, answer_logits
+from visprune.train.embedded.recipe import STAGE_KINDS, Recipe, StageConfig, read_recipe
+from visprune.train.embedded.stages import STAGES, DenseStage
 from visprune.train.parallel import average_gradients
-from visprune.train.parts import Parts, answer_logits
-from visprune.train.recipe import STAGE_KINDS, Recipe, StageConfig, read_recipe
-from visprune.train.stages import STAGES, DenseStage
 
 CONFIG = Path(__file__).parents[2] / "configs" / "train" / "embedded.yaml"
 TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor
 
 from tests.vit.shrunk import build, images, small_kwargs, stir
-from visprune.backbones.towers.macs import counted_macs
+from visprune.backbones.encoders.macs import counted_macs
 from visprune.backbones.vit import Sparsifiner, sparsifiner_cost
 from visprune.backbones.vit.sparsifiner import checkpoint_filter_fn
 from visprune.backbones.vit.sparsifiner_attention import _as_mask

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visprune import ops
-from visprune.budget import Schedule, Stage
-from visprune.method import BudgetedMethod, Context, ModelSpec, PositionRule
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.tokens import VisualTokens
+from visprune.core.budget import Schedule, Stage
+from visprune.core.method import BudgetedMethod, Context, ModelSpec, PositionRule
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from visprune.budget import Schedule
-from visprune.budget_depths import DEPTHS, checked_depths, geometric
+from visprune.core.budget import Schedule
+from visprune.core.method import BudgetedMethod, Context, ModelSpec
+from visprune.core.selection import Selection
+from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
-from visprune.method import BudgetedMethod, Context, ModelSpec
-from visprune.selection import Selection
-from visprune.tokens import VisualTokens
+from visprune.methods._depths import DEPTHS, checked_depths, geometric
 
 
 class Predictor(nn.Module):

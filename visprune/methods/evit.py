@@ -9,15 +9,15 @@ from typing import ClassVar
 
 import torch
 
-from visprune.budget import Schedule, Stage, StepBudget, is_number
-from visprune.budget_depths import DEPTHS, checked_depths, resolved
+from visprune.core.budget import Schedule, Stage, StepBudget, is_number
+from visprune.core.method import Context, ModelSpec, PruningMethod
+from visprune.core.needs import Needs
+from visprune.core.pairs import PairMerge
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 from visprune.errors import BudgetError
-from visprune.method import Context, ModelSpec, PruningMethod
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.selection_pairs import PairMerge
-from visprune.site import Site
-from visprune.tokens import VisualTokens
+from visprune.methods._depths import DEPTHS, checked_depths, resolved
 
 
 @dataclass(frozen=True, kw_only=True)

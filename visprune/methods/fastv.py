@@ -6,12 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.budget import Schedule, Stage
-from visprune.method import BudgetedMethod, Context, ModelSpec
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.tokens import VisualTokens
+from visprune.core.budget import Schedule, Stage
+from visprune.core.method import BudgetedMethod, Context, ModelSpec
+from visprune.core.needs import Needs
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.budget import Budget, Schedule, Stage, StepBudget
-from visprune.method import Context, ModelSpec, PruningMethod
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.tokens import VisualTokens
+from visprune.core.budget import Budget, Schedule, Stage, StepBudget
+from visprune.core.method import Context, ModelSpec, PruningMethod
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

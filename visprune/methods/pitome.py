@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
-from visprune.budget import Schedule, Stage, StepBudget, is_number
+from visprune.core.budget import Schedule, Stage, StepBudget, is_number
+from visprune.core.method import Context, ModelSpec, PruningMethod
+from visprune.core.needs import Needs
+from visprune.core.pairs import PairMerge
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 from visprune.errors import BudgetError
-from visprune.method import Context, ModelSpec, PruningMethod
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.selection_pairs import PairMerge
-from visprune.site import Site
-from visprune.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.budget import Schedule, Stage
+from visprune.core.budget import Schedule, Stage
+from visprune.core.method import BudgetedMethod, Context, ModelSpec, PositionRule
+from visprune.core.needs import Needs
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
-from visprune.method import BudgetedMethod, Context, ModelSpec, PositionRule
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

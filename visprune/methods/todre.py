@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from visprune import ops
-from visprune.budget import Budget, Schedule, Stage
+from visprune.core.budget import Budget, Schedule, Stage
+from visprune.core.method import Context, ModelSpec, PruningMethod
+from visprune.core.needs import Needs
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
 from visprune.errors import BudgetError, ConfigError
-from visprune.method import Context, ModelSpec, PruningMethod
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

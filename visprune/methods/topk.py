@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.budget import Schedule
-from visprune.budget_depths import DEPTHS, checked_depths, geometric
-from visprune.method import BudgetedMethod, Context, ModelSpec
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.tokens import VisualTokens
+from visprune.core.budget import Schedule
+from visprune.core.method import BudgetedMethod, Context, ModelSpec
+from visprune.core.needs import Needs
+from visprune.core.selection import Selection
+from visprune.core.tokens import VisualTokens
+from visprune.methods._depths import DEPTHS, checked_depths, geometric
 
 
 @dataclass(frozen=True, kw_only=True)

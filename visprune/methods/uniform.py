@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import torch
 
-from visprune.budget import Schedule, Stage
-from visprune.budget_depths import DEPTHS, geometric
-from visprune.method import BudgetedMethod, Context, ModelSpec
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.tokens import VisualTokens
+from visprune.core.budget import Schedule, Stage
+from visprune.core.method import BudgetedMethod, Context, ModelSpec
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
+from visprune.methods._depths import DEPTHS, geometric
 
 
 @dataclass(frozen=True, kw_only=True)

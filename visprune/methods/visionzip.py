@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from visprune.budget import Schedule, Stage
+from visprune.core.budget import Schedule, Stage
+from visprune.core.method import BudgetedMethod, Context, ModelSpec, PositionRule
+from visprune.core.needs import Needs
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.slots import gather_sequence
+from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
-from visprune.method import BudgetedMethod, Context, ModelSpec, PositionRule
-from visprune.needs import Needs
-from visprune.selection import Selection
-from visprune.site import Site
-from visprune.slots import gather_sequence
-from visprune.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from visprune.core.checked import build_section
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.sections import build_section
 
 __all__ = ["build_section", "changed_keys", "known_name"]
 

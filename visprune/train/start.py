@@ -27,7 +27,8 @@ def train(
     The recipe's key ``task`` says what it trains: ``image_classification``
     (:mod:`visprune.train.image`), ``image_budgets`` (nothing: it compares trained models,
     :mod:`visprune.train.image.budgets`), ``vlm_lora`` or ``vlm_finetune``
-    (:mod:`visprune.train.vlm`), or without it the embedded model (:mod:`visprune.train.runner`).
+    (:mod:`visprune.train.vlm`), or without it the embedded model
+    (:mod:`visprune.train.embedded.runner`).
 
     Args:
         config_path: Recipe, a YAML file.
@@ -44,7 +45,7 @@ def train(
     raw = read_yaml(config_path)
     task = (overrides or {}).get("task", raw.get("task", "embedded"))
     if task == "embedded":
-        from visprune.train.runner import train as train_embedded
+        from visprune.train.embedded.runner import train as train_embedded
 
         return train_embedded(config_path, out, overrides, resume)
     if task == "image_classification":

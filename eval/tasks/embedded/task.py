@@ -10,8 +10,7 @@ from typing import ClassVar
 from PIL import Image
 
 from visprune.errors import ConfigError
-from visprune.eval import prompts
-from visprune.eval.tasks import embedded
+from visprune.eval.tasks import embedded, prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Task, check_option
 
 __all__ = ["EmbeddedTask"]

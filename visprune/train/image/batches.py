@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from visprune.errors import ConfigError
+from visprune.train.image.pictures import CorruptPicture, Pictures
 from visprune.train.image.recipe import AugmentConfig, Recipe
 from visprune.train.image.seeds import AUGMENT, LIMIT, ORDER, seeded
-from visprune.train.image.sources import CorruptPicture, Pictures, open_pictures
+from visprune.train.image.sources import open_pictures
 
 __all__ = ["Batch", "ImageData"]
 

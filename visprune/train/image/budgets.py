@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.apply import prune
 from visprune.catalog import get_method
 from visprune.errors import ConfigError
 from visprune.eval.environment import describe, describe_line, writable_folder
-from visprune.eval.latency import Case, interleaved
+from visprune.eval.speed.latency import Case, interleaved
 from visprune.eval.stats import paired_bootstrap, wilson
-from visprune.saved import load_pretrained
+from visprune.machine.run import prune
+from visprune.machine.saved import load_pretrained
 from visprune.train.image.batches import ImageData
 from visprune.train.image.learner import data_config
 from visprune.train.image.recipe import DataConfig, ModelConfig

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from visprune.errors import ConfigError, did_you_mean
+from visprune.train.image.pictures import Pictures
 from visprune.train.image.recipe import DataConfig
-from visprune.train.image.sources import Pictures
 
 __all__ = ["DataSetPictures", "open_data_set"]
 

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from visprune.errors import ConfigError, did_you_mean, first_line
-from visprune.saved import load_pretrained
+from visprune.machine.saved import load_pretrained
 from visprune.train.image.recipe import ModelConfig, Recipe
 
 __all__ = ["build_model", "data_config", "make_ema", "make_teacher"]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visprune.apply import prune
 from visprune.catalog import get_method
+from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
-from visprune.method import PruningMethod
+from visprune.machine.run import prune
 from visprune.train.image.recipe import PruneConfig
 
 __all__ = ["Reduction", "keep_ratio_at"]

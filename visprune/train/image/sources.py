@@ -6,73 +6,18 @@ What a source is follows from its form, never from the name of a data set.
 
 from __future__ import annotations
 
-import io
 import os
-import struct
 import zipfile
-import zlib
-from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.train.image.files import EXTENSIONS, Files, FolderFiles, TarFiles, ZipFiles
+from visprune.train.image.pictures import Pictures
 from visprune.train.image.recipe import DataConfig
 
-__all__ = ["CorruptPicture", "Pictures", "open_pictures"]
-
-_BROKEN = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile),
-    Image.DecompressionBombError,
-)
-
-
-class CorruptPicture(ConfigError):
-    """A picture that cannot be read; the message names it."""
-
-
-class Pictures(ABC):
-    """Pictures with labels.
-
-    Attributes:
-        where: What they were opened from, for messages.
-        classes: Names of the classes; a label is a place in this list.
-        labels: ``[N]`` of int64.
-    """
-
-    where: str
-    classes: list[str]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What a user would look for to find picture ``index``."""
-
-    @abstractmethod
-    def data(self, index: int) -> bytes | np.ndarray:
-        """The encoded file, or its pixels ``[H, W, 3]`` as uint8."""
-
-    def read(self, index: int) -> Image.Image:
-        """Picture ``index`` in RGB.
-
-        Raises:
-            CorruptPicture: It cannot be read.
-        """
-        try:
-            data = self.data(index)
-            if isinstance(data, np.ndarray):
-                return Image.fromarray(data).convert("RGB")
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-        except UnidentifiedImageError as error:  # its own message holds an address in memory
-            raise CorruptPicture(f"Cannot read {self.name(index)}: it is no picture.") from error
-        except _BROKEN as error:
-            raise CorruptPicture(f"Cannot read {self.name(index)}: {error}.") from error
+__all__ = ["open_pictures"]
 
 
 def open_pictures(config: DataConfig, part: str) -> Pictures:

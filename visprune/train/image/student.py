@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.towers.macs import counted_macs
+from visprune.backbones.encoders.macs import counted_macs
 from visprune.backbones.vit import Sparsifiner, stage_parameters
 from visprune.backbones.vit.sparsifiner_cost import measured_macs
 from visprune.backbones.vit.sparsifiner_training import (
@@ -18,7 +18,7 @@ from visprune.backbones.vit.sparsifiner_training import (
     teacher_outputs,
 )
 from visprune.errors import ConfigError
-from visprune.saved import save_pretrained
+from visprune.machine.saved import save_pretrained
 from visprune.train.image.batches import ImageData
 from visprune.train.image.learner import build_model, data_config, make_ema, make_teacher
 from visprune.train.image.losses import (

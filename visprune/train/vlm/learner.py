@@ -11,7 +11,7 @@ import torch
 from tokenizers.models import WordLevel
 
 from visprune.errors import ConfigError
-from visprune.eval.models_vlm import VLM
+from visprune.eval.models.vlm import VLM
 from visprune.train.vlm.questions import Questions
 from visprune.train.vlm.recipe import LoraSection, Recipe
 

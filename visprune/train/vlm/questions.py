@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from visprune.errors import ConfigError
-from visprune.eval.models import Request
-from visprune.eval.models_vlm import VLM
+from visprune.eval.models.base import Request
+from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import Sample, Task
-from visprune.sharing import encode_images
+from visprune.machine.sharing import encode_images
 
 __all__ = ["Collator", "EncodedQuestions", "GroupedQuestions", "Questions"]
 

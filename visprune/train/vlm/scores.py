@@ -6,12 +6,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from visprune.core.method import PruningMethod
 from visprune.eval.metrics.beside import floors
-from visprune.eval.models import Request
-from visprune.eval.models_vlm import VLM
+from visprune.eval.models.base import Request
+from visprune.eval.models.vlm import VLM
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 from visprune.eval.tasks.base import get_task
-from visprune.method import PruningMethod
 from visprune.train.vlm.recipe import Recipe
 
 __all__ = ["score", "summary"]
@@ -22,7 +22,7 @@ def score(vlm: VLM, choice: PruningMethod | str, recipe: Recipe) -> list[float]:
 
     Args:
         vlm: The model.
-        choice: A method, or :data:`visprune.eval.models.NONE` for all tokens.
+        choice: A method, or :data:`visprune.eval.models.base.NONE` for all tokens.
         recipe: Names the questions.
     """
     task = get_task(recipe.test.task, **recipe.test.options)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from visprune.eval.environment import quiet_loading
-from visprune.sharing import EncodedImages, encode_images
+from visprune.machine.sharing import EncodedImages, encode_images
 from visprune.train.vlm.questions import Collator
 
 __all__ = ["Log", "fit"]

@@ -14,15 +14,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from visprune.apply import prune
 from visprune.catalog import get_method
+from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.environment import describe
-from visprune.eval.models import NONE, ModelSpec, load_model
-from visprune.eval.models_vlm import VLM
+from visprune.eval.models.base import NONE, ModelSpec
+from visprune.eval.models.load import load_model
+from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import get_task
-from visprune.method import PruningMethod
-from visprune.saved import save_pretrained
+from visprune.machine.run import prune
+from visprune.machine.saved import save_pretrained
 from visprune.train.vlm.learner import prepared, refuse_trained_tower
 from visprune.train.vlm.questions import Collator, EncodedQuestions, GroupedQuestions, Questions
 from visprune.train.vlm.recipe import Recipe, read

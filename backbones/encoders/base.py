@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine asks of an image encoder: its layers, and what else is indexed by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from visprune.core.method import ModelSpec
+from visprune.errors import UnsupportedModel
+
+Record = Callable[[Tensor, Tensor, float], None]
+
+
+class Override:
+    """An attribute of one instance in place of its class's, until it is removed."""
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self._owner, self._name = owner, name
+        vars(owner)[name] = value
+
+    def remove(self) -> None:
+        """Take it off; the class's own shows again."""
+        vars(self._owner).pop(self._name, None)
+
+
+class Noticed:
+    """A module's ``forward`` as an attribute of the instance, so that compiled code is made anew.
+
+    ``torch.compile`` trusts that a module without hooks gets none
+    (``torch._dynamo.config.skip_nnmodule_hook_guards``): code from before a method was attached, or
+    of another instance, would run on as if there were none. A ``forward`` on the instance it does
+    look for. One that is there already stays (Accelerate's).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._forward = module, None if "forward" in vars(module) else module.forward
+        if self._forward is not None:
+            vars(module)["forward"] = self._forward
+
+    def remove(self) -> None:
+        """Take it off, unless another took its place."""
+        own = vars(self._module)
+        if self._forward is not None and own.get("forward") is self._forward:
+            del own["forward"]
+
+
+class Hooks:
+    """Hooks that hand tensors to each other within one forward, in ``held``.
+
+    They are methods and not functions inside a function, so that a copy of the model has copies of
+    them, which act on the copy alone. It starts without what is held.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": []}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of an encoder, seen from its residual stream.
+
+    A layer computes ``y = x + branch(...attention(entry(x)))`` and ``y + mlp(y)``. Tokens leave
+    between the two lines: the layer is given a placeholder of zeros for ``x``, ``entry`` the real
+    one, and the output of ``branch`` becomes the reduced ``y``. The layer's own forward runs, so
+    that whatever it holds (layer scale, norms, gates, stochastic depth) stays.
+
+    Attributes:
+        block: the module that maps the sequence to the sequence.
+        attention: the module that computes attention, for signals.
+        entry: the one module that reads the layer's input; ``None`` where attention and MLP run in
+            parallel: tokens then leave at the layer's end.
+        branch: the last module of the attention branch, whose output is added to the input.
+        attention_weights: multiply-adds per token before tokens leave (the projections).
+        mlp_weights: the same after they leave.
+        attention_width: features of all heads of queries and keys, and of values.
+        head_width: features of one head.
+    """
+
+    block: nn.Module
+    attention: nn.Module
+    entry: nn.Module | None
+    branch: nn.Module | None
+    attention_weights: int
+    mlp_weights: int
+    attention_width: int
+    head_width: int
+
+
+class Reduction(Protocol):
+    """What an adapter's overrides ask of the reduction in force."""
+
+    def sizes(self, count: int) -> Tensor | None:
+        """Patches that each of ``count`` tokens stands for, ``[B, N]``; ``None``: one each."""
+
+    def expand(self, layer: int, y: Tensor) -> Tensor:
+        """Undo all reductions up to and in ``layer``: ``[B, K, D]`` to ``[B, N, D]``."""
+
+    def key_bias(self) -> Tensor | None:
+        """Logarithm of the sizes, zero for prefix tokens, ``[B, T]``, of the layer that runs."""
+
+
+class TowerAdapter:
+    """Base of the adapters; one instance per reduced encoder.
+
+    Attributes:
+        model: the encoder.
+        layers: its layers.
+        prefix: tokens before the patches.
+        has_cls: whether the first of them is a class token.
+        width: features of a token.
+        embed: the module that every forward calls first, with the pixels.
+        rotary: whether layers are given the places of their tokens.
+    """
+
+    family: str = ""
+    model: Any
+    layers: list[Layer]
+    prefix: int
+    has_cls: bool
+    width: int
+    embed: nn.Module
+    rotary: bool = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What methods may know."""
+        return ModelSpec(
+            family=type(self.model).__name__,
+            num_layers=0,
+            has_cls=self.has_cls,
+            multi_axis_rope=False,
+            vision_layers=len(self.layers),
+            vision_width=self.width,
+        )
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Patches along height and width."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def default_grid(self) -> tuple[int, int]:
+        """Patches along height and width of the model's own input size."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def fixed_macs(self, grid: tuple[int, int], last: int) -> int:
+        """Multiply-adds outside the layers: embedding, pooling and head for ``last`` tokens."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor | None, at: Tensor | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give a layer the key bias and the places of its tokens.
+
+        Args:
+            args: positional arguments of the layer, the sequence first.
+            kwargs: keyword arguments.
+            bias: ``[B, T]``, see :meth:`Reduction.key_bias`.
+            at: place in the grid of each patch token, ``[B, N]``; ``None``: all, in order.
+        """
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def watch(self, number: int, record: Record) -> list[Any]:
+        """Show queries and keys ``[B, H, T, d]`` of a layer's attention, and the scale."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def signal_macs(self, tokens: int) -> int:
+        """Multiply-adds that :meth:`watch` itself spends on one picture of ``tokens`` tokens."""
+        return 0
+
+    def overrides(self, reduction: Reduction) -> list[Any]:
+        """Install what keeps pooling and dense features right; returns what removes it."""
+        return []
+
+    def weigh_keys(self, number: int, policy: Callable[[], Tensor | None]) -> list[Any]:
+        """Let keys count as ``policy()`` ``[B, N]`` says, with gradients, in training.
+
+        A patch of weight 0 is no key; the others share its part. Where it is ``None``, nothing
+        changes. Here: training is refused.
+        """
+        hook = partial(self._refuse_training, policy)
+        return [self.layers[number].attention.register_forward_pre_hook(hook)]
+
+    def _refuse_training(
+        self, policy: Callable[[], Tensor | None], attention: nn.Module, args: Any
+    ) -> None:
+        if policy() is None:
+            return
+        pool = getattr(self.model, "attn_pool", None)
+        pooled = "" if pool is None else f" and {type(pool).__name__} pooling"
+        raise UnsupportedModel(
+            f"A method that learns which tokens to keep has to weigh the keys of every layer in "
+            f"training, which is not offered for {type(self.model).__name__} with "
+            f"{type(attention).__name__}{pooled}. It trains on timm's VisionTransformer with its "
+            f"plain Attention and no attention pooling; with weights that were trained before, "
+            f"this model runs it in eval mode (model.eval())."
+        )
+
+    def why_no_cls_rows(self) -> str | None:
+        """Why the class token's attention cannot be read, or ``None`` if it can."""
+        if self.has_cls:
+            return None
+        return f"{type(self.model).__name__} has no class token"
+
+
+def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
+    """Mean over tokens ``[B, N, D]``, each as often as the patches it stands for ``[B, N]``."""
+    share = size / size.sum(1, keepdim=True)
+    return (x * share[..., None].to(x.dtype)).sum(1)
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Multiply-adds per token of the linear layers in ``module``."""
+    linear = (m for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.in_features * m.out_features for m in linear)
+
+
+def no_mask(mask: Any, causal: Any) -> None:
+    """Refuse a mask that the user gives: it is over tokens that a reduction takes away.
+
+    Raises:
+        UnsupportedModel: there is one.
+    """
+    if mask is not None or causal:
+        raise UnsupportedModel(
+            "An attention mask (attn_mask, is_causal) is over the encoder's whole sequence, and "
+            "does not fit one that is reduced. Call the model without a mask, or remove the run."
+        )
+
+
+def places(table: Tensor, at: Tensor) -> Tensor:
+    """Rows ``at`` ``[B, N]`` of rotary embeddings over the grid.
+
+    Args:
+        table: ``[N, d]``, ``[H, N, d]`` or, of every picture, ``[B, 1 or H, N, d]``.
+        at: places.
+
+    Returns:
+        ``[B, 1, K, d]`` or ``[B, H, K, d]``.
+    """
+    if table.dim() == 2:
+        return torch.nn.functional.embedding(at, table)[:, None]
+    if table.dim() == 3:
+        return table[:, at].transpose(0, 1)
+    return table.gather(2, at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1]))

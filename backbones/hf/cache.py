@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache layer that knows how many tokens it has seen apart from how many it stores."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+from visprune.core.slots import SlotTable
+from visprune.errors import ConfigError, UnsupportedModel
+
+# transformers 5.24 calls it ``cache`` everywhere; before, and until 5.40 as an alias, it is
+# ``past_key_values``.
+CACHE_ARGUMENT = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
+
+
+def cache_of(found: Any) -> Any:
+    """The cache among the arguments of a call, or in a model's output, under either name."""
+    cache = found.get("cache")
+    return found.get("past_key_values") if cache is None else cache
+
+
+@dataclass(eq=False)
+class Owner:
+    """The run that wrote a cache; its layers can be read only while it is in force."""
+
+    name: str
+    active: bool = True
+
+
+class Ledger:
+    """What the slots of a cache hold; one object shared by all layers with the same history.
+
+    Attributes:
+        owner: the run that wrote the slots.
+        seen: logical length: tokens that the model was fed; positions count from here.
+        index: logical position of each slot, ``[B, P]``.
+        valid: whether the slot may be attended to, ``[B, P]``.
+        padded: whether any slot is not valid.
+        shift: tokens dropped so far in each row, ``[B]`` (what compact positions close up).
+    """
+
+    def __init__(
+        self, owner: Owner, seen: int, index: Tensor, valid: Tensor, padded: bool, shift: Tensor
+    ) -> None:
+        self.owner, self.seen, self.index, self.valid = owner, seen, index, valid
+        self.padded, self.shift = padded, shift
+        self._derived: tuple[Any, Ledger] | None = None
+
+    @classmethod
+    def of_plain(
+        cls, owner: Owner, batch: int, length: int, mask: Tensor | None, device: Any
+    ) -> Ledger:
+        """The ledger of an ordinary cache of ``length`` tokens."""
+        table = SlotTable.identity(
+            batch, length, None if mask is None else mask[:, :length], device
+        )
+        shift = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(owner, length, table.index, table.valid, table.padded, shift)
+
+    @classmethod
+    def empty(cls, owner: Owner, like: SlotTable) -> Ledger:
+        """The ledger of a cache that nothing was written to."""
+        zero = torch.zeros(len(like.index), dtype=torch.long, device=like.index.device)
+        return cls(owner, 0, like.index[:, :0], like.valid[:, :0], False, zero)
+
+    def appended(self, table: SlotTable, shift: Tensor) -> Ledger:
+        """The ledger after a forward whose new slots are ``table``."""
+        return Ledger(
+            self.owner,
+            self.seen + table.length,
+            torch.cat([self.index, table.index + self.seen], dim=1),
+            torch.cat([self.valid, table.valid], dim=1),
+            self.padded or table.padded,
+            shift,
+        )
+
+    def derive(self, key: Any, rows: Callable[[Tensor], Tensor]) -> Ledger:
+        """Apply ``rows`` to every tensor, once for all layers that share this ledger."""
+        if self._derived is None or self._derived[0] is not key:
+            new = Ledger(
+                self.owner,
+                self.seen,
+                rows(self.index),
+                rows(self.valid),
+                self.padded,
+                rows(self.shift),
+            )
+            self._derived = (key, new)
+        return self._derived[1]
+
+    def cropped(self, count: int) -> Ledger:
+        """Remove the last ``count`` tokens.
+
+        Raises:
+            ConfigError: the cut would reach into a pruned prompt.
+        """
+        if self._derived is not None and self._derived[0] == ("crop", count):
+            return self._derived[1]
+        tail = torch.arange(self.seen - count, self.seen, device=self.index.device)
+        if count > self.index.shape[1] or not bool((self.index[:, -count:] == tail).all()):
+            raise ConfigError(
+                f"Cannot crop {count} tokens from this cache: some of them were pruned. Only "
+                f"tokens after the last picture can be taken back; start the prompt anew instead."
+            )
+        new = Ledger(
+            self.owner, self.seen - count, self.index[:, :-count], self.valid[:, :-count],
+            self.padded, self.shift,
+        )  # fmt: skip
+        self._derived = (("crop", count), new)
+        return new
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of the slots that were kept, ``[B, H, P, d]``, with their ledger.
+
+    ``get_seq_length`` is logical, so positions continue as if nothing had been dropped;
+    ``keys.shape[-2]`` is physical.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, ledger: Ledger) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.ledger = keys, values, ledger
+        self.is_initialized = True
+
+    def _check(self) -> None:
+        owner = self.ledger.owner
+        if not owner.active:
+            raise UnsupportedModel(
+                f"This cache was written under visprune.prune(..., {owner.name!r}), which has been "
+                f"removed: its layers hold fewer tokens than the model would count. Continue "
+                f"inside the run, or start again with a new cache."
+            )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen (logical)."""
+        self._check()
+        return self.ledger.seen
+
+    @property
+    def num_stored(self) -> int:
+        """Slots stored (physical)."""
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys: the stored slots count as the last of those seen."""
+        self._check()
+        stored = self.num_stored
+        return stored + int(query_length), self.ledger.seen - stored
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new slots; returns all keys and values."""
+        self._check()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        raise ConfigError("A pruned cache cannot be reset in place; make a new DynamicCache.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens, logically and physically.
+
+        A positive number is the length to be left, as transformers before 5.16 has it.
+        """
+        seen = self.ledger.seen
+        count = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if count:
+            self.ledger = self.ledger.cropped(count)
+            self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.ledger = self.ledger.derive(
+            beam_idx, lambda x: x.index_select(0, beam_idx.to(x.device))
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        super().batch_repeat_interleave(repeats)
+        self.ledger = self.ledger.derive(repeats, lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows."""
+        super().batch_select_indices(indices)
+        self.ledger = self.ledger.derive(indices, lambda x: x[indices.to(x.device)])
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose layers cannot hold a pruned prompt.
+
+    Raises:
+        UnsupportedModel: with the kind given and the kinds that work.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, DynamicCache) or getattr(cache, "is_compileable", False):
+        raise UnsupportedModel(
+            f"A pruned model stores a different number of tokens than it has seen, which "
+            f"{type(cache).__name__} cannot hold. Use a DynamicCache (the default of generate; "
+            f"no cache_implementation)."
+        )
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer and not isinstance(layer, SlotLayer):
+            raise UnsupportedModel(
+                f"Layer {number} of the cache is a {type(layer).__name__}; visprune prunes "
+                f"full-attention layers only (DynamicLayer)."
+            )
+
+
+def stored_length(cache: Cache | None, layer: int) -> int:
+    """Slots that ``layer`` of ``cache`` stores."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    entry = cache.layers[layer]
+    if isinstance(entry, SlotLayer):
+        return entry.num_stored
+    return int(entry.get_seq_length())
+
+
+def ledger_of(cache: Cache | None, layer: int) -> Ledger | None:
+    """The ledger of ``layer``, if a run wrote it."""
+    if cache is None or layer >= len(cache.layers):
+        return None
+    entry = cache.layers[layer]
+    return entry.ledger if isinstance(entry, SlotLayer) else None
+
+
+def adopt(cache: Cache, ledger_for: Callable[[int], Ledger]) -> None:
+    """Give every layer of ``cache`` the ledger of what it now stores, in place."""
+    for number, entry in enumerate(cache.layers):
+        if isinstance(entry, SlotLayer):
+            entry.ledger = ledger_for(number)
+        elif entry.keys is not None:
+            cache.layers[number] = SlotLayer(entry.keys, entry.values, ledger_for(number))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision-language models by name: the embedded one, a folder, the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visprune.errors import ConfigError, did_you_mean, first_line
+from visprune.eval.environment import quiet_loading
+from visprune.eval.models.base import EMBEDDED, ModelSpec, offline
+from visprune.eval.models.vlm import PLAIN, VLM
+from visprune.machine.saved import read_asked
+
+__all__ = ["load"]
+
+
+def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
+    """Load the embedded model, a folder's, or the Hub's.
+
+    Raises:
+        ConfigError: there is no such model, it is not there offline, or it is of another kind.
+    """
+    device = spec.torch_device(local_rank)
+    if spec.name == EMBEDDED:
+        from visprune.backbones.vlm import embedded
+
+        with quiet_loading():
+            dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+            model, processor = embedded.load(dtype)
+        if spec.attention is not None:
+            model.set_attn_implementation(spec.attention)
+        return VLM(model.to(device), processor, name=EMBEDDED, template=spec.template or PLAIN,
+                   style="plain")  # fmt: skip
+    model, processor = _from_transformers(spec)
+    asked: Any = read_asked(spec.name) or {}  # a folder of this library says how it was taught
+    template, style = spec.template or asked.get("template"), asked.get("style")
+    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
+
+
+def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    here = Path(spec.name).is_dir()
+    if not here and "/" not in spec.name:
+        raise ConfigError(
+            f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
+            f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
+            f"timm:NAME, open_clip:NAME/PRETRAINED, or {EMBEDDED!r}."
+        )
+    options: dict[str, Any] = {"dtype": spec.dtype, "local_files_only": here or offline()}
+    if spec.attention is not None:
+        options["attn_implementation"] = spec.attention
+    if spec.revision is not None:
+        options["revision"] = spec.revision
+    common = {k: v for k, v in options.items() if k in ("local_files_only", "revision")}
+    try:
+        processor = AutoProcessor.from_pretrained(spec.name, **common, **spec.processor)
+        model = AutoModelForImageTextToText.from_pretrained(spec.name, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() and not here else ""
+        raise ConfigError(
+            f"transformers cannot load a vision-language model and its processor from "
+            f"{spec.name!r}: {first_line(error)}.{away}"
+        ) from error
+    return model, processor

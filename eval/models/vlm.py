@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision-language models of transformers, asked through their processor and ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.core.method import PruningMethod
+from visprune.cost.cost import Cost
+from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
+from visprune.eval.models.base import (
+    NO_IMAGE,
+    NONE,
+    Answerer,
+    Choice,
+    Output,
+    Request,
+)
+from visprune.eval.models.identity import config_hash, plain, processor_hash, weights_hash
+from visprune.eval.models.kept import kept_map
+from visprune.eval.models.seen import seen_by_processor
+from visprune.eval.tasks import prompts
+from visprune.eval.tasks.base import PromptStyle, Task
+from visprune.eval.tasks.refcoco import RefCOCO
+from visprune.machine.find import find_adapter, unwrap
+from visprune.machine.price import prompt_costs, sample_costs
+from visprune.machine.run import Run
+
+__all__ = ["PLAIN", "VLM"]
+
+PLAIN = "USER: <image>\n{prompt} ASSISTANT:"
+_SAMPLING = ("temperature", "top_p", "top_k")
+# Fields of a generation config that say nothing about the answers, or that greedy search ignores.
+_SILENT = ("transformers_version", "_from_model_config", "max_new_tokens", "max_length",
+           "do_sample", "num_beams", *_SAMPLING)  # fmt: skip
+
+
+def _of(size: Any, edge: str) -> Any:
+    """An entry of a processor's ``size``: a mapping, or an object with its keys as attributes."""
+    return size.get(edge) if isinstance(size, Mapping) else getattr(size, edge, None)
+
+
+class VLM:
+    """A transformers model with its processor.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        name: what it is called in tables.
+        template: markup around a prompt; see :class:`visprune.eval.models.base.ModelSpec`.
+        style: how questions are put; ``None``: by family.
+    """
+
+    generates = True
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        name: str | None = None,
+        template: str | None = None,
+        style: PromptStyle | None = None,
+    ) -> None:
+        self.model, self.processor, self.template = model, processor, template
+        # A folder's name alone: where it lies is nobody's business, and differs between machines.
+        self.name = name or Path(model.config._name_or_path).name or type(model).__name__
+        self.family = str(model.config.model_type)
+        llava = self.family in ("llava", "llava_next")
+        self.style: PromptStyle = style or ("llava15" if llava else "chat")
+        prompts.check_style(self.style)
+        self._weights = weights_hash(model)
+        try:
+            self.adapter = find_adapter(model)
+        except UnsupportedModel as error:
+            self.adapter, self._no_adapter = None, str(error)
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the model; see :class:`visprune.eval.models.base.EvalModel`."""
+        config = unwrap(self.model).generation_config.to_diff_dict()
+        return {
+            "name": self.name,
+            "family": self.family,
+            "weights": self._weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": str(self.model.config._attn_implementation),
+            "template": self.template,
+            "config": config_hash(self.model),
+            "processor": processor_hash(self.processor),
+            "generation_config": plain({k: v for k, v in config.items() if k not in _SILENT}),
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def refusal(self, choice: Choice, task: Task) -> str | None:
+        """Why it cannot run a method or a task, or ``None``."""
+        if not task.generates:
+            return f"{task.name} wants class numbers; {self.name} answers with text."
+        if isinstance(task, RefCOCO) and (why := self._other_pixels(task)):
+            return why
+        if isinstance(choice, str):
+            return None
+        if self.adapter is None:
+            return self._no_adapter
+        if choice.build_learned(self.adapter.spec) is not None:
+            return f"{choice.name} chooses by a predictor that is learned; {self.name} has none."
+        try:
+            Run(self.adapter, choice).remove()
+        except (ConfigError, UnsupportedModel) as error:
+            return str(error)
+        return None
+
+    def _other_pixels(self, task: RefCOCO) -> str | None:
+        """Why boxes in pixels would be read wrongly: the model sees another size than the task."""
+        if task.scale != "pixels":
+            return None
+        size = getattr(self.processor.image_processor, "size", None) or {}
+        own = (_of(size, "shortest_edge"), _of(size, "longest_edge"))
+        if own == (task.min_pixels, task.max_pixels):
+            return None
+        return (
+            f"{task.name} reads boxes in pixels of a picture of {task.min_pixels} to "
+            f"{task.max_pixels} pixels; the processor of {self.name} has {own[0]} to {own[1]}. "
+            f"Set min_pixels and max_pixels alike, on the model (processor) and on the task."
+        )
+
+    def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Greedy, as long as the task asks for, unless the study says otherwise."""
+        greedy = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "num_beams": 1}
+        asked = {**greedy, **options}
+        if asked["do_sample"]:  # the model's own settings count, and are in no other key
+            own = unwrap(self.model).generation_config
+            kept = {name: getattr(own, name, None) for name in _SAMPLING}
+            asked = {**{k: v for k, v in kept.items() if v is not None}, **asked}
+        return asked
+
+    @contextmanager
+    def answering(
+        self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
+    ) -> Iterator[Answerer]:
+        """Attach a method for as long as the context lasts."""
+
+        def ask(run: Run | None) -> Answerer:
+            return lambda requests: self._answer(requests, run, style, dict(generation))
+
+        if isinstance(choice, PruningMethod):
+            with Run(find_adapter(self.model), choice) as run:
+                yield ask(run)
+        elif choice in (NONE, NO_IMAGE):
+            yield ask(None)
+        else:
+            hint = did_you_mean(choice, (NONE, NO_IMAGE))
+            raise ConfigError(f"{choice!r} is no method.{hint}")
+
+    # One batch -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _answer(
+        self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
+    ) -> list[Output]:
+        inputs = self.inputs(requests, style)
+        pictured = all(request.image is not None for request in requests)
+        layouts = self._layouts(inputs) if pictured else []
+        ids = self.model.generate(**inputs, **generation)
+        new = ids[:, inputs["input_ids"].shape[1] :].cpu()
+        counts = [self.length(row, generation) for row in new]
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        costs: list[Cost | None] = [None] * len(requests)
+        tokens: list[float | None] = [None] * len(requests)
+        if run is not None:
+            costs, tokens = [*sample_costs(run, new_tokens=counts)], [*run.trace.mean_tokens]
+        elif self.adapter is not None:
+            costs = [*prompt_costs(self.adapter, inputs, layouts, new_tokens=counts)]
+            seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
+            tokens = [float(count) for count in seen]
+        kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]
+        return [
+            Output(
+                text=texts[i].strip(),
+                tokens=tokens[i],
+                macs=None if (cost := costs[i]) is None else cost.parts,
+                kv_bytes=None if cost is None else cost.kv_bytes,
+                new_tokens=counts[i],
+                kept=kept[i],
+            )
+            for i in range(len(requests))
+        ]
+
+    def _kept(
+        self, run: Run | None, layouts: Sequence[Any], row: int, request: Request
+    ) -> dict[str, Any] | None:
+        """Kept patches, and the part of the picture that the model saw where it was cropped."""
+        found = kept_map(run, layouts, row) if run is not None else None
+        if found is None or request.image is None:
+            return found
+        prepares = getattr(self.processor, "image_processor", None)
+        box = seen_by_processor(prepares, self.family, request.image.size)
+        return found if box is None else {**found, "box": box}
+
+    def inputs(self, requests: Sequence[Request], style: str) -> dict[str, Any]:
+        """What the model takes for these requests, padded on the left, on its device."""
+        texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
+        images = [[request.image] for request in requests if request.image is not None]
+        made = self.processor(
+            text=texts,
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(made.to(self.model.device, dtype=self.dtype))
+
+    def markup(self, prompt: str, style: str, *, picture: bool) -> str:
+        """Put a prompt between the words that the model was trained to see around it."""
+        template = self.template
+        if template is None and style == "llava15" and self.family == "llava":
+            template = prompts.VICUNA_V1
+        if template is None and getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}] * picture + [{"type": "text", "text": prompt}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        template = template or PLAIN
+        if not picture:
+            template = template.replace("<image>\n", "").replace("<image>", "")
+        return template.replace("<image>", _image_token(self.processor)).replace("{prompt}", prompt)
+
+    def _layouts(self, inputs: Mapping[str, Any]) -> list[Any]:
+        if self.adapter is None:
+            return []
+        pictures = self.adapter.pictures(dict(inputs), "image")
+        for picture in pictures:
+            picture.pixels = None
+        return self.adapter.layouts(dict(inputs), {"image": pictures})
+
+    def length(self, row: Tensor, generation: Mapping[str, Any]) -> int:
+        """Tokens up to the first end, which counts."""
+        end = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = [end] if isinstance(end, int) else list(end or ())
+        hits = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
+        return int(hits[0]) + 1 if len(hits) else len(row)
+
+
+def _image_token(processor: Any) -> str:
+    return str(getattr(processor, "image_token", "<image>"))

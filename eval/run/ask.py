@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put samples to a model and make records of what comes back, errors included."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from visprune.errors import ConfigError, VispruneError
+from visprune.eval.models.base import NO_IMAGE, Answerer, Output, Request
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.records.record import Cell, Record
+from visprune.eval.tasks.base import Parsed, Sample, Task
+
+__all__ = ["Asker", "picture_hash"]
+
+# What can go wrong with one sample: its file, its size, what a processor or a model makes of it. A
+# failure of the device itself (torch.AcceleratorError) is not among them: every later sample would
+# fail too.
+_SAMPLE_ERRORS = (VispruneError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError,
+                  RuntimeError, TypeError, ValueError, AssertionError)  # fmt: skip
+_DEVICE_ERRORS = (torch.AcceleratorError,)
+
+
+class Asker:
+    """Makes the records of one cell.
+
+    Args:
+        cell: the cell.
+        task: its task.
+        environment: id of the environment.
+        pictures: where to keep small copies of pictures; ``None``: nowhere.
+    """
+
+    def __init__(
+        self, cell: Cell, task: Task, environment: str, pictures: ResultsFolder | None = None
+    ) -> None:
+        self.cell, self.task, self.environment, self.pictures = cell, task, environment, pictures
+        self._blind = cell.method["method"] == NO_IMAGE
+        self._copied: tuple[str, str] | None = None
+
+    def ask(self, answerer: Answerer, samples: Sequence[Sample]) -> list[Record]:
+        """Ask a batch. A sample that fails becomes a record with its error; the others go on.
+
+        Raises:
+            ConfigError: a picture's copy cannot be written.
+            torch.AcceleratorError: the device failed.
+        """
+        made: list[Record | None] = [None] * len(samples)
+        asked: list[tuple[int, Request, str | None, str | None]] = []
+        for place, sample in enumerate(samples):
+            request, digest, error = self._request(sample)
+            if request is None:
+                made[place] = self._failed(sample, error)
+                continue
+            asked.append((place, request, digest, self._copy(request.image, digest)))
+        outputs, seconds = _answers(answerer, [request for _, request, _, _ in asked])
+        for (place, request, digest, picture), output in zip(asked, outputs, strict=True):
+            made[place] = self._record(request, digest, picture, output, seconds)
+        return [record for record in made if record is not None]
+
+    def _request(self, sample: Sample) -> tuple[Request | None, str | None, BaseException | None]:
+        """The request of a sample and the hash of its picture, or why there is none."""
+        try:
+            prompt = self.task.prompt(sample, self.cell.prompt_style)  # type: ignore[arg-type]
+            image = None if self._blind else sample.image()
+            digest = None if image is None else picture_hash(image)
+        except _SAMPLE_ERRORS as error:
+            return None, None, error
+        return Request(sample, prompt, image), digest, None
+
+    def _copy(self, image: Image.Image | None, digest: str | None) -> str | None:
+        if image is None or digest is None or self.pictures is None:
+            return None
+        if self._copied is None or self._copied[0] != digest:
+            self._copied = (digest, self.pictures.add_picture(image, digest))
+        return self._copied[1]
+
+    def _record(
+        self, request: Request, digest: str | None, picture: str | None,
+        output: Output | BaseException, seconds: float,
+    ) -> Record:  # fmt: skip
+        sample = request.sample
+        if not isinstance(output, Output):
+            return self._failed(sample, output, request.prompt, digest, picture)
+        try:
+            parsed = self.task.parse(output.text, sample)
+            score = self._score(sample, parsed)
+        except _SAMPLE_ERRORS as error:
+            return self._failed(sample, error, request.prompt, digest, picture, output.text)
+        return Record(
+            **self._common(sample, request.prompt, digest, picture),
+            text=output.text,
+            answer=parsed.answer,
+            rule=parsed.rule,
+            score=score,
+            tokens=output.tokens,
+            macs=output.macs,
+            kv_bytes=output.kv_bytes,
+            new_tokens=output.new_tokens,
+            kept=output.kept,
+            seconds=round(seconds, 6),
+        )
+
+    def _score(self, sample: Sample, parsed: Parsed) -> float | None:
+        """The score, ``None`` where the references are not public."""
+        if not self.task.scored:
+            return None
+        score = float(self.task.score(sample, parsed))
+        if not math.isfinite(score) or not 0.0 <= score <= 1.0:
+            raise ConfigError(f"{self.task.name} scored {score}, which is not in [0, 1].")
+        return score
+
+    def _failed(
+        self, sample: Sample, error: BaseException | None, prompt: str = "",
+        digest: str | None = None, picture: str | None = None, text: str | None = None,
+    ) -> Record:  # fmt: skip
+        what = {"type": type(error).__name__, "message": str(error)[:2000]}
+        return Record(**self._common(sample, prompt, digest, picture), text=text, error=what)
+
+    def _common(
+        self, sample: Sample, prompt: str, digest: str | None, picture: str | None
+    ) -> dict[str, Any]:
+        return {
+            "cell": self.cell.id, "sample": sample.id, "key": self.cell.key(prompt, digest),
+            "kind": sample.kind, "cluster": sample.cluster, "question": sample.question,
+            "prompt": prompt, "answers": tuple(sample.answers), "choices": tuple(sample.choices),
+            "picture": picture, "env": self.environment, "meta": dict(sample.meta),
+        }  # fmt: skip
+
+
+def _answers(
+    answerer: Answerer, requests: list[Request]
+) -> tuple[list[Output | BaseException], float]:
+    """Ask together, and one by one where that fails; also seconds per sample."""
+    if not requests:
+        return [], 0.0
+    begin = time.perf_counter()
+    outputs: list[Output | BaseException] = []
+    try:
+        outputs += answerer(requests)
+        if len(outputs) != len(requests):
+            raise RuntimeError(f"{len(requests)} questions were asked, {len(outputs)} answered.")
+    except _DEVICE_ERRORS:
+        raise
+    except _SAMPLE_ERRORS as error:
+        if len(requests) == 1:
+            return [error], 0.0
+        outputs = [_answers(answerer, [request])[0][0] for request in requests]
+    return outputs, (time.perf_counter() - begin) / len(requests)
+
+
+def picture_hash(image: Image.Image) -> str:
+    """SHA-256 of a picture's size and pixels (hex)."""
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()

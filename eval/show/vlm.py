@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`visprune show`: draw which patches of any picture a model still sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from visprune.catalog import get_method
+from visprune.catalog import methods as method_registry
+from visprune.core.method import PruningMethod
+from visprune.errors import ConfigError, did_you_mean, first_line
+from visprune.eval.environment import quiet_loading
+from visprune.eval.show.figures import Panel, shown_picture
+from visprune.eval.show.kept import KeptMap, paint, recorded
+from visprune.machine.run import Run, prune
+
+__all__ = ["load_model", "open_picture", "show"]
+
+_EMBEDDED = "embedded"
+_PLAIN_PROMPT = "USER: <image>\n{question} ASSISTANT:"
+_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
+
+
+def show(
+    picture: str | Path,
+    *,
+    question: str,
+    method: str = "todre",
+    num_keep: int = 64,
+    out: str | Path = "kept.png",
+    model: str | tuple[Any, Any] | None = None,
+    max_new_tokens: int = 24,
+) -> dict[str, Any]:
+    """Ask a model about a picture, whole and pruned, and draw what it still sees.
+
+    Args:
+        picture: any image file that Pillow reads; turned as its EXIF data say.
+        question: what to ask.
+        method: a name of :func:`visprune.list_methods`.
+        num_keep: visual tokens to keep.
+        out: drawing to write; its ending gives the format.
+        model: a folder that transformers' ``save_pretrained`` wrote (LLaVA-1.5, LLaVA-NeXT,
+            Qwen2-VL, Qwen2.5-VL), the name of such a model on the Hub, a loaded
+            ``(model, processor)``, or ``None`` for the embedded model.
+        max_new_tokens: longest answer.
+
+    Returns:
+        ``answer``, ``answer_unpruned``, ``kept``, ``num_tokens``, ``trace`` and ``out``.
+
+    Raises:
+        ConfigError: no such file, not a picture, an unknown method or model, or a drawing that
+            cannot be written.
+        UnsupportedModel: the model has no adapter, or the method needs what it has not.
+    """
+    target = _target(out)
+    image = open_picture(picture)
+    chosen, recorder = recorded(_method(method, num_keep))
+    loaded, processor = load_model(model)
+    own_notes: list[str] = []
+    if model is None or model == _EMBEDDED:
+        image, own_notes = _squeezed(processor, image, question)
+    inputs = _inputs(loaded, processor, image, question)
+    unpruned = _answer(loaded, processor, inputs, max_new_tokens)
+    with prune(loaded, chosen) as run:
+        answer = _answer(loaded, processor, inputs, max_new_tokens)
+    kept = recorder.kept()
+    notes = _notes(run, chosen, kept) + own_notes
+    _draw(_seen(loaded, processor, inputs, image), kept, (unpruned, answer), target,
+          title=f"“{question}”", note=" ".join(notes))  # fmt: skip
+    print(f"{question}\n  all {len(kept.dest)} visual tokens: {unpruned}")
+    print(f"  {len(kept.index)} kept by {method}: {answer}", *notes, f"Drawn: {target}", sep="\n")
+    return {
+        "answer": answer, "answer_unpruned": unpruned, "kept": len(kept.index),
+        "num_tokens": len(kept.dest), "trace": run.trace, "out": target,
+    }  # fmt: skip
+
+
+def _draw(
+    seen: Image.Image, kept: KeptMap, answers: tuple[str, str], target: Path, **texts: str
+) -> None:
+    """Draw the picture with the unpruned answer, and its regions with the pruned one."""
+    panels = [
+        Panel(paint(seen, kept, region, _cell(kept, region)), _caption(kept, region, answers[1]))
+        for region in kept.regions
+    ]
+    original = Panel(np.asarray(seen), f"all {len(kept.dest)} tokens: “{answers[0]}”")
+    shown_picture(original, panels, target, **texts)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Open an image file as RGB, upright.
+
+    Raises:
+        ConfigError: there is no such file, or Pillow finds no whole picture in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        raise ConfigError(f"The picture {str(path)!r} is {what}. Give the path of an image file.")
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is not a picture that Pillow can read, or it is cut short ({error}). "
+            f"Give a PNG, JPEG, WebP or the like."
+        ) from error
+
+
+def load_model(model: str | tuple[Any, Any] | None) -> tuple[Any, Any]:
+    """Return (model, processor): the embedded pair, a folder's, the Hub's, or the given one.
+
+    Raises:
+        ConfigError: neither a folder nor a name that transformers can load.
+    """
+    if isinstance(model, tuple):
+        return model
+    if model is None or model == _EMBEDDED:
+        from visprune.backbones.vlm import embedded
+
+        with quiet_loading():
+            return embedded.load()
+    here = Path(model).is_dir()
+    if not here and "/" not in model:
+        raise ConfigError(
+            f"There is no folder {model!r}.{did_you_mean(model, [_EMBEDDED])} --model takes a "
+            f"folder with a transformers model, a name on the Hub such as "
+            f"llava-hf/llava-1.5-7b-hf, or {_EMBEDDED!r}."
+        )
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model, local_files_only=here)
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            model, dtype="auto", local_files_only=here
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"transformers cannot load a vision-language model and its processor from {model!r}: "
+            f"{first_line(error)}."
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return loaded.eval().to(device), processor
+
+
+def _target(out: str | Path) -> Path:
+    target = Path(out)
+    if target.suffix.lower() not in _FORMATS:
+        raise ConfigError(
+            f"The drawing {str(out)!r} has the ending {target.suffix!r}; write one of "
+            f"{', '.join(_FORMATS)}."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = not target.exists()
+        target.open("ab").close()
+        if new:
+            target.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write the drawing {str(target)!r}: {error.strerror or error}."
+        ) from error
+    return target
+
+
+def _method(name: str, num_keep: int) -> PruningMethod:
+    """Build the method; one without a budget (keep_all) is given none."""
+    kind = method_registry.get(name)
+    if kind.only_in_towers:
+        raise ConfigError(
+            f"{name} acts inside an image encoder; visprune.eval.show.vit.show_vit draws what it "
+            f"keeps and merges there. Here: a method that acts behind the encoder, such as todre."
+        )
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return get_method(name, **({"num_keep": num_keep} if "num_keep" in fields else {}))
+
+
+def _inputs(model: Any, processor: Any, image: Image.Image, question: str) -> dict[str, Any]:
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    else:
+        prompt = _PLAIN_PROMPT.format(question=question)
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return dict(inputs)
+
+
+@torch.inference_mode()
+def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def _notes(run: Run, method: PruningMethod, kept: KeptMap) -> list[str]:
+    """What happened, from the trace: counts, mean over layers, whether a stage fired."""
+    mean = sum(run.trace.tokens_per_layer[0]) / len(run.trace.tokens_per_layer[0])
+    notes = [
+        f"{method.name}: {len(kept.index)} of {len(kept.dest)} visual tokens kept, {mean:.1f} in "
+        f"the mean over decoder layers."
+    ]
+    for stage in run.trace.stages:
+        if "fired" in stage:
+            does = "all leave" if stage["fired"][0] else "they stay"
+            share = stage["share"][0]
+            notes.append(f"At {stage['site']}: {share:.1%} of the text's attention, {does}.")
+    return notes
+
+
+def _squeezed(processor: Any, image: Image.Image, question: str) -> tuple[Image.Image, list[str]]:
+    """The picture as the square that the embedded model was trained on, and what to say of it."""
+    notes = ["Embedded model: knows coloured shapes with digits, no photos."]
+    if image.width != image.height:
+        notes.append(f"Squeezed to a square from {image.width} x {image.height}.")
+    ids = processor.tokenizer(question, add_special_tokens=False)["input_ids"]
+    unknown = ids.count(processor.tokenizer.unk_token_id)
+    if unknown:
+        notes.append(f"{unknown} words of the question are not in its vocabulary.")
+    # Its processor would cut the middle out.
+    side = processor.image_processor.crop_size["height"]
+    return image.resize((side, side), Image.Resampling.BICUBIC), notes
+
+
+def _seen(model: Any, processor: Any, inputs: dict[str, Any], image: Image.Image) -> Image.Image:
+    """The part of the picture that the visual tokens cover.
+
+    LLaVA-1.5's processor cuts a square out of the middle, so it is read back from the pixels. The
+    other families see the whole picture.
+    """
+    if model.config.model_type != "llava":
+        return image
+    settings = processor.image_processor
+    pixels = inputs["pixel_values"][0].float().cpu()  # [3, H, W]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (settings.image_mean, settings.image_std))
+    array = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
+
+
+def _cell(kept: KeptMap, region: int) -> int:
+    """Pixels per patch that make the painting about 700 high."""
+    return max(8, 700 // kept.grid(region)[0])
+
+
+def _caption(kept: KeptMap, region: int, answer: str) -> str:
+    here = kept.pos[:, 0] == region
+    slots = torch.zeros(len(kept.pos), dtype=torch.bool)
+    slots[kept.index] = True
+    count = int((slots & here).sum())
+    if len(kept.regions) == 1:
+        return f"{count} kept: “{answer}”"
+    part = "thumbnail" if region == 0 else "full picture"
+    answered = f": “{answer}”" if region == kept.regions[-1] else ""
+    return f"{part}, {count} of {int(here.sum())} kept{answered}"

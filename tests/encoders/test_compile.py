@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reduced encoder compiles as one graph, and compiled code knows which method is in force."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import visprune
+from tests.encoders import oracle, small
+from tests.encoders.test_elsewhere import answer, built
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "params"),
+    [
+        ("plain", "tome", {"r": 3}),
+        ("plain", "evit", {"keep_ratio": 0.6}),
+        ("eva_rope", "topk", {"keep_ratio": 0.6}),
+        ("average_no_class", "pitome", {"keep_ratio": 0.8}),
+    ],
+)
+def test_one_graph(kind: str, method: str, params: dict[str, Any]) -> None:
+    model = small.small(small.KINDS[kind], 2)
+    x = small.picture(model)
+    with visprune.prune(model, method, **params) as run, torch.no_grad():
+        want, kept = model(x), run.kept
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        oracle.assert_close(compiled(x), want)
+        assert torch.equal(run.kept, kept)
+        other = small.picture(model, seed=9)
+        oracle.assert_close(compiled(other), model(other))
+
+
+# The draw of random is outside any graph: its frames compile one by one, those of modules too.
+ORDERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "dense first": [("", {}), ("random", {"keep_ratio": 0.4}), ("evit", {}), ("tome", {"r": 3})],
+    "pruned first": [("tome", {"r": 3}), ("random", {"keep_ratio": 0.4}), ("topk", {"num_keep": 9}),
+                     ("", {}), ("tome", {"r": 5})],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("order", "copies"), [("dense first", False), ("dense first", True), ("pruned first", False)]
+)
+@torch.no_grad()
+def test_methods_one_after_another(order: str, copies: bool) -> None:
+    model = small.shrunk(small.KINDS["plain"])
+    x = small.picture(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for method, params in ORDERS[order]:
+        if copies:
+            model = copy.deepcopy(model)
+            compiled = torch.compile(model, backend="aot_eager")
+        run = visprune.prune(model, method, **params) if method else None
+        oracle.assert_close(compiled(x), model(x))
+        if run is not None:
+            run.remove()
+
+
+@torch.no_grad()
+def test_more_methods_than_dynamo_compiles() -> None:
+    model = small.shrunk(small.KINDS["plain"])
+    x = small.picture(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for ratio in (1.0, 0.9, 0.8, 0.5):
+            with visprune.prune(model, "topk", keep_ratio=ratio):
+                oracle.assert_close(compiled(x), model(x))
+            oracle.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_an_encoder_of_transformers_that_was_compiled_before() -> None:
+    model = built("clip")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="aot_eager")
+    dense = answer(compiled, x)
+    for method, params in (("topk", {"keep_ratio": 0.5}), ("tome", {"r": 3})):
+        with visprune.prune(model, method, **params):
+            got = answer(compiled, x)
+            oracle.assert_close(got, answer(model, x))
+        assert not torch.equal(got, dense)
+        oracle.assert_close(answer(compiled, x), dense)
+
+
+def test_a_forward_of_the_user_stays() -> None:
+    model = small.shrunk(small.KINDS["plain"])
+    norm, block = model.blocks[0].norm1, model.blocks[1]
+    norm.forward = mine = norm.forward
+    with visprune.prune(model, "tome", r=3):
+        assert vars(norm)["forward"] is mine
+        block.forward = theirs = functools.partial(block.forward)
+    assert vars(norm)["forward"] is mine
+    assert vars(block)["forward"] is theirs
+    assert "forward" not in vars(model.blocks[0])

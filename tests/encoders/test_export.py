@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reduced encoder exports with any number of pictures in a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import visprune
+from tests.encoders import oracle, small
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "params"),
+    [
+        ("plain", "uniform", {"keep_ratio": 0.6}),
+        ("plain", "topk", {"keep_ratio": 0.6}),
+        ("plain", "evit", {"keep_ratio": 0.6}),
+        ("plain", "tome", {"r": 3}),
+        ("plain", "dynamicvit", {"keep_ratio": 0.6}),
+        ("plain", "keep_all", {}),
+        ("eva_rope", "tome", {"r": 3}),
+        ("average_no_class", "pitome", {"keep_ratio": 0.8}),
+    ],
+)
+@torch.no_grad()
+def test_the_batch_is_free(kind: str, method: str, params: dict[str, Any]) -> None:
+    model = small.small(small.KINDS[kind], 2)
+    shapes = ({0: torch.export.Dim("pictures", max=64)},)
+    with visprune.prune(model, method, **params):
+        program = torch.export.export(model, (small.picture(model),), dynamic_shapes=shapes)
+        five = small.picture(model, batch=5)
+        oracle.assert_close(program.module()(five), model(five))

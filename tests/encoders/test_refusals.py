@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be reduced says why, and leaves the model alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+import visprune
+from tests.encoders import small
+from visprune.errors import BudgetError, ConfigError, UnsupportedModel
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "error", "message"),
+    [
+        ("tome", {"r": -1}, BudgetError, "at least 0.*got -1"),
+        ("tome", {"r": 13}, BudgetError, "r=13 is too large: at most half.*12 of 24"),
+        ("tome", {"r": 2.5}, BudgetError, "got 2.5"),
+        ("tome", {"r": [1, 2]}, BudgetError, "2 numbers and the encoder 4 layers"),
+        ("tome", {"r": []}, BudgetError, "one number, or one per layer"),
+        ("tome", {"r": 3, "inflect": 2.0}, ConfigError, "by -1 to 1; got 2.0"),
+        ("tome", {"r": 3, "keep": 2}, ConfigError, "no parameter 'keep'"),
+        ("tome", {}, ConfigError, "tome needs r"),
+        ("evit", {"keep_ratio": 0.0}, BudgetError, r"in \(0, 1\]; got 0.0"),
+        ("evit", {"keep_ratio": 1.5}, BudgetError, r"in \(0, 1\]; got 1.5"),
+        ("evit", {"layers": ()}, ConfigError, "at least one layer"),
+        ("evit", {"layers": (9,)}, ConfigError, "vision layer 9 does not exist"),
+        ("topk", {"keep_ratio": 0}, BudgetError, "got 0"),
+        ("topk", {}, BudgetError, "neither"),
+        ("topk", {"keep_ratio": 0.5, "num_keep": 3}, BudgetError, "both"),
+        ("pitome", {"keep_ratio": 0.4}, BudgetError, r"in \[0.5, 1\].*got 0.4"),
+        ("dynamicvit", {"keep_ratio": 2.0}, BudgetError, "got 2.0"),
+        ("dynamicvit", {"keep_ratio": 0.5, "learned": nn.ModuleList()}, ConfigError, "3 stages"),
+        ("fastv", {"num_keep": 4}, UnsupportedModel, "inside a language model's decoder.*tome"),
+        ("todre", {"num_keep": 4}, UnsupportedModel, "behind a VLM's projector.*evit"),
+        ("tomee", {"r": 3}, ConfigError, "Did you mean 'tome'"),
+        ("evit", {"keep_ratio": "0.7"}, BudgetError, r"in \(0, 1\]; got '0.7'"),
+        ("pitome", {"keep_ratio": None}, BudgetError, r"in \[0.5, 1\].*got None"),
+        ("random", {"num_keep": 4, "seed": "a"}, ConfigError, "random takes no seed='a': give an"),
+    ],
+)
+def test_bad_parameters(
+    method: str, params: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = small.small()
+    x = small.picture(model, batch=1)
+    with torch.no_grad():
+        want = model(x)
+        with pytest.raises(error, match=message):
+            visprune.prune(model, method, **params)
+        assert torch.equal(model(x), want)
+    assert not hasattr(model, "visprune_learned")
+
+
+@pytest.mark.parametrize("method", ["evit", "topk"])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("siglip", "has no class token"), ("average_no_class", "has no class token"),
+     ("differential", "subtracts two maps")],
+)  # fmt: skip
+def test_no_class_token(method: str, kind: str, why: str) -> None:
+    model = small.small(small.KINDS[kind])
+    with pytest.raises(UnsupportedModel, match=f"{why}.*Methods that need no class") as caught:
+        visprune.prune(model, method, keep_ratio=0.5)
+    named = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert named == ["keep_all", "random", "uniform", "tome", "pitome", "dynamicvit"]
+    for name in named:
+        params = {"keep_all": {}, "tome": {"r": 2}}.get(name, {"keep_ratio": 0.5})
+        visprune.prune(model, name, **params).remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("naflexvit_base_patch16_gap", "packs pictures of many sizes"),
+        ("swin_tiny_patch4_window7_224", "windows need the whole grid"),
+        ("beit_base_patch16_224", "a bias per pair of grid places"),
+        ("resnet18", "is not a plain vision transformer"),
+        ("convnext_atto", "is not a plain vision transformer"),
+        ("pit_s_224", "is not a plain vision transformer"),
+    ],
+)
+def test_other_models_of_timm(name: str, why: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UnsupportedModel, match=f"{why}.*timm.VisionTransformer"):
+        visprune.prune(model, "tome", r=3)
+
+
+def test_image_encoders_of_transformers_without_an_adapter() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 1, "image_size": 8, "patch_size": 4}  # fmt: skip
+    models = [ViTModel(ViTConfig(**sizes)), Dinov2Model(Dinov2Config(**sizes)),
+              ViTForImageClassification(ViTConfig(**sizes))]  # fmt: skip
+    for model in models:
+        with pytest.raises(UnsupportedModel) as caught:
+            visprune.prune(model, "tome", r=1)
+        message = str(caught.value)
+        kind = type(model).__name__
+        assert message.startswith(f"{kind} ({model.config.model_type}) takes pictures alone")
+        assert "has no adapter" in message
+        assert "text-only" not in message
+        for name in (*visprune.list_models("vit"), *visprune.list_models()):
+            assert name in message
+
+
+def test_an_attention_that_is_not_known() -> None:
+    from timm.layers import Attention
+
+    class Other(Attention):
+        pass
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48, attn_layer=Other)
+    with pytest.raises(UnsupportedModel, match=r"Block 0 of this VisionTransformer.*with Other"):
+        visprune.prune(model, "tome", r=3)
+
+
+def test_twice_and_with_a_mask() -> None:
+    model = small.small()
+    x = small.picture(model, batch=1)
+    with visprune.prune(model, "tome", r=2):
+        with pytest.raises(ConfigError, match=r"already pruned by 'tome'.*run.remove\(\)"):
+            visprune.prune(model, "dynamicvit", keep_ratio=0.5)
+        assert not hasattr(model, "visprune_learned")
+        with pytest.raises(UnsupportedModel, match="attention mask"):
+            model(x, attn_mask=torch.zeros(1, 1, 25, 25))
+    model(x, attn_mask=torch.zeros(1, 1, 25, 25))
+
+
+def test_after_removal_and_before_a_forward() -> None:
+    model = small.small()
+    run = visprune.prune(model, "tome", r=2)
+    assert run.trace.tokens_per_layer == []
+    assert run.cost().samples == 1
+    with pytest.raises(ConfigError, match="Nothing has run"):
+        _ = run.kept
+    run.remove()
+    assert "removed" in repr(run)
+    with pytest.raises(ConfigError, match="was removed"):
+        run.cost(small.picture(model))

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``visprune``: thin functions over the library; each imports what it runs."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from visprune.cli.study import compare, evaluate
+from visprune.cli.words import overrides_of
+from visprune.core.registry import Registry
+from visprune.errors import ConfigError, VispruneError, did_you_mean
+from visprune.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Vision-language models and vision transformers that look at fewer tokens.",
+)
+
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line on stderr and exit code 2."""
+    try:
+        app()
+    except VispruneError as error:
+        # Plain print: rich would break the line at the terminal's width and read [..] as markup.
+        print(f"visprune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        print(f"visprune: cannot write{where}: {error.strerror}.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"visprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Read the options that stand before the command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for table, plot and pictures.")] = Path(
+        "demo-out"
+    ),
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions to ask.", show_default="504")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="2")
+    ] = None,
+) -> None:
+    """Compare methods and budgets on the embedded model, offline: a table, a plot, pictures."""
+    # Read once, when PyTorch's OpenMP loads. Threads that wait long for each other by spinning make
+    # two cores up to ten times slower than one where other programs run.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    from visprune.eval.demo.run import run_demo
+
+    run_demo(out=out, limit=limit, threads=threads)
+
+
+@app.command()
+def show(
+    picture: Annotated[Path, typer.Argument(help="Any image file.")],
+    question: Annotated[str, typer.Option(help="What to ask about it.")],
+    method: Annotated[str, typer.Option(help="A name from `visprune methods`.")] = "todre",
+    num_keep: Annotated[int, typer.Option(min=1, help="Visual tokens to keep.")] = 64,
+    out: Annotated[Path, typer.Option(help="Where to write the drawing.")] = Path("kept.png"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a model, or its name on the Hub.", show_default="embedded"),
+    ] = None,
+) -> None:
+    """Draw which patches of a picture a model still sees."""
+    from visprune.eval.show.vlm import show as draw
+
+    draw(picture, question=question, method=method, num_keep=num_keep, out=out, model=model)
+
+
+app.command("eval")(evaluate)
+app.command()(compare)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder that `visprune eval` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to.", show_default="RESULTS/report")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Samples of each task that the page lets you look at.")
+    ] = 60,
+) -> None:
+    """Make tables (Markdown, CSV, LaTeX) and one HTML page from the records of a folder."""
+    from visprune.eval.report import write_report
+
+    for path in write_report(results, out, samples=samples).values():
+        typer.echo(path)
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods, one line each."""
+    from visprune.catalog import methods as registry
+
+    _print_registry(registry)
+
+
+@app.command()
+def models() -> None:
+    """List the model families that can be pruned, one line each."""
+    from visprune.catalog import adapters, encoders
+
+    _print_registry(adapters)
+    _print_registry(encoders)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks that models can be evaluated on, one line each."""
+    from visprune.eval.tasks.base import tasks as registry
+
+    _print_registry(registry)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="prefill, decode, vit, or the name of a kernel.")],
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
+    ] = False,
+) -> None:
+    """Measure speed, once the results agree. Options after NAME go to that benchmark."""
+    found = _drawings() if draw else _benchmarks()
+    if name not in found:
+        raise ConfigError(
+            f"Unknown {'drawing' if draw else 'benchmark'} {name!r}."
+            f"{did_you_mean(name, found)} Known: {', '.join(found)}."
+        )
+    sys.argv = [f"visprune bench {'--draw ' * draw}{name}", *context.args]
+    importlib.import_module(found[name]).main()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe, such as configs/train/NAME.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and weights.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's; keys dotted."),
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="The same as an option; repeat it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train by a recipe."""
+    from visprune.train import train as run_training
+
+    pairs = [*(overrides or []), *(override or [])]
+    run_training(config, out, overrides=overrides_of(pairs), resume=resume)
+
+
+def _benchmarks() -> dict[str, str]:
+    """Return benchmark name to module: of whole models, and of every ``kernels/NAME/bench.py``."""
+    root = Path(__file__).parents[1]
+    ours = {name: f"visprune.eval.speed.bench_{name}" for name in ("decode", "prefill", "vit")}
+    kernels = {
+        path.parent.name: f"visprune.kernels.{path.parent.name}.bench"
+        for path in sorted(root.glob("kernels/*/bench.py"))
+    }
+    return ours | kernels
+
+
+def _drawings() -> dict[str, str]:
+    """Return kernel name to the module that draws it."""
+    return {"neighborhood_attention": "visprune.eval.show.neighborhood_attention"}
+
+
+def _print_registry(registry: Registry) -> None:
+    """Print each name and the first line of its docstring, one line each."""
+    width = max((len(name) for name in registry), default=0)
+    console = Console(highlight=False)
+    for name in registry:
+        summary = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
+        row = Text(f"{name:<{width}}  {summary}")
+        if console.is_terminal:  # a pipe gets the whole line
+            row.truncate(console.width, overflow="ellipsis")
+        console.print(row, soft_wrap=True)

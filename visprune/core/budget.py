@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens of one image survive, and at which sites."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from visprune.core.needs import Needs
+from visprune.core.site import Site
+from visprune.errors import BudgetError
+
+Rounding = Literal["round", "floor"]
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an int or a float, and not ``True`` or ``False``."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The number of visual tokens of one image that are **kept**.
+
+    Exactly one of the two is given. ``keep_ratio`` refers to the image's own original count.
+
+    Attributes:
+        num_keep: tokens kept, at least 1.
+        keep_ratio: fraction kept, in (0, 1].
+        rounding: how ``keep_ratio * n`` becomes a count; Python's ``round`` takes halves to even.
+    """
+
+    num_keep: int | None = None
+    keep_ratio: float | None = None
+    rounding: Rounding = "round"
+
+    def __post_init__(self) -> None:
+        """Reject a budget that is missing, double or out of range."""
+        if (self.num_keep is None) == (self.keep_ratio is None):
+            given = "both" if self.num_keep is not None else "neither"
+            raise BudgetError(
+                f"A budget is num_keep (tokens of one image that stay) or keep_ratio (the fraction "
+                f"that stays); got {given}: num_keep={self.num_keep}, "
+                f"keep_ratio={self.keep_ratio}. Give exactly one."
+            )
+        if self.num_keep is not None and (
+            isinstance(self.num_keep, bool) or not isinstance(self.num_keep, int)
+        ):
+            raise BudgetError(f"num_keep is a whole number of tokens, got {self.num_keep!r}.")
+        if self.num_keep is not None and self.num_keep < 1:
+            raise BudgetError(f"num_keep must be at least 1, got {self.num_keep}.")
+        ratio = self.keep_ratio
+        if ratio is not None and not (is_number(ratio) and 0.0 < ratio <= 1.0):
+            raise BudgetError(
+                f"keep_ratio is the fraction of tokens that stays, in (0, 1]; got {ratio!r}. "
+                f"To keep a number of tokens, use num_keep."
+            )
+
+    def resolve(self, num_tokens: int, *, strict: bool = False) -> int:
+        """Return the count kept of ``num_tokens``, at least 1 and at most ``num_tokens``.
+
+        Raises:
+            BudgetError: ``strict`` and ``num_keep`` exceeds the image's tokens.
+        """
+        if self.keep_ratio is not None:
+            exact = self.keep_ratio * num_tokens
+            wanted = round(exact) if self.rounding == "round" else math.floor(exact + 1e-9)
+            return min(max(wanted, 1), num_tokens)
+        if self.num_keep is None:
+            raise BudgetError("A budget holds neither num_keep nor keep_ratio.")
+        if strict and self.num_keep > num_tokens:
+            raise BudgetError(
+                f"num_keep={self.num_keep} exceeds the {num_tokens} visual tokens of an image. Use "
+                f"num_keep <= {num_tokens}, keep_ratio, or strict=False to keep all of such images."
+            )
+        return min(self.num_keep, num_tokens)
+
+    def scaled(self, factor: float, rounding: Rounding) -> Budget:
+        """Return the budget times ``factor`` (earlier stages of a pyramid keep more)."""
+        if self.num_keep is not None:
+            return Budget(num_keep=max(1, round(self.num_keep * factor)), rounding=rounding)
+        return Budget(keep_ratio=min(1.0, (self.keep_ratio or 0.0) * factor), rounding=rounding)
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """What one layer of a vision encoder keeps, in the terms of the papers on vision transformers.
+
+    Exactly one of the three is given.
+
+    Attributes:
+        num_drop: tokens that leave, at most half of those that enter (ToMe's r).
+        keep_ratio: fraction kept, in (0, 1], of the tokens that enter or of the picture's own.
+        num_keep: tokens kept at the end of ``share``.
+        share: how far of the way to ``num_keep`` this step goes, by equal factors, in (0, 1].
+        of: what ``keep_ratio`` refers to.
+        rounding: how the fraction becomes a count.
+        extra: slots besides the tokens kept, where any leave (EViT's fused token).
+    """
+
+    num_drop: int | None = None
+    keep_ratio: float | None = None
+    num_keep: int | None = None
+    share: float = 1.0
+    of: Literal["entering", "original"] = "entering"
+    rounding: Literal["ceil", "floor"] = "ceil"
+    extra: int = 0
+
+    def slots(self, entering: int, original: int) -> int:
+        """Return the length after the step: the tokens kept, and what is made of the others."""
+        kept = self.resolve(entering, original)
+        return kept + self.extra if kept < entering else kept
+
+    def resolve(self, entering: int, original: int) -> int:
+        """Return the count kept of ``entering`` tokens, at least 1.
+
+        Raises:
+            BudgetError: ``num_drop`` is more than half of the picture's tokens.
+        """
+        if self.num_drop is not None:
+            if self.num_drop > original // 2:
+                raise BudgetError(
+                    f"r={self.num_drop} is too large: at most half of the tokens of a picture can "
+                    f"merge in one layer, {original // 2} of {original} here."
+                )
+            return entering - min(self.num_drop, entering // 2)
+        if self.num_keep is not None:
+            wanted = round(original ** (1.0 - self.share) * self.num_keep**self.share)
+            return min(max(wanted, min(self.num_keep, original)), entering)
+        exact = (self.keep_ratio or 0.0) * (entering if self.of == "entering" else original)
+        wanted = math.ceil(exact) if self.rounding == "ceil" else int(exact)
+        return min(max(wanted, 1), entering)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where a method acts.
+
+    Attributes:
+        site: where.
+        budget: tokens that each image keeps from here on, a ``StepBudget`` inside a vision encoder;
+            ``None`` for a withdrawal, where all visual tokens of a sample leave together or none
+            (:meth:`PruningMethod.withdraw`).
+        needs: what the method is shown.
+    """
+
+    site: Site
+    budget: Budget | StepBudget | None = None
+    needs: Needs = field(default_factory=Needs)
+
+
+Schedule = tuple[Stage, ...]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts of operations and of cache bytes."""
+
+from __future__ import annotations
+
+from visprune.cost.cost import (
+    PARTS,
+    Causal,
+    Cost,
+    DecoderShape,
+    ModelShape,
+    ProjectorShape,
+    VisionShape,
+    clip_vision_shape,
+    decode_macs,
+    decoder_shape,
+    encoder_macs,
+    kv_bytes,
+    llava_projector_shape,
+    lm_head_macs,
+    mean_tokens,
+    prefill_macs,
+    projected_tokens,
+    projector_macs,
+    qwen2_5_vl_vision_shape,
+    qwen2_vl_vision_shape,
+    qwen_merger_shape,
+    sample_cost,
+    visible_pairs,
+    vision_macs,
+)
+
+__all__ = [
+    "PARTS",
+    "Causal",
+    "Cost",
+    "DecoderShape",
+    "ModelShape",
+    "ProjectorShape",
+    "VisionShape",
+    "clip_vision_shape",
+    "decode_macs",
+    "decoder_shape",
+    "encoder_macs",
+    "kv_bytes",
+    "llava_projector_shape",
+    "lm_head_macs",
+    "mean_tokens",
+    "prefill_macs",
+    "projected_tokens",
+    "projector_macs",
+    "qwen2_5_vl_vision_shape",
+    "qwen2_vl_vision_shape",
+    "qwen_merger_shape",
+    "sample_cost",
+    "visible_pairs",
+    "vision_macs",
+]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Price a vision transformer under a method, from the tokens that enter each layer's parts."""
+
+from __future__ import annotations
+
+from visprune.backbones.encoders.base import TowerAdapter
+from visprune.core.budget import Stage
+from visprune.core.method import PruningMethod
+from visprune.cost.cost import Cost
+from visprune.machine.encoder.plan import TowerPlan
+
+
+def tower_cost(
+    adapter: TowerAdapter,
+    method: PruningMethod,
+    plan: TowerPlan,
+    grid: tuple[int, int],
+    *,
+    samples: int = 1,
+    upto: int | None = None,
+) -> Cost:
+    """Multiply-adds of ``samples`` pictures of ``grid`` patches.
+
+    A layer costs its attention's projections for the tokens that enter it, both products of its
+    attention, and its MLP for those left after it. Embedding, pooling and head are in ``vision``;
+    what the method computes to choose is in ``selection``.
+
+    Args:
+        adapter: the encoder.
+        method: the method.
+        plan: its stages.
+        grid: patches along height and width.
+        samples: pictures.
+        upto: layers that run; ``None``: all.
+    """
+    total = grid[0] * grid[1]
+    layers = adapter.layers[:upto]
+    vision = selection = 0
+    counts = plan.counts(total, len(adapter.layers))
+    for number, (layer, (before, after)) in enumerate(zip(layers, counts, strict=False)):
+        tokens = before + adapter.prefix
+        vision += tokens * layer.attention_weights + (after + adapter.prefix) * layer.mlp_weights
+        vision += 2 * tokens * tokens * layer.attention_width
+        entering = counts[number - 1][1] if number else total
+        for _, stage in plan.entry.get(number, ()):
+            selection += _stage_macs(adapter, method, stage, number, entering, before)
+        for _, stage in plan.inside.get(number, ()):
+            selection += _stage_macs(adapter, method, stage, number, before, after)
+    vision += adapter.fixed_macs(grid, counts[-1][1] if counts else total)
+    return Cost(vision=samples * vision, selection=samples * selection, samples=samples)
+
+
+def _stage_macs(
+    adapter: TowerAdapter, method: PruningMethod, stage: Stage, number: int, count: int, keep: int
+) -> int:
+    """What one stage spends on one picture: its signals, and the method's own rule."""
+    layer, tokens = adapter.layers[number], count + adapter.prefix
+    signals = stage.needs.vision_keys or stage.needs.cls_attention is not None
+    spent = adapter.signal_macs(tokens) if signals else 0
+    if stage.needs.cls_attention is not None and adapter.has_cls:
+        spent += tokens * layer.attention_width
+    macs = getattr(method, "macs", None)
+    width = layer.head_width if stage.needs.vision_keys else adapter.width
+    return spent + (int(macs(count, keep, width)) if macs is not None else 0)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one forward of a reduced image encoder: which patches stand where, at each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visprune.core.selection import Selection
+from visprune.core.trace_vit import ViTTrace
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """The patches of a batch of pictures at one point of the encoder.
+
+    Attributes:
+        count: how many each picture has.
+        origin: the patch that each stands for, ``[B, N]``; ``None``: all, in order, or not
+            followed.
+        size: patches merged into each, ``[B, N]``; ``None``: one each, or not followed.
+        bias: what attention adds to the scores of each key, prefix tokens first, ``[B, T]``.
+        policy: in the training of a method that learns: how much each counts as a key, 1 or 0
+            with a gradient, ``[B, N]``; ``None``: 1.
+    """
+
+    count: int
+    origin: Tensor | None = None
+    size: Tensor | None = None
+    bias: Tensor | None = None
+    policy: Tensor | None = None
+
+    def reduced(
+        self, selection: Selection, *, prefix: int, placed: bool, sized: bool, biased: bool
+    ) -> TokenState:
+        """The state after a selection.
+
+        Args:
+            selection: over these patches.
+            prefix: tokens before them.
+            placed: whether their origin is followed.
+            sized: whether sizes are followed.
+            biased: whether attention adds their logarithm.
+        """
+        index, origin, size, bias = selection.index, self.origin, self.size, self.bias
+        if placed:
+            origin = index if origin is None else origin.gather(1, index)
+        if sized and (selection.merges or size is not None):
+            ones = torch.ones(index.shape[0], self.count, device=index.device)
+            size = selection.sizes(ones if size is None else size)
+            if biased:
+                bias = torch.nn.functional.pad(size.log(), (prefix, 0))
+        return TokenState(selection.num_slots, origin, size, bias)
+
+
+class TowerPass:
+    """One call of an encoder under a run.
+
+    Args:
+        grid: patches along height and width.
+        fingerprints: one int per picture, where the method wants them.
+    """
+
+    def __init__(self, grid: tuple[int, int], fingerprints: tuple[int, ...] = ()) -> None:
+        self.grid, self.fingerprints = grid, fingerprints
+        self.state = TokenState(0)
+        self.layers: dict[int, TokenState] = {}
+        self.attended: dict[int, int] = {}
+        self.mapped: dict[int, int] = {}
+        self.selections: dict[tuple[int, int], Selection] = {}
+        self.decisions: dict[int, Tensor] = {}
+        self.final: TokenState | None = None
+        self.stream: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.cls_attention: Tensor | None = None
+        self.total = self.batch = 0
+
+    def enter(self, layer: int, x: Tensor, prefix: int) -> None:
+        """Take the state that ``layer`` starts from, also when a checkpoint runs it again."""
+        if not self.layers:
+            self.batch, self.total = x.shape[0], x.shape[1] - prefix
+            self.state = TokenState(self.total)
+        self.state = self.layers.setdefault(layer, self.state)
+
+    def pos(self, index: Tensor) -> Tensor:
+        """(t, h, w) of patches ``[B, N]``: ``[B, N, 3]``."""
+        height, width = self.grid
+        if height * width == self.total:
+            rows, columns = index // width, index % width
+        else:  # patch dropout in training took some, and does not say which
+            rows, columns = torch.zeros_like(index), index
+        return torch.stack([torch.zeros_like(index), rows, columns], dim=-1)
+
+    def until(self, layer: int) -> list[Selection]:
+        """The selections up to and in ``layer``, in the order in which they ran."""
+        return [self.selections[key] for key in sorted(self.selections) if key[0] <= layer]
+
+    def expand(self, layer: int, y: Tensor) -> Tensor:
+        """Undo all selections up to and in ``layer``."""
+        for selection in reversed(self.until(layer)):
+            y = selection.expand(y)
+        return y
+
+    def composed(self, layer: int) -> Selection:
+        """All selections up to and in ``layer`` as one."""
+        whole = Selection.identity(self.batch, self.total, self._device())
+        for selection in self.until(layer):
+            whole = whole.then(selection)
+        return whole
+
+    def _device(self) -> torch.device:
+        for selection in self.selections.values():
+            return selection.index.device
+        return torch.device("cpu")
+
+    def trace(self, layers: int, prefix: int, sites: dict[tuple[int, int], str]) -> ViTTrace:
+        """The record of this call.
+
+        Args:
+            layers: layers of the encoder.
+            prefix: tokens before the patches.
+            sites: name of the site of every stage, by layer and number.
+        """
+        whole = self.composed(layers)
+        slots = whole._map()[0]
+        sizes = whole.sizes(torch.ones(self.batch, self.total, device=slots.device))
+        height, width = self.grid
+        entered = [self.attended[n] for n in sorted(self.attended)]
+        inner = [self.mapped[n] for n in sorted(self.mapped)]
+        return ViTTrace(
+            tokens_per_layer=[list(entered) for _ in range(self.batch)],
+            mlp_tokens_per_layer=[list(inner) for _ in range(self.batch)],
+            kept=list(whole.index),
+            slots=list(slots),
+            sizes=list(sizes),
+            pos=list(self.pos(whole.index)),
+            num_tokens=[self.total] * self.batch,
+            prefix=prefix,
+            grids=[((1, height, width),)] * self.batch,
+            stages=[
+                {
+                    "site": sites[key],
+                    "before": selection.num_tokens,
+                    "after": selection.num_slots,
+                }
+                for key, selection in sorted(self.selections.items())
+            ],
+        )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Price what a run did, from the tokens that really entered each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from visprune.backbones.hf.cache import Owner
+from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.core.trace import Trace
+from visprune.cost.cost import Causal, Cost, sample_cost
+from visprune.errors import ConfigError
+from visprune.machine.encoder.within_vlm import EncoderReduction
+
+
+class Priced(Protocol):
+    """What is read of a run."""
+
+    adapter: VLMAdapter
+    encoder: EncoderReduction | None
+    owner: Owner
+    trace: Trace
+
+
+def run_cost(
+    run: Priced,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    new_tokens: int = 0,
+    causal: Causal = "ideal",
+) -> Cost:
+    """Multiply-adds by part (vision, projector, selection, prefill, lm_head, decode) and KV bytes.
+
+    Args:
+        run: a run in force.
+        inputs: what the model takes; one prefill is run with it (and becomes ``run.trace``).
+            ``None``: price the last prefill of the run.
+        new_tokens: tokens generated after the prompt.
+        causal: ``"ideal"`` counts the visible half of causal attention, ``"dense"`` all of it.
+
+    Returns:
+        The cost of the whole batch, padding not counted in operations (no sample owns it) but
+        counted in ``kv_bytes`` (it is stored). ``cost.per_sample()`` is the mean.
+
+    Raises:
+        ConfigError: nothing with a picture has run yet, or ``inputs`` holds none.
+    """
+    if inputs is not None:
+        if not run.owner.active:
+            raise ConfigError("This run was removed; price inputs while it is in force.")
+        run.trace.tokens_per_layer = []
+        with torch.no_grad():
+            run.adapter.model(**inputs, logits_to_keep=1)
+    counts = [new_tokens] * len(run.trace.tokens_per_layer)
+    return sum(sample_costs(run, new_tokens=counts, causal=causal, padded=True), Cost(samples=0))
+
+
+def sample_costs(
+    run: Priced, *, new_tokens: Sequence[int], causal: Causal = "ideal", padded: bool = False
+) -> list[Cost]:
+    """Price each sample of the last prefill of a run.
+
+    Args:
+        run: a run.
+        new_tokens: tokens that each sample generated.
+        causal: see :func:`run_cost`.
+        padded: count the padding of the batch in what is stored; without, each sample is priced as
+            if it had been alone.
+
+    Raises:
+        ConfigError: nothing with a picture has run yet, or the lengths differ.
+    """
+    trace = run.trace
+    if not trace.tokens_per_layer:
+        raise ConfigError(
+            "There is nothing to price: no prompt with a picture has run. Pass inputs, or call the "
+            "model first."
+        )
+    shape = run.adapter.cost_shape()
+    dtype = next(run.adapter.language_model.parameters()).dtype
+    samples = len(trace.tokens_per_layer)
+    _check_lengths(new_tokens, samples)
+    costs = []
+    for row in range(samples):
+        images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
+        share = trace.selection_macs // samples
+        if row == 0:
+            share += trace.selection_macs % samples
+        sequence, cached = trace.sequence_per_layer[row], trace.cached_per_layer[row]
+        stored = trace.stored_per_layer[row]
+        if not padded:
+            alone = [new + old for new, old in zip(sequence, cached, strict=True)]
+            stored = [min(pair) for pair in zip(stored, alone, strict=True)]
+        grids = [grid for i in images for grid in trace.grids[i]]
+        encoder = run.encoder
+        cost = sample_cost(
+            shape,
+            projected=None if encoder is None else encoder.projected(len(grids)),
+            tokens_per_layer=sequence,
+            stored_per_layer=stored,
+            cached=cached,
+            grids=grids,
+            dtype=dtype,
+            decode_steps=max(0, new_tokens[row] - 1),
+            selection=share,
+            causal=causal,
+        )
+        if encoder is not None:
+            cost = replace(cost, vision=cost.vision - encoder.saved(len(grids)))
+        costs.append(cost)
+    return costs
+
+
+def prompt_costs(
+    adapter: VLMAdapter,
+    inputs: Mapping[str, Any],
+    layouts: Sequence[ImageLayout],
+    *,
+    new_tokens: Sequence[int],
+    causal: Causal = "ideal",
+) -> list[Cost]:
+    """Price prompts under the untouched model, each sample as if it had been alone.
+
+    Args:
+        adapter: of the model.
+        inputs: what the model takes: ``input_ids`` with a placeholder for every visual token, and
+            ``attention_mask`` where the batch is padded.
+        layouts: the pictures among them (``adapter.layouts``); none: a text prompt.
+        new_tokens: tokens that each sample generates.
+        causal: see :func:`run_cost`.
+
+    Raises:
+        ConfigError: the lengths differ.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    _check_lengths(new_tokens, len(lengths))
+    shape = adapter.cost_shape()
+    dtype = next(adapter.language_model.parameters()).dtype
+    return [
+        sample_cost(
+            shape,
+            tokens_per_layer=int(length),
+            grids=[grid for x in layouts if x.row == row for grid in x.picture.grids],
+            dtype=dtype,
+            decode_steps=max(0, new_tokens[row] - 1),
+            causal=causal,
+        )
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _check_lengths(new_tokens: Sequence[int], samples: int) -> None:
+    if len(new_tokens) != samples:
+        raise ConfigError(
+            f"new_tokens has one count for each of the {samples} samples, got {len(new_tokens)}."
+        )

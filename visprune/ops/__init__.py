@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor operators of token pruning: checked input, one choice of backend, then a custom op.
+
+Every operator takes ``backend``: ``"auto"`` (Triton for CUDA tensors where it can run, else
+PyTorch), ``"triton"`` (raises :class:`visprune.errors.UnsupportedKernel` with the reasons where
+it cannot) or ``"torch"``. Shapes: B images or sequences, N tokens, D features, H heads, R query
+rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`` and are counted
+by ``torch.utils.flop_counter``.
+"""
+
+from visprune.ops.hilo import hilo_attention, hilo_layer, hilo_pool
+from visprune.ops.match import bipartite_pairs
+from visprune.ops.neighborhood import na_av, na_qk, neighborhood_attention
+from visprune.ops.reduce import (
+    bipartite_match,
+    gather_tokens,
+    merge_tokens,
+    reduce_tokens,
+    unmerge_tokens,
+)
+from visprune.ops.rows import attention_rows, column_sums
+from visprune.ops.select import greedy_diverse
+from visprune.ops.sparse import lowrank_topk, sparse_attention
+
+__all__ = [
+    "attention_rows",
+    "bipartite_match",
+    "bipartite_pairs",
+    "column_sums",
+    "gather_tokens",
+    "greedy_diverse",
+    "hilo_attention",
+    "hilo_layer",
+    "hilo_pool",
+    "lowrank_topk",
+    "merge_tokens",
+    "na_av",
+    "na_qk",
+    "neighborhood_attention",
+    "reduce_tokens",
+    "sparse_attention",
+    "unmerge_tokens",
+]
