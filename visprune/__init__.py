@@ -12,6 +12,8 @@ from visprune.version import __version__ as __version__
 _LAZY = {
     "prune": "visprune.machine.run",
     "Run": "visprune.machine.run",
+    "remove": "visprune.machine.run",
+    "runs": "visprune.machine.run",
     "get_method": "visprune.catalog",
     "list_methods": "visprune.catalog",
     "list_models": "visprune.catalog",
@@ -21,7 +23,7 @@ _LAZY = {
     "save_pretrained": "visprune.machine.saved",
     "Budget": "visprune.core.budget",
     "Stage": "visprune.core.budget",
-    "Needs": "visprune.core.needs",
+    "Signal": "visprune.core.signals",
     "Site": "visprune.core.site",
     "Selection": "visprune.core.selection",
     "VisualTokens": "visprune.core.tokens",
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from visprune.eval.evaluate import evaluate as evaluate
     from visprune.machine.run import Run as Run
     from visprune.machine.run import prune as prune
+    from visprune.machine.run import remove as remove
+    from visprune.machine.run import runs as runs
     from visprune.machine.saved import load_pretrained as load_pretrained
     from visprune.machine.saved import save_pretrained as save_pretrained
 

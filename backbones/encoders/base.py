@@ -17,16 +17,24 @@ from visprune.errors import UnsupportedModel
 Record = Callable[[Tensor, Tensor, float], None]
 
 
-class Override:
-    """An attribute of one instance in place of its class's, until it is removed."""
+class Instead:
+    """An attribute of one instance in place of what was there, until it is removed."""
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._owner, self._name = owner, name
+        self._owner, self._name, self._value = owner, name, value
+        self._had = name in vars(owner)
+        self._before = vars(owner).get(name)
         vars(owner)[name] = value
 
     def remove(self) -> None:
-        """Take it off; the class's own shows again."""
-        vars(self._owner).pop(self._name, None)
+        """Put back what was there, or the class's own, unless another took the place."""
+        own = vars(self._owner)
+        if own.get(self._name) is not self._value:
+            return
+        if self._had:
+            own[self._name] = self._before
+        else:
+            del own[self._name]
 
 
 class Noticed:
@@ -108,7 +116,7 @@ class Reduction(Protocol):
         """Logarithm of the sizes, zero for prefix tokens, ``[B, T]``, of the layer that runs."""
 
 
-class TowerAdapter:
+class EncoderAdapter:
     """Base of the adapters; one instance per reduced encoder.
 
     Attributes:
@@ -138,9 +146,16 @@ class TowerAdapter:
             num_layers=0,
             has_cls=self.has_cls,
             multi_axis_rope=False,
-            vision_layers=len(self.layers),
-            vision_width=self.width,
+            encoder_layers=len(self.layers),
+            encoder_width=self.width,
+            lacking=self.lacking,
         )
+
+    @property
+    def lacking(self) -> dict[str, str]:
+        """By capability of signals, why the encoder has it not."""
+        why = self.why_no_cls_rows()
+        return {} if why is None else {"cls_token": why}
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         """Patches along height and width."""
@@ -185,11 +200,16 @@ class TowerAdapter:
         A patch of weight 0 is no key; the others share its part. Where it is ``None``, nothing
         changes. Here: training is refused.
         """
-        hook = partial(self._refuse_training, policy)
-        return [self.layers[number].attention.register_forward_pre_hook(hook)]
+        layer = self.layers[number]
+        hook = partial(self._refuse_training, policy, type(layer.attention).__name__)
+        # Where one module is all of the layer, the first thing in it: the layer itself is not asked
+        # before it has drawn.
+        whole = layer.attention is layer.block
+        module = next(layer.block.children()) if whole else layer.attention
+        return [module.register_forward_pre_hook(hook)]
 
     def _refuse_training(
-        self, policy: Callable[[], Tensor | None], attention: nn.Module, args: Any
+        self, policy: Callable[[], Tensor | None], attention: str, module: nn.Module, args: Any
     ) -> None:
         if policy() is None:
             return
@@ -198,7 +218,7 @@ class TowerAdapter:
         raise UnsupportedModel(
             f"A method that learns which tokens to keep has to weigh the keys of every layer in "
             f"training, which is not offered for {type(self.model).__name__} with "
-            f"{type(attention).__name__}{pooled}. It trains on timm's VisionTransformer with its "
+            f"{attention}{pooled}. It trains on timm's VisionTransformer with its "
             f"plain Attention and no attention pooling; with weights that were trained before, "
             f"this model runs it in eval mode (model.eval())."
         )

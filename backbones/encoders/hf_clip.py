@@ -9,20 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import (
+    EncoderAdapter,
     Layer,
     Record,
     Reduction,
-    TowerAdapter,
     matrix_weights,
     no_mask,
 )
-from visprune.backbones.hf.probe import watch
+from visprune.backbones.hf.probe import Attended, Wanted, watch
 from visprune.errors import UnsupportedModel
 
 _LAYERS = ("CLIPEncoderLayer", "SiglipEncoderLayer")
 
 
-class HfClip(TowerAdapter):
+class HfClip(EncoderAdapter):
     """Adapter of ``CLIPVisionModel``, ``SiglipVisionModel`` and the towers made of their layers.
 
     ``hidden_states`` and ``last_hidden_state`` come out short.
@@ -107,7 +107,7 @@ class HfClip(TowerAdapter):
 
     def watch(self, number: int, record: Record) -> list[Any]:
         """By the probe of transformers' attention functions."""
-        return list(watch(self.layers[number].attention, functools.partial(_always, record)))
+        return [watch(self.layers[number].attention, functools.partial(_wanted, record))]
 
     def overrides(self, reduction: Reduction) -> list[Any]:
         """SigLIP's pooling weighs tokens by their size."""
@@ -118,8 +118,12 @@ class HfClip(TowerAdapter):
         return [pooler.attention.register_forward_pre_hook(hook, with_kwargs=True)]
 
 
-def _always(record: Record) -> Record:
-    return record
+def _wanted(record: Record) -> Wanted:
+    return Wanted(functools.partial(_hand_on, record))
+
+
+def _hand_on(record: Record, attended: Attended) -> None:
+    record(attended.query, attended.key, attended.scale)
 
 
 def _add_pool_bias(

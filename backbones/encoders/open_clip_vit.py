@@ -17,18 +17,18 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import (
+    EncoderAdapter,
+    Instead,
     Layer,
-    Override,
     Record,
     Reduction,
-    TowerAdapter,
     matrix_weights,
     weighted_mean,
 )
 from visprune.errors import UnsupportedModel
 
 
-class OpenClipViT(TowerAdapter):
+class OpenClipViT(EncoderAdapter):
     """Adapter of ``open_clip.transformer.VisionTransformer``.
 
     Its attention is torch's ``MultiheadAttention``, which shows neither queries nor keys: those
@@ -113,8 +113,8 @@ class OpenClipViT(TowerAdapter):
                 handles.append(pool.attn.register_forward_pre_hook(hook, with_kwargs=True))
         pooled = functools.partial(self._pool, model._global_pool, reduction)
         dense = functools.partial(self._dense, model.forward_intermediates, reduction)
-        handles.append(Override(model, "_global_pool", pooled))
-        handles.append(Override(model, "forward_intermediates", dense))
+        handles.append(Instead(model, "_global_pool", pooled))
+        handles.append(Instead(model, "forward_intermediates", dense))
         return handles
 
     def _pool(self, original: Any, reduction: Reduction, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,11 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import (
+    EncoderAdapter,
+    Instead,
     Layer,
-    Override,
     Record,
     Reduction,
-    TowerAdapter,
     matrix_weights,
     no_mask,
     weighted_mean,
@@ -37,7 +37,7 @@ from visprune.errors import UnsupportedModel
 _PARALLEL = (ParallelScalingBlock, DiffParallelScalingBlock, ParallelThingsBlock)
 
 
-class TimmViT(TowerAdapter):
+class TimmViT(EncoderAdapter):
     """Adapter of ``timm.models.vision_transformer.VisionTransformer`` and its subclasses.
 
     Prefix tokens (class, distillation, registers) stay, and are outside the budget. In blocks that
@@ -157,8 +157,8 @@ class TimmViT(TowerAdapter):
         dense = functools.partial(self._dense, model.forward_intermediates, reduction)
         pool = functools.partial(self._pool, model.pool, reduction)
         return [
-            Override(model, "forward_intermediates", dense),
-            Override(model, "pool", pool),
+            Instead(model, "forward_intermediates", dense),
+            Instead(model, "pool", pool),
         ]
 
     def _pool(

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,12 +30,36 @@ def cache_of(found: Any) -> Any:
     return found.get("past_key_values") if cache is None else cache
 
 
-@dataclass(eq=False)
-class Owner:
-    """The run that wrote a cache; its layers can be read only while it is in force."""
+# Runs by key, for caches that were pickled; one that is gone is in force no more.
+_OWNERS: WeakValueDictionary[str, Owner] = WeakValueDictionary()
 
-    name: str
-    active: bool = True
+
+class Owner:
+    """The run that wrote a cache; its layers can be read only while it is in force.
+
+    A copy of a run is another owner; a copy of a cache still belongs to the run that wrote it.
+
+    Args:
+        name: of the method.
+        active: whether the run is in force.
+    """
+
+    def __init__(self, name: str, active: bool = True) -> None:
+        self.name, self.active = name, active
+        self.key = uuid.uuid4().hex
+        _OWNERS[self.key] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        return Owner(self.name, self.active)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, (self.name, self.active)
+
+
+def _owner(key: str, name: str) -> Owner:
+    """The owner of a pickled cache; of a run that is gone, one that is not in force."""
+    found = _OWNERS.get(key)
+    return Owner(name, active=False) if found is None else found
 
 
 class Ledger:
@@ -55,6 +80,17 @@ class Ledger:
         self.owner, self.seen, self.index, self.valid = owner, seen, index, valid
         self.padded, self.shift = padded, shift
         self._derived: tuple[Any, Ledger] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        tensors = (self.index.clone(), self.valid.clone(), self.padded, self.shift.clone())
+        memo[id(self)] = copied = Ledger(self.owner, self.seen, *tensors)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_derived": None, "owner": (self.owner.key, self.owner.name)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, owner=_owner(*state["owner"]))
 
     @classmethod
     def of_plain(

@@ -1,25 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read queries and keys of one attention module as it runs, without changing how it runs.
+"""Read queries, keys and values of one attention module as it runs, without changing how it runs.
 
 Transformers calls attention through ``ALL_ATTENTION_FUNCTIONS[config._attn_implementation]`` with
-post-rotary queries and keys. A probe gives *one* module, for *one* call, a copy of its config that
-names a function of ours; that function shows the tensors to a callback and hands them on to the
-implementation that the user chose. So no model is switched to eager attention to obtain scores.
+post-rotary queries and keys. A watched module has, as long as it is watched, a copy of its config
+that names a function of ours; that function asks whether anyone wants to see this call, and hands
+the tensors on to the implementation that the user chose. So no model is switched to eager attention
+to obtain scores, and nothing that two threads share changes during a call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 NAME = "visprune_probe"
-Record = Callable[[Tensor, Tensor, float], None]
+
+
+@dataclass
+class Attended:
+    """What one call of an attention module worked on.
+
+    Attributes:
+        query: after norm and rotary, ``[B, H, Q, d]``.
+        key: of stored and new tokens, ``[B, Hk, K, d]``.
+        value: ``[B, Hk, K, d]``.
+        scale: of the scores.
+        softcap: bound of the scores, or ``None``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass
+class Wanted:
+    """What a call is asked for.
+
+    Attributes:
+        record: is shown the tensors.
+        stop: end the call there; it was made only to see them.
+    """
+
+    record: Callable[[Attended], None]
+    stop: bool = False
 
 
 class Captured(Exception):
@@ -27,13 +60,16 @@ class Captured(Exception):
 
 
 class _Shown:
-    """What a probed config carries: whom to show, and whom to hand on to."""
+    """What a watched module's config carries: whom to ask, and whom to hand on to."""
 
-    def __init__(self, record: Record, implementation: str, stop: bool) -> None:
-        self.record, self.implementation, self.stop = record, implementation, stop
+    def __init__(self, original: Any, wanted: Callable[[], Wanted | None]) -> None:
+        self.original, self.wanted, self.over = original, wanted, False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shown:
-        return self
+    @property
+    def below(self) -> _Shown | None:
+        """The same of another watch, which this one was put on top of."""
+        found: _Shown | None = getattr(self.original, "_visprune_shown", None)
+        return found
 
 
 def _probed_attention(
@@ -46,63 +82,60 @@ def _probed_attention(
     **kwargs: Any,
 ) -> Any:
     shown: _Shown = module.config._visprune_shown
-    shown.record(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if shown.stop:
-        raise Captured
+    while True:
+        wanted = None if shown.over else shown.wanted()
+        if wanted is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            wanted.record(Attended(query, key, value, scale, kwargs.get("softcap")))
+            if wanted.stop:
+                raise Captured
+        if shown.below is None:
+            break
+        shown = shown.below
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(shown.implementation, eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(shown.original._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(NAME, _probed_attention)
 
 
-def _probed_config(config: Any, record: Record, stop: bool) -> Any:
-    probed = copy.copy(config)
-    probed._visprune_shown = _Shown(record, config._attn_implementation, stop)
-    probed._attn_implementation_internal = NAME
-    return probed
+class Watch:
+    """A module that is watched; :meth:`remove` leaves it as it was."""
+
+    def __init__(self, attention: nn.Module, wanted: Callable[[], Wanted | None]) -> None:
+        self._attention, self._original = attention, attention.config
+        probed: Any = copy.copy(attention.config)
+        probed._visprune_shown = _Shown(attention.config, wanted)
+        probed._attn_implementation_internal = NAME
+        self._probed = probed
+        attention.config = probed
+
+    def remove(self) -> None:
+        """Give the module its own config back, unless another watch still stands on this one."""
+        self._probed._visprune_shown.over = True
+        if self._attention.config is not self._probed:
+            return
+        config = self._original
+        while (shown := getattr(config, "_visprune_shown", None)) is not None and shown.over:
+            config = shown.original
+        self._attention.config = config
 
 
-def watch(attention: nn.Module, wanted: Callable[[], Record | None]) -> list[RemovableHandle]:
-    """Show queries and keys of ``attention`` whenever ``wanted()`` returns a callback.
+def watch(attention: nn.Module, wanted: Callable[[], Wanted | None]) -> Watch:
+    """Show what ``attention`` works on whenever ``wanted()`` asks for it.
 
     Args:
         attention: a module that reads ``self.config._attn_implementation`` when it is called.
-        wanted: asked at each call; ``None`` leaves the call alone.
-
-    Returns:
-        Handles of the two hooks; removing them leaves the module as it was.
+        wanted: asked at each call, in the thread that makes it; ``None`` leaves the call alone.
     """
-    hooks = _Watch(attention.config, wanted)
-    return [
-        attention.register_forward_pre_hook(hooks.before),
-        attention.register_forward_hook(hooks.after, always_call=True),
-    ]
+    return Watch(attention, wanted)
 
 
-class _Watch:
-    """The hooks of :func:`watch`; methods, so that those of a copied model act on the copy."""
+def capture(attention: nn.Module, **inputs: Any) -> None:
+    """Call a watched ``attention`` only as far as its queries and keys.
 
-    def __init__(self, original: Any, wanted: Callable[[], Record | None]) -> None:
-        self.original, self.wanted = original, wanted
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        record = self.wanted()
-        if record is not None:
-            module.config = _probed_config(self.original, record, stop=False)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        module.config = self.original
-
-
-def capture(attention: nn.Module, record: Record, **inputs: Any) -> None:
-    """Run ``attention`` only as far as its queries and keys, and show them to ``record``."""
-    original = attention.config
-    attention.config = _probed_config(original, record, stop=True)
-    try:
+    Its ``wanted`` must ask for the call with ``stop``.
+    """
+    with contextlib.suppress(Captured):
         attention(**inputs)
-    except Captured:
-        pass
-    finally:
-        attention.config = original

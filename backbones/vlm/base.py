@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.encoders.base import TowerAdapter
+from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.core.method import ModelSpec
+from visprune.core.signals.base import EncoderLayer, Signal
 from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
 
@@ -26,13 +27,13 @@ class Picture:
         free: which of its tokens may be dropped, ``[n]`` bool (newline tokens may not).
         pos: (t, h, w) of the free tokens, ``[N, 3]``.
         source: encoder patch of each free token, counted over all encoder pictures of the call,
-            ``[N]``; ``None`` where the encoder offers no signals.
-        pixels: what the encoder saw; dropped once they are fingerprinted.
+            ``[N]``, or of a token made of several, ``[N, m]``; ``None`` where the encoder offers no
+            signals.
+        pixels: what the encoder saw; dropped once methods' signals are read from them.
         kind: image or video.
         grids: (t, h, w) in patches of everything that the encoder saw of it.
-        fingerprint: a number that depends on the pixels alone; 0 if not asked for.
-        cls_attention: by encoder layer, class-token attention to the free tokens, ``[H, N]``.
-        vision_keys: the feature layer's keys of the free tokens, mean over heads, ``[N, d]``.
+        signals: what methods are shown of the encoder and the pixels, by signal; tensors with the
+            free tokens along their first axis, ``[N, ...]``.
         alive: where tokens left inside the encoder, the free tokens that stand for those that are
             left, in raster order, ``[K]``.
         size: patches merged into each of them, ``[K]``.
@@ -44,9 +45,7 @@ class Picture:
     pixels: Tensor | None
     kind: Literal["image", "video"] = "image"
     grids: tuple[tuple[int, int, int], ...] = ()
-    fingerprint: int = 0
-    cls_attention: dict[str, Tensor] = field(default_factory=dict)
-    vision_keys: Tensor | None = None
+    signals: dict[Signal, Any] = field(default_factory=dict)
     alive: Tensor | None = None
     size: Tensor | None = None
 
@@ -87,7 +86,6 @@ class VLMAdapter:
         layers: its layers.
     """
 
-    model_types: tuple[str, ...] = ()
     multi_axis_rope = False
 
     def __init__(self, model: Any) -> None:
@@ -134,13 +132,95 @@ class VLMAdapter:
             num_layers=len(self.layers),
             has_cls=self.has_cls,
             multi_axis_rope=self.multi_axis_rope,
-            vision_layers=0 if self.encoder is None else len(self.encoder.layers),
-            vision_width=0 if self.encoder is None else self.encoder.width,
-            vision_refusal=self.no_encoder,
+            encoder_layers=0 if self.encoder is None else len(self.encoder.layers),
+            encoder_width=0 if self.encoder is None else self.encoder.width,
+            encoder_refusal=self.no_encoder,
+            lacking=self.lacking,
         )
 
+    @property
+    def lacking(self) -> dict[str, str]:
+        """By capability of signals, why the model has it not.
+
+        Here: signals are read where the encoder can be reduced too.
+        """
+        if self.encoder is not None:
+            return self.encoder.lacking
+        return {"encoder_attention": self.no_encoder, "encoder_features": self.no_encoder}
+
+    # Where the encoder is read -----------------------------------------------------------------
+
+    @property
+    def encoder_prefix(self) -> int:
+        """Tokens before the patches in the encoder's layers."""
+        return 0 if self.encoder is None else self.encoder.prefix
+
+    def encoder_layer(self, which: EncoderLayer) -> int:
+        """The 0-based number of a layer that a signal names.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        count = 0 if self.encoder is None else len(self.encoder.layers)
+        number = {"last": count - 1, "feature": self.encoder_end}.get(str(which), which)
+        if not isinstance(number, int) or not 0 <= number < count:
+            raise ConfigError(
+                f"Encoder layer {which!r} does not exist: the encoder of {self.config.model_type} "
+                f"has {count} layers, 0 to {count - 1}. Give one of those, 'last' or 'feature'."
+            )
+        return number
+
+    def watch_encoder(
+        self, layer: int, record: Callable[[Tensor, Tensor, float], None]
+    ) -> list[Any]:
+        """Show queries and keys ``[P, H, T, d]`` of an encoder layer, and the scale of scores."""
+        assert self.encoder is not None, "refused before"
+        return self.encoder.watch(layer, record)
+
+    def encoder_block(self, layer: int) -> nn.Module:
+        """The module of an encoder layer, whose output leaves it."""
+        assert self.encoder is not None, "refused before"
+        return self.encoder.layers[layer].block
+
+    # Where the decoder is read -----------------------------------------------------------------
+
+    @property
+    def maskless(self) -> bool:
+        """Whether a single query that sees all keys is given no mask."""
+        kernel = str(self.text_config._attn_implementation)
+        return kernel == "sdpa" or kernel.startswith("flash")
+
+    def kind_of(self, layer: int) -> str:
+        """The kind of a decoder layer: layers of one kind share masks and rotary embeddings."""
+        types = getattr(self.text_config, "layer_types", None)
+        return types[layer] if types else "full_attention"
+
+    def rotary(self, hidden: Tensor, ids: Tensor, kind: str) -> Any:
+        """The rotary embedding of position ids, for layers of a kind."""
+        return self.language_model.rotary_emb(hidden, position_ids=ids)
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm behind the decoder's last layer."""
+        return getattr(self.language_model, "norm", None)
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a decoder layer."""
+        return self.layers[layer].self_attn
+
+    def layer_input(self, layer: Any, hidden: Tensor) -> Tensor:
+        """What the attention of a decoder layer is given of the states that enter the layer."""
+        return layer.input_layernorm(hidden)
+
+    def qk_macs(self, layer: int) -> int:
+        """Multiply-adds per token of a decoder layer's queries, keys and values."""
+        config = self.text_config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+        return int(config.hidden_size * width)
+
     @cached_property
-    def encoder(self) -> TowerAdapter | None:
+    def encoder(self) -> EncoderAdapter | None:
         """The image encoder, where tokens can leave inside it."""
         return None
 
@@ -173,10 +253,6 @@ class VLMAdapter:
     def cost_shape(self) -> ModelShape:
         """Sizes of the whole model, for counting operations."""
         raise NotImplementedError  # pragma: no cover - abstract
-
-    def tower_attention(self, which: Literal["last", "feature"]) -> nn.Module:
-        """The encoder's attention module that a method's signals come from."""
-        raise UnsupportedModel(f"{self.config.model_type} has no class token to read attention of.")
 
     def token_id(self, kind: Literal["image", "video"]) -> int | None:
         """Placeholder id in ``input_ids``."""
@@ -224,9 +300,3 @@ class VLMAdapter:
         embeds = call["inputs_embeds"]
         wanted = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
         return (embeds == wanted).all(-1)
-
-
-def fingerprint(pixels: Tensor) -> int:
-    """A number that depends on the values of ``pixels`` alone."""
-    data = pixels.detach().to("cpu", torch.float32).contiguous()
-    return zlib.crc32(data.numpy().tobytes())

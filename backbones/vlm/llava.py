@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from visprune.backbones.encoders.base import TowerAdapter
+from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.encoders.hf_clip import HfClip
 from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
 from visprune.cost.cost import (
@@ -28,8 +28,6 @@ class LlavaAdapter(VLMAdapter):
     protected and outside the budget.
     """
 
-    model_types = ("llava",)
-
     @property
     def tower(self) -> nn.Module:
         """The vision encoder."""
@@ -40,24 +38,8 @@ class LlavaAdapter(VLMAdapter):
         """Whether the encoder has a class token (CLIP has, SigLIP has not)."""
         return any(name.endswith("class_embedding") for name, _ in self.tower.named_parameters())
 
-    def tower_attention(self, which: Literal["last", "feature"]) -> nn.Module:
-        """Attention module of the encoder's last layer, or of the layer whose output is read."""
-        layers = next(
-            (m for n, m in self.tower.named_modules() if n.endswith("encoder.layers")), None
-        )
-        if layers is None or not self.has_cls:
-            raise UnsupportedModel(
-                f"The vision encoder {type(self.tower).__name__} has no class token to read."
-            )
-        if which == "last":
-            return layers[-1].self_attn
-        feature = self.config.vision_feature_layer
-        feature = feature if isinstance(feature, int) else feature[-1]
-        # hidden_states has one entry more than there are layers: entry i is the output of i - 1.
-        return layers[feature if feature < 0 else feature - 1].self_attn
-
     @cached_property
-    def encoder(self) -> TowerAdapter | None:
+    def encoder(self) -> EncoderAdapter | None:
         """The tower, if it is made of CLIP's or SigLIP's layers and one of them is read."""
         if not isinstance(self.config.vision_feature_layer, int):
             return None

@@ -20,8 +20,6 @@ class LlavaNextAdapter(LlavaAdapter):
     outside the budget. ``t`` is 0 for the thumbnail and 1 for the grid.
     """
 
-    model_types = ("llava_next",)
-
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """One picture per image, its tokens where the model's own packing puts them."""
         sizes, pixels = call["image_sizes"], call["pixel_values"]

@@ -25,7 +25,6 @@ class Qwen2VLAdapter(VLMAdapter):
     The encoder has no class token.
     """
 
-    model_types = ("qwen2_vl", "qwen2_5_vl")
     multi_axis_rope = True
 
     @property

@@ -22,7 +22,7 @@ from visprune.core.method import PruningMethod
 from visprune.eval.demo.accuracy import Answers, Prompt, QuestionSet
 from visprune.eval.environment import describe, describe_line
 from visprune.eval.show.figures import Panel, accuracy_flops, contact_sheet
-from visprune.eval.show.kept import paint, recorded
+from visprune.eval.show.kept import kept_of, paint
 from visprune.eval.speed.latency import Timings
 from visprune.eval.stats import paired_bootstrap, wilson
 from visprune.eval.tasks.embedded import blind_floor
@@ -266,11 +266,10 @@ def draw_sheet(
     image = asked.pictures[prompt.picture].image
     panels: dict[str, list[Panel]] = {}
     for entry in entries:
-        method, recorder = recorded(entry.method)
-        with prune(asked.model, method):
+        with prune(asked.model, entry.method) as run:
             logits = asked.model(**asked.single(chosen), logits_to_keep=1).logits
         said = _answer(asked, prompt, int(logits[0, -1].argmax()))
-        kept = recorder.kept()
+        kept = kept_of(run.trace)
         real = "" if len(kept.index) == entry.num_keep else f" ({len(kept.index)} kept)"
         panel = Panel(paint(image, kept), f"“{said[0]}”{real}", said[1])
         panels.setdefault(entry.method.name, []).append(panel)

@@ -185,7 +185,7 @@ class Classifier:
         try:
             with prune(self.tower, "keep_all") as run:
                 cost: Cost = run.cost()
-                height, width = run.adapter.default_grid()
+                height, width = run.grid
         except (ConfigError, UnsupportedModel):
             return None, None
         return float(height * width), {**cost.parts, "selection": 0}

@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from visprune.core.method import Context, PruningMethod
-from visprune.core.selection import Selection
-from visprune.core.tokens import VisualTokens
+from visprune.core.trace import Trace
 from visprune.errors import ConfigError
 
-__all__ = ["KeptMap", "Recorder", "paint", "recorded"]
+__all__ = ["KeptMap", "kept_of", "paint"]
 
 _VEIL = np.array([236, 236, 240], np.float32)
 _KEPT = np.array([0, 0, 0], np.float32)
@@ -50,48 +46,18 @@ class KeptMap:
         return [int(t) for t in self.pos[:, 0].unique()]
 
 
-@dataclass
-class Recorder:
-    """What a recorded method selected in its last use, stage by stage."""
+def kept_of(trace: Trace) -> KeptMap:
+    """Where the tokens of the one picture of a forward went.
 
-    selections: list[Selection] = field(default_factory=list)
-    pos: Tensor | None = None
-
-    def clear(self) -> None:
-        """Forget, before the next picture."""
-        self.selections.clear()
-        self.pos = None
-
-    def kept(self) -> KeptMap:
-        """Compose the stages into one map.
-
-        Raises:
-            ConfigError: not exactly one picture went through since the last ``clear``.
-        """
-        if self.pos is None or not self.selections or len(self.selections[0].index) != 1:
-            raise ConfigError("Recorder.kept takes exactly one picture; run one, alone.")
-        whole = self.selections[0]
-        for later in self.selections[1:]:
-            whole = whole.then(later)
-        owned = whole.matrix()[0] != 0  # [K, N]
-        dest = torch.where(owned.any(0), owned.to(torch.uint8).argmax(0), -1)
-        return KeptMap(pos=self.pos.cpu(), dest=dest.cpu(), index=whole.index[0].cpu())
-
-
-def recorded(method: PruningMethod) -> tuple[PruningMethod, Recorder]:
-    """Return a method that does the same and notes what it selected."""
-    recorder = Recorder()
-
-    class Recorded(type(method)):  # type: ignore[misc]
-        def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
-            selection = super().select(tokens, ctx)
-            if not recorder.selections:
-                recorder.pos = tokens.pos[0]
-            recorder.selections.append(selection)
-            return selection
-
-    values: dict[str, Any] = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return Recorded(**values), recorder
+    Raises:
+        ConfigError: it held not exactly one picture.
+    """
+    if len(trace.kept) != 1:
+        raise ConfigError(
+            f"A drawing shows exactly one picture; the last forward held {len(trace.kept)}. Run "
+            f"one, alone."
+        )
+    return KeptMap(pos=trace.all_pos[0].cpu(), dest=trace.slots[0].cpu(), index=trace.kept[0].cpu())
 
 
 def paint(picture: Image.Image, kept: KeptMap, region: int = 0, cell: int = 16) -> np.ndarray:

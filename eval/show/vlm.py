@@ -17,7 +17,8 @@ from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.eval.environment import quiet_loading
 from visprune.eval.show.figures import Panel, shown_picture
-from visprune.eval.show.kept import KeptMap, paint, recorded
+from visprune.eval.show.kept import KeptMap, kept_of, paint
+from visprune.machine.plan import inside_only
 from visprune.machine.run import Run, prune
 
 __all__ = ["load_model", "open_picture", "show"]
@@ -60,7 +61,7 @@ def show(
     """
     target = _target(out)
     image = open_picture(picture)
-    chosen, recorder = recorded(_method(method, num_keep))
+    chosen = _method(method, num_keep)
     loaded, processor = load_model(model)
     own_notes: list[str] = []
     if model is None or model == _EMBEDDED:
@@ -69,7 +70,7 @@ def show(
     unpruned = _answer(loaded, processor, inputs, max_new_tokens)
     with prune(loaded, chosen) as run:
         answer = _answer(loaded, processor, inputs, max_new_tokens)
-    kept = recorder.kept()
+    kept = kept_of(run.trace)
     notes = _notes(run, chosen, kept) + own_notes
     _draw(_seen(loaded, processor, inputs, image), kept, (unpruned, answer), target,
           title=f"“{question}”", note=" ".join(notes))  # fmt: skip
@@ -172,7 +173,7 @@ def _target(out: str | Path) -> Path:
 def _method(name: str, num_keep: int) -> PruningMethod:
     """Build the method; one without a budget (keep_all) is given none."""
     kind = method_registry.get(name)
-    if kind.only_in_towers:
+    if inside_only(kind):
         raise ConfigError(
             f"{name} acts inside an image encoder; visprune.eval.show.vit.show_vit draws what it "
             f"keeps and merges there. Here: a method that acts behind the encoder, such as todre."
@@ -209,8 +210,8 @@ def _notes(run: Run, method: PruningMethod, kept: KeptMap) -> list[str]:
         f"the mean over decoder layers."
     ]
     for stage in run.trace.stages:
-        if "fired" in stage:
-            does = "all leave" if stage["fired"][0] else "they stay"
+        if "share" in stage:
+            does = "they stay" if stage["after"][0] else "all leave"
             share = stage["share"][0]
             notes.append(f"At {stage['site']}: {share:.1%} of the text's attention, {does}.")
     return notes

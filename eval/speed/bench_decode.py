@@ -20,7 +20,6 @@ from visprune.catalog import get_method
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, VispruneError
 from visprune.eval.environment import set_threads
-from visprune.eval.show.kept import recorded
 from visprune.eval.speed.bench_prefill import METHODS, agree, attached, parser, publish
 from visprune.eval.speed.ideal import build, ideal_of, prompt
 from visprune.eval.speed.latency import Case, Timings, interleaved
@@ -120,12 +119,11 @@ def _checked(
     """Return a method and the short inputs it stands for, once the two generate the same."""
     params = {**METHODS[label], "positions": "compact"}
     method = get_method(label.split()[0], num_keep=num_keep, **params)
-    noting, recorder = recorded(method)
     want = {"return_dict_in_generate": True, "output_logits": True}
-    with prune(model, noting) as run:
+    with prune(model, method) as run:
         got = _generate(model, inputs, _CHECKED, **want)
         trace = run.trace
-    ideal = ideal_of(model, inputs, trace, recorder.selections[-1])
+    ideal = ideal_of(model, inputs, trace)
     if ideal.drops:
         raise ConfigError(
             f"{label} drops tokens inside the decoder, so its ideal is no one short sequence. "

@@ -26,7 +26,6 @@ from visprune.catalog import get_method
 from visprune.core.method import PruningMethod
 from visprune.errors import VispruneError
 from visprune.eval.environment import describe, describe_line, set_threads, writable_folder
-from visprune.eval.show.kept import recorded
 from visprune.eval.speed.ideal import SHAPES, Ideal, build, ideal_of, prompt
 from visprune.eval.speed.latency import Case, Timings, interleaved
 from visprune.machine.run import prune
@@ -117,11 +116,10 @@ def pair_up(
     """
     params = {**METHODS.get(label, {}), **params}
     method = get_method(label.split()[0], num_keep=num_keep, **params)
-    noting, recorder = recorded(method)
     with torch.inference_mode():
-        with prune(model, noting) as run:
+        with prune(model, method) as run:
             logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-        ideal = ideal_of(model, inputs, run.trace, recorder.selections[-1])
+        ideal = ideal_of(model, inputs, run.trace)
         error = agree(logits, ideal(), f"{label} at {num_keep} tokens")
     return Pair(label, num_keep, method, ideal, error)
 

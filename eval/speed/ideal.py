@@ -182,14 +182,16 @@ class Ideal:
 
 
 @torch.inference_mode()
-def ideal_of(model: Any, inputs: dict[str, Tensor], trace: Trace, selection: Selection) -> Ideal:
+def ideal_of(
+    model: Any, inputs: dict[str, Tensor], trace: Trace, selection: Selection | None = None
+) -> Ideal:
     """Build the ideal of what a method just did on ``inputs``, from the tokens it kept.
 
     Args:
         model: the model, untouched again.
         inputs: of :func:`prompt`: one picture per row, at the same place in each.
         trace: of the method's prefill.
-        selection: what it selected there, in one stage.
+        selection: what it selected there; ``None``: what the trace says.
 
     Raises:
         ConfigError: rows disagree on a withdrawal, so that no one sequence is the short one.
@@ -197,6 +199,7 @@ def ideal_of(model: Any, inputs: dict[str, Tensor], trace: Trace, selection: Sel
     per_layer = trace.tokens_per_layer[0]
     if any(row != per_layer for row in trace.tokens_per_layer):
         raise ConfigError("Rows of this batch keep different numbers of tokens; bench them alone.")
+    selection = _together(trace) if selection is None else selection
     ids, total = inputs["input_ids"], selection.num_tokens
     start = int((ids[0] == _IMAGE).nonzero()[0])
     text = model.get_input_embeddings()(ids)  # [B, S, D]
@@ -222,3 +225,22 @@ def ideal_of(model: Any, inputs: dict[str, Tensor], trace: Trace, selection: Sel
         left = torch.cat([alive[:start], alive[start + last :]])
         ideal.drops[per_layer.index(0)] = left.expand(len(ids), -1)
     return ideal
+
+
+def _together(trace: Trace) -> Selection:
+    """The selections of all pictures, which keep equally many tokens, as one."""
+    rows = [trace.whole(image) for image in range(len(trace.kept))]
+    if any(row is None for row in rows):
+        raise ConfigError("Nothing was selected: there is no ideal to compare with.")
+
+    def column(name: str) -> Tensor | None:
+        parts = [getattr(row, name) for row in rows]
+        return None if parts[0] is None else torch.cat(parts)
+
+    first = rows[0]
+    assert first is not None, "looked at above"
+    index = torch.cat([row.index for row in rows if row is not None])
+    return Selection(
+        index, first.num_tokens, column("own"), column("source"), column("slot"),
+        column("weight"), gaps=first.gaps, overlaps=first.overlaps,
+    )  # fmt: skip

@@ -29,10 +29,17 @@ __all__ = ["Bench", "Clock", "VLMBench", "ViTBench"]
 
 @dataclass
 class Clock:
-    """Seconds spent in named parts of one run."""
+    """Seconds spent in named parts.
+
+    Attributes:
+        device: to wait for.
+        seconds: by name of the part.
+        run: the method in force, which times itself.
+    """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    run: Run | None = None
     _inside: bool = False
 
     @contextmanager
@@ -62,27 +69,6 @@ class Clock:
         return run
 
 
-class _TimedRun(Run):
-    """A run that tells what its stages and their scores take."""
-
-    clock: Clock
-
-    def _run(self, *args: Any) -> Any:
-        with self.clock.part("selection_ms"):
-            step = super()._run(*args)
-        return self.clock.timed("selection_ms", step)
-
-    def _enter_layer(self, number: int, *args: Any) -> Any:
-        if number not in self.plan.decoder_stages:
-            return super()._enter_layer(number, *args)
-        with self.clock.part("selection_ms"):
-            return super()._enter_layer(number, *args)
-
-    def _watch_layer(self, *args: Any) -> Any:
-        record = super()._watch_layer(*args)
-        return None if record is None else self.clock.timed("selection_ms", record)
-
-
 class _Stamps(LogitsProcessor):
     """Notes when the scores of each new token are there."""
 
@@ -94,6 +80,10 @@ class _Stamps(LogitsProcessor):
         synchronize(self.device)
         self.times.append(time.perf_counter())
         return scores
+
+
+def _nothing(*choice: Any) -> None:
+    """An observer: a run that is observed times itself."""
 
 
 class Bench(Protocol):
@@ -137,7 +127,8 @@ class VLMBench:
             begin, stamps = time.perf_counter(), _Stamps(self.device)
             self._generate(inputs(turn), [] if clock else [stamps])
             if clock is not None:
-                seconds = {"vision_ms": 0.0, "selection_ms": 0.0, **clock.seconds}
+                spent = 0.0 if clock.run is None else clock.run.trace.selection_seconds
+                seconds = {"vision_ms": 0.0, "selection_ms": spent, **clock.seconds}
                 clock.seconds.clear()
                 return seconds
             first, last = stamps.times[0], stamps.times[-1]
@@ -158,9 +149,10 @@ class VLMBench:
             with Run(adapter, choice):
                 yield
             return
-        timed = type("TimedRun", (_TimedRun,), {"clock": clock})
-        with timed(adapter, choice), self._vision(clock):
+        with Run(adapter, choice) as clock.run, self._vision(clock):
+            clock.run.observe(_nothing)
             yield
+        clock.run = None
 
     @contextmanager
     def _vision(self, clock: Clock | None) -> Iterator[None]:

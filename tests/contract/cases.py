@@ -12,10 +12,11 @@ from torch import Tensor
 import visprune
 import visprune.catalog
 from tests import tiny
+from visprune.machine.plan import inside_only
 
 # What acts inside the image encoder alone has a contract of its own: test_vision_site.py.
 INSIDE = [
-    name for name in visprune.list_methods() if visprune.catalog.methods.get(name).only_in_towers
+    name for name in visprune.list_methods() if inside_only(visprune.catalog.methods.get(name))
 ]
 METHODS = [name for name in visprune.list_methods() if name not in INSIDE]
 # The registry names every family; the tiny models are built for these.

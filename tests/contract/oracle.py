@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import visprune.machine.run
+import visprune.machine.decoder.hooks
 from visprune.machine.decoder.forward import Forward
 
 TOLERANCE = 1e-5
@@ -36,13 +36,13 @@ def forwards() -> Iterator[list[Forward]]:
     found: list[Forward] = []
 
     class Noted(Forward):
-        def open(self, kwargs: dict[str, Any]) -> None:
-            super().open(kwargs)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             if self.images:
                 found.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visprune.machine.run, "Forward", Noted)
+        patch.setattr(visprune.machine.decoder.hooks, "Forward", Noted)
         yield found
 
 

@@ -95,7 +95,7 @@ def test_signals_that_were_not_kept_are_asked_for(models: Any) -> None:
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
     with visprune.prune(model, "uniform", num_keep=5):
         output = model.model.get_image_features(pixel_values=inputs["pixel_values"])
-    message = r"visionzip reads attention of the vision encoder.*encode_images"
+    message = r"visionzip reads ClsAttention.* of the image encoder.*encode_images"
     run = visprune.prune(model, "visionzip", num_keep=5)
     with run, pytest.raises(visprune.ConfigError, match=message):
         model(**rest, mm_encoder_outputs={"image": output})

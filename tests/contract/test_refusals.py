@@ -198,7 +198,7 @@ def test_a_vision_model_of_timm() -> None:
         message = str(caught.value)
         assert f"{name} acts at " in message
         assert "VisionTransformer is a vision transformer alone and has none" in message
-        assert "Methods for it: keep_all, random, uniform, tome, pitome" in message
+        assert "Methods that fit it: keep_all, random, uniform, tome, pitome" in message
     with pytest.raises(UnsupportedModel) as caught:
         visprune.prune(torch.nn.Linear(2, 2), "tome", r=2)
     message = str(caught.value)

@@ -49,9 +49,8 @@ def test_loss_is_that_of_the_kept_rows(name: str, family: str, models: Any) -> N
     if name in ("fastv", "uniform"):
         assert lost > 0  # a word after a picture, whose last patch left
     assert out.logits.shape == (*inputs["input_ids"].shape, tiny.VOCAB)
-    valid = inputs["attention_mask"].bool()
-    assert bool(out.logits[~there & valid].isnan().all())
-    assert bool(out.logits[there & valid].isfinite().all())
+    assert torch.equal(run.trace.index >= 0, there)
+    assert bool(out.logits.isfinite().all())
     assert all(bool(g.isfinite().all()) for g in grads.values())
     flows = [n for n, g in grads.items() if float(g.abs().max()) > 0]
     for part in (TOWERS[family], "language_model.layers.0.", "language_model.layers.3.", "lm_head"):
@@ -161,16 +160,22 @@ def test_only_the_last_logits(family: str, models: Any) -> None:
 @torch.no_grad()
 def test_tuples_and_inner_states(family: str, models: Any) -> None:
     model, inputs = models(family), batch(family, ROWS)
-    with visprune.prune(model, "fastv", num_keep=5) as run:
+    with oracle.forwards() as seen, visprune.prune(model, "fastv", num_keep=5) as run:
         want = model(**inputs).logits.nan_to_num()
         assert torch.equal(model(**inputs, return_dict=False)[0].nan_to_num(), want)
         out = model(**inputs, output_hidden_states=True)
         assert torch.equal(out.logits.nan_to_num(), want)
-        widths = [h.shape[1] for h in out.hidden_states]
-    stored = run.trace.stored_per_layer[0]
-    # Inner states are short: entry i is what layer i was handed, before its own stage.
-    assert widths[:2] == [inputs["input_ids"].shape[1]] * 2
-    assert widths[3] == stored[3]
+    # Inner states have the length of the input: entry i is what layer i was handed, before its own
+    # stage, and the row of a token that is gone repeats the one before.
+    assert {h.shape[1] for h in out.hidden_states} == {inputs["input_ids"].shape[1]}
+    keep = oracle.alive(seen[0])
+    for number, states in enumerate(out.hidden_states):
+        there = keep[number - 1] if number else torch.ones_like(keep[0])
+        for row, column in (~there & inputs["attention_mask"].bool()).nonzero().tolist():
+            before = int(there[row, :column].nonzero().max())
+            assert torch.equal(states[row, column], states[row, before])
+    assert run.trace.index is not None
+    assert torch.equal(run.trace.index >= 0, keep[-1])
 
 
 @every_family
@@ -182,7 +187,9 @@ def test_the_base_model_keeps_its_shape(family: str, models: Any) -> None:
         logits = model(**inputs).logits
     there = oracle.alive(seen[0])[-1]
     assert hidden.shape[:2] == inputs["input_ids"].shape
-    assert bool(hidden[~there].isnan().all())
+    assert bool(hidden.isfinite().all())
+    # The head called by hand gives what it gives inside.
+    assert torch.allclose(model.lm_head(hidden), logits, atol=1e-4)
     assert torch.allclose(model.lm_head(hidden[there]), logits[there], atol=1e-4)
 
 

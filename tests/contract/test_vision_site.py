@@ -75,16 +75,13 @@ def test_the_rest_fits(name: str, family: str, models: Any) -> None:
         dropped = torch.ones(len(free), dtype=torch.bool)
         dropped[kept] = False
         assert 0 < int(dropped.sum()) < len(free)
-        assert bool(pruned[row, free[dropped]].isnan().all())
-        assert bool(pruned[row, free[kept]].isfinite().all())
-        assert bool(pruned[row, fixed].isfinite().all())
+        assert bool((trace.index[row, free[dropped]] < 0).all())
+        assert bool((trace.index[row, free[kept]] >= 0).all())
+        assert bool((trace.index[row, fixed] >= 0).all())
         assert bool((kept.diff() > 0).all())
     valid = inputs["attention_mask"].bool()
     for row, alone in enumerate(one_by_one):
-        own = pruned[row, valid[row]]
-        there = own[:, 0].isfinite()
-        assert torch.equal(there, alone[:, 0].isfinite())
-        oracle.assert_close(own[there], alone[there])
+        oracle.assert_close(pruned[row, valid[row]], alone)
 
 
 def cases_row(family: str, row: int) -> list[Any]:
@@ -156,7 +153,7 @@ def tower_by_hand(model: Any, pixels: Tensor, r: int, layers: int) -> tuple[Tens
         matrix = chosen.matrix()
         size = ((matrix > 0).float() @ size[..., None])[..., 0]
         assert chosen.dest is not None
-        slot = chosen.dest.gather(1, slot)
+        slot = chosen.dest().gather(1, slot)
         x = torch.cat([x[:, :1], matrix @ x[:, 1:]], dim=1)
         x = x + block.mlp(block.layer_norm2(x))
     return x[:, 1:].gather(1, slot[..., None].expand(-1, -1, x.shape[-1])), slot
@@ -189,7 +186,7 @@ def test_merging_equals_the_tower_written_out(family: str, models: Any) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in TOWERS])
 def test_other_towers_are_refused(name: str, family: str, models: Any) -> None:
     model = models(family)
-    with pytest.raises(UnsupportedModel, match=r"acts inside the vision encoder.*be reduced"):
+    with pytest.raises(UnsupportedModel, match=r"acts inside the image encoder.*be reduced"):
         visprune.prune(model, name, **FEW[name])
 
 

@@ -24,7 +24,7 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 def alive(run: Any, layer: int) -> Tensor:
     """Patches that are left on entering ``layer`` of the last forward, bool ``[B, N]``."""
-    latest = run.reducer.latest
+    latest = run._reducer.latest
     whole = latest.composed(layer - 1)
     return torch.zeros(latest.batch, latest.total, dtype=torch.bool).scatter(1, whole.index, True)
 
@@ -112,4 +112,4 @@ def matched_by_hand(keys: Tensor, size: Tensor, r: int, prefix: int) -> Selectio
         rows.append((order, dest))
     index, dest = torch.tensor([o for o, _ in rows]), torch.tensor([d for _, d in rows])
     total = torch.zeros(index.shape).scatter_add(1, dest, size)
-    return Selection(index, keys.shape[1], dest, size / total.gather(1, dest))
+    return Selection.assign(index, dest, size / total.gather(1, dest))

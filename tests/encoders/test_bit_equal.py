@@ -10,7 +10,9 @@ import torch
 
 import visprune
 from tests.encoders import small
+from visprune.core import ModelSpec
 from visprune.errors import UnsupportedModel
+from visprune.machine.plan import fitting
 
 EVERYTHING: dict[str, dict[str, Any]] = {
     "tome": {"r": 0},
@@ -26,9 +28,8 @@ BY_CLASS = ("evit", "topk")
 
 
 def test_every_method_for_encoders_is_here() -> None:
-    from visprune.catalog import methods
-
-    assert {name for name in methods if methods.get(name).in_towers} == set(EVERYTHING)
+    vit = ModelSpec("VisionTransformer", 0, True, False, encoder_layers=12, encoder_width=64)
+    assert set(fitting(vit)) == set(EVERYTHING)
 
 
 def test_every_registered_configuration_is_here() -> None:

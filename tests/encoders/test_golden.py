@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
 from visprune.core.method import Context
-from visprune.core.selection import Selection, behind
+from visprune.core.selection import Selection
+from visprune.core.signals import EncoderKeys
 from visprune.core.tokens import VisualTokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,7 +46,7 @@ def test_evit(case: dict[str, Any]) -> None:
         )
         out = model.blocks[0](stored[case["inputs"]["x"]])
         handle.remove()
-        kept = run.kept
+        kept = torch.stack(run.kept)
     assert torch.equal(kept[:, : p["kept"]], stored["idx"])
     assert bool((kept[:, p["kept"] :] == -1).all())
     torch.testing.assert_close(reduced[0], stored["reduced"], rtol=1e-5, atol=1e-5)
@@ -68,17 +69,18 @@ def test_tome(case: dict[str, Any]) -> None:
         count = metric.shape[1] - prefix
         tokens = VisualTokens(x[:, prefix:], size[:, prefix:], torch.zeros(len(x), count, 3))
         ctx = Context(num_keep=count - min(r, count // 2), prefix=prefix,
-                      vision_keys=metric[:, prefix:])  # fmt: skip
+                      signals={EncoderKeys("own"): metric[:, prefix:]})  # fmt: skip
         made = visprune.get_method("tome", r=r).select(tokens, ctx)
-        x = made.reduce_behind(x, prefix)
+        x = made.reduce(x, prefix)
         size = torch.cat([size[:, :prefix], made.sizes(size[:, prefix:])], dim=1)
-        dest, weight = made._map()
+        dest, weight = made._by_token()
         first = torch.arange(prefix).expand(len(x), -1)
         dest = torch.cat([first, dest + prefix], dim=1)
         weight = torch.nn.functional.pad(weight, (prefix, 0), value=1.0)
-        step = Selection(behind(made.index, prefix), len(dest[0]), dest, weight)
+        index = torch.cat([first, made.index + prefix], dim=1)
+        step = Selection.assign(index, dest, weight)
         whole = whole.then(step)
-    dest = whole._map()[0]
+    dest = whole.dest()
     assert torch.equal(dest, stored[case["expected"]["source_index"]].long())
     torch.testing.assert_close(x, stored[case["expected"]["out"]], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(

@@ -15,6 +15,7 @@ import torch
 
 import visprune
 from visprune.core.method import Context
+from visprune.core.signals import EncoderKeys
 from visprune.core.tokens import VisualTokens
 
 LAYERS = 6
@@ -62,10 +63,10 @@ def test_the_rule_token_by_token(layer: int, count: int, ratio: float) -> None:
     size = torch.randint(1, 4, (3, count), generator=generator).float()
     method = visprune.get_method("pitome", keep_ratio=ratio)
     keep = count - math.floor(count - count * ratio)
-    ctx = Context(num_keep=keep, vision_keys=keys, layer=layer, num_layers=LAYERS)
+    ctx = Context(num_keep=keep, signals={EncoderKeys("own"): keys}, layer=layer, num_layers=LAYERS)
     selection = method.select(VisualTokens(x, size, torch.zeros(3, count, 3)), ctx)
     assert selection.num_slots == keep
-    got, dest = selection.reduce(x), selection._map()[0]
+    got, dest = selection.reduce(x), selection.dest()
     for row in range(3):
         want = merged(keys[row].double(), x[row], size[row], ratio, layer)
         groups = [frozenset((dest[row] == slot).nonzero()[:, 0].tolist()) for slot in range(keep)]

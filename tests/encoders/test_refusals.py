@@ -36,7 +36,7 @@ from visprune.errors import BudgetError, ConfigError, UnsupportedModel
         ("evit", {"keep_ratio": 0.0}, BudgetError, r"in \(0, 1\]; got 0.0"),
         ("evit", {"keep_ratio": 1.5}, BudgetError, r"in \(0, 1\]; got 1.5"),
         ("evit", {"layers": ()}, ConfigError, "at least one layer"),
-        ("evit", {"layers": (9,)}, ConfigError, "vision layer 9 does not exist"),
+        ("evit", {"layers": (9,)}, ConfigError, "encoder layer 9 does not exist"),
         ("topk", {"keep_ratio": 0}, BudgetError, "got 0"),
         ("topk", {}, BudgetError, "neither"),
         ("topk", {"keep_ratio": 0.5, "num_keep": 3}, BudgetError, "both"),
@@ -72,7 +72,7 @@ def test_bad_parameters(
 )  # fmt: skip
 def test_no_class_token(method: str, kind: str, why: str) -> None:
     model = small.small(small.KINDS[kind])
-    with pytest.raises(UnsupportedModel, match=f"{why}.*Methods that need no class") as caught:
+    with pytest.raises(UnsupportedModel, match=f"{why}.*Methods that fit it") as caught:
         visprune.prune(model, method, keep_ratio=0.5)
     named = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert named == ["keep_all", "random", "uniform", "tome", "pitome", "dynamicvit"]

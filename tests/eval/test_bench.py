@@ -14,8 +14,8 @@ import torch
 
 from visprune.catalog import get_method
 from visprune.cli import commands as cli
+from visprune.core import Selection
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval.show.kept import recorded
 from visprune.eval.speed import bench_decode, bench_prefill, ideal
 from visprune.eval.speed.bench_prefill import METHODS, agree, pair_up
 from visprune.eval.speed.ideal import ideal_of, prompt
@@ -58,12 +58,12 @@ def test_other_tokens_or_positions_are_told_apart(
     model: Any, inputs: dict[str, torch.Tensor]
 ) -> None:
     """What the benchmark compares would notice a method that keeps or places tokens wrongly."""
-    method, recorder = recorded(get_method("todre", num_keep=48, stage2=False))
-    with prune(model, method) as run:
+    with prune(model, get_method("todre", num_keep=48, stage2=False)) as run:
         logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-    selection = recorder.selections[0]
+    selection = run.trace.whole(0)
+    assert selection is not None
     agree(logits, ideal_of(model, inputs, run.trace, selection)(), "the same tokens")
-    wrong = ideal_of(model, inputs, run.trace, type(selection)(143 - selection.index.flip(1), 144))
+    wrong = ideal_of(model, inputs, run.trace, Selection(143 - selection.index.flip(1), 144))
     with pytest.raises(VispruneError, match="other tokens: its logits differ"):
         agree(logits, wrong(), "other tokens")
     run.trace.positions = "compact"

@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from visprune import ops
 from visprune.backbones.hf.cache import CACHE_ARGUMENT
-from visprune.backbones.hf.probe import capture
+from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
 from visprune.core.budget import Budget
 from visprune.core.method import Context, ModelSpec
+from visprune.core.signals import ClsAttention, EncoderKeys, LastQueryAttention, VisualShare
 from visprune.core.tokens import VisualTokens
 from visprune.methods.divprune import DivPrune
 from visprune.methods.fastv import FastV
@@ -68,8 +69,9 @@ def test_fastv(case: dict[str, Any]) -> None:
     torch.testing.assert_close(rows[0], t["last_row"], rtol=1e-5, atol=1e-8)
     (stage,) = FastV(keep_ratio=1 - p["R"], layer=p["K"]).schedule(SPEC)
     assert stage.site.resolve(32) == p["K"]
-    ctx = Context(num_keep=keep, attention=rows[:, :, start : start + count])
-    index = FastV(num_keep=keep).select(scored(ctx.attention[:, 0]), ctx).index[0]
+    seen = rows[:, :, start : start + count]
+    ctx = Context(num_keep=keep, signals={LastQueryAttention(): seen})
+    index = FastV(num_keep=keep).select(scored(seen[:, 0]), ctx).index[0]
     before, after = torch.arange(start), torch.arange(start + count, length)
     # The official code prunes every sample as the first.
     assert torch.equal(torch.cat([before, index + start, after]), t["keep"])
@@ -105,14 +107,16 @@ def test_pyramiddrop(case: dict[str, Any]) -> None:
     model, features = layer_of(case, t), t["features"]
     ids = t.get("position_ids")
     ids = torch.arange(p["L"]).expand(p["B"], -1) if ids is None else ids
-    seen: list[Any] = []
+    seen: list[Attended] = []
     layer = model.layers[0]
+    watched = watch(layer.self_attn, lambda: Wanted(seen.append, stop=True))
     capture(
-        layer.self_attn, lambda *shown: seen.append(shown),
+        layer.self_attn,
         hidden_states=layer.input_layernorm(features), attention_mask=None,
         position_embeddings=model.rotary_emb(features, position_ids=ids), **{CACHE_ARGUMENT: None},
     )  # fmt: skip
-    ((query, key, scale),) = seen
+    watched.remove()
+    query, key, scale = seen[0].query, seen[0].key, seen[0].scale
     torch.testing.assert_close(query, t["q"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(key, t["k"], rtol=1e-4, atol=1e-5)
     if p["mode"] == "training":
@@ -139,7 +143,7 @@ def kept_of_row(case: dict[str, Any], t: dict[str, Tensor], row: int, query: Ten
     ratio = p["image_token_ratio_list"][p["stage"] + 1]
     keep = Budget(keep_ratio=ratio, rounding="floor").resolve(p["image_tokens_initial"][row])
     assert keep == p["keep"][row]
-    ctx = Context(num_keep=keep, attention=rows)
+    ctx = Context(num_keep=keep, signals={LastQueryAttention("own"): rows})
     index = PyramidDrop(num_keep=keep).select(scored(rows[:, 0]), ctx).index[0]
     after = torch.arange(start + count, p["lengths"][row])
     return torch.cat([torch.arange(start), index + start, after])
@@ -171,7 +175,7 @@ def test_visionzip(case: dict[str, Any]) -> None:
     assert torch.equal(made.index[:, p["dominant"] :], t["target_pos"].long() - 1)
     merged = t["merge_pos"].long() - 1
     want = t["merge_target"].long() + p["dominant"]
-    assert torch.equal(made.dest.gather(1, merged), want)
+    assert torch.equal(made.dest().gather(1, merged), want)
     tokens = made.reduce(t["hidden"][:, 1:])
     torch.testing.assert_close(tokens, t["tokens"][:, 1:], rtol=1e-5, atol=1e-5)
     rows = made.matrix().sum(2)
@@ -184,7 +188,8 @@ def test_visionzip(case: dict[str, Any]) -> None:
 def test_visionzip_splits_as_published(budget: int, contextual: int) -> None:
     torch.manual_seed(0)
     attention, keys = torch.rand(1, 2, 576), torch.randn(1, 576, 8)
-    ctx = Context(num_keep=budget, cls_attention=attention, vision_keys=keys)
+    signals = {ClsAttention("feature"): attention, EncoderKeys("feature"): keys}
+    ctx = Context(num_keep=budget, signals=signals)
     made = VisionZip(num_keep=budget).select(visual(torch.randn(1, 576, 4)), ctx)
     ours = zip_tokens(attention.sum(1), keys, budget - contextual, contextual)
     assert torch.equal(made.index, ours.index)
@@ -202,7 +207,9 @@ def test_todre(case: dict[str, Any], objective: Any, key: str) -> None:
     attention = torch.zeros(1, 2, len(t["X"]))
     attention[0, :, p["pivot"]] = 1.0
     method = ToDRE(num_keep=p["k"], objective=objective)
-    made = method.select(tokens, Context(num_keep=p["k"], cls_attention=attention))
+    made = method.select(
+        tokens, Context(num_keep=p["k"], signals={ClsAttention("last"): attention})
+    )
     assert torch.equal(made.index[0], t[key].sort().values)  # kept tokens are in raster order
 
 
@@ -213,7 +220,7 @@ def test_todre_takes_its_pivot_from_the_thumbnail() -> None:
     pos[:, 4:, 0] = 1  # the second half are crops
     tokens = VisualTokens(tokens.features, tokens.size, pos, "image")
     attention = torch.tensor([0.1, 0.0, 0.3, 0.0, 0.9, 0.0, 0.0, 0.0]).expand(1, 2, -1)
-    ctx = Context(num_keep=1, cls_attention=attention)
+    ctx = Context(num_keep=1, signals={ClsAttention("last"): attention})
     assert ToDRE(num_keep=1).select(tokens, ctx).index.tolist() == [[2]]
     video = VisualTokens(tokens.features, tokens.size, pos, "video")  # there it is a frame
     assert ToDRE(num_keep=1).select(video, ctx).index.tolist() == [[4]]
@@ -231,10 +238,12 @@ def test_todre_stages() -> None:
     assert (second.site.resolve(32), second.budget) == (28, None)
     assert len(ToDRE(num_keep=64, stage2=False).schedule(SPEC)) == 1
     (only,) = ToDRE(stage1=False).schedule(SPEC)
-    assert only.budget is None  # a withdrawal
+    assert only.budget is None  # all or none
     shares = torch.tensor([0.05, 0.10, 0.2])
-    fired = ToDRE(num_keep=4).withdraw(Context(num_keep=0, attention=shares))
-    assert fired.tolist() == [True, False, False]  # below, not at
+    ctx = Context(site=only.site, signals={VisualShare(): shares})
+    made = ToDRE(num_keep=4).select(visual(torch.randn(3, 4, 2)), ctx)
+    assert made.counts == [0, 4, 4]  # below, not at
+    assert torch.equal(made.evidence["share"], shares)
 
 
 @cases("divprune")

@@ -49,7 +49,7 @@ def test_no_larger_grid_of_that_aspect_fits(height: int, width: int, budget: int
 def test_cells_are_averages_of_blocks(height: int, width: int, budget: int) -> None:
     pos = grid(1, height, width)
     index, dest, weight = pool_tokens(pos, budget, "image")
-    made = Selection(index[None], len(pos), dest[None], weight[None])
+    made = Selection.assign(index[None], dest[None], weight[None])
     rows, columns = best_grid(height, width, budget)
     assert made.num_slots == rows * columns
     assert bool((dest >= 0).all())  # every patch is in a cell
@@ -73,7 +73,7 @@ def test_it_is_adaptive_average_pooling_where_the_sides_divide(h: int, w: int, b
     if h % rows or w % columns:
         return
     x = torch.arange(float(h * w))[None, :, None]
-    made = Selection(index[None], h * w, dest[None], weight[None]).reduce(x)
+    made = Selection.assign(index[None], dest[None], weight[None]).reduce(x)
     want = torch.nn.functional.adaptive_avg_pool2d(x.reshape(1, 1, h, w), (rows, columns))
     torch.testing.assert_close(made.flatten(), want.flatten())
 

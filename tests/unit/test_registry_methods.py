@@ -13,8 +13,8 @@ import visprune
 import visprune.catalog
 from visprune.core.method import ModelSpec, PruningMethod
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.machine.encoder.plan import make_tower_plan
-from visprune.machine.plan import make_plan
+from visprune.machine.encoder.plan import make_encoder_plan
+from visprune.machine.plan import inside_only, make_plan
 
 METHODS = visprune.list_methods()
 OTHERS: dict[str, list[dict[str, Any]]] = {
@@ -34,7 +34,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"num_keep": 7}])]
 
 
-INSIDE = [name for name in METHODS if visprune.catalog.methods.get(name).only_in_towers]
+INSIDE = [name for name in METHODS if inside_only(visprune.catalog.methods.get(name))]
 
 
 def plain(name: str) -> dict[str, Any]:
@@ -88,11 +88,9 @@ def test_schedules_go_down(name: str, layers: int) -> None:
 @pytest.mark.parametrize("name", [*INSIDE, "random", "uniform", "keep_all"])
 def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
     spec = ModelSpec(family="VisionTransformer", num_layers=0, has_cls=True, multi_axis_rope=False,
-                     vision_layers=layers, vision_width=64)  # fmt: skip
+                     encoder_layers=layers, encoder_width=64)  # fmt: skip
     schedule = visprune.get_method(name, **plain(name)).schedule(spec)
-    plan = make_tower_plan(
-        visprune.get_method(name, **plain(name)), schedule, spec, no_cls_rows=None
-    )
+    plan = make_encoder_plan(visprune.get_method(name, **plain(name)), schedule, spec)
     depths = [stage.site.resolve(layers) for stage in schedule]
     assert depths == sorted(set(depths))
     counts = [count for pair in plan.counts(576, layers) for count in pair]
@@ -100,15 +98,6 @@ def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
     if "num_keep" in plain(name):
         assert counts[-1] == 16
     assert (counts[-1] == 576) == (name == "keep_all")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_class_says_whether_its_schedule_requires_a_class_token(name: str) -> None:
-    spec = ModelSpec(family="x", num_layers=8, has_cls=True, multi_axis_rope=False,
-                     vision_layers=8, vision_width=64)  # fmt: skip
-    stages = visprune.get_method(name, **plain(name)).schedule(spec)
-    required = any(stage.needs.cls_required for stage in stages)
-    assert getattr(visprune.catalog.methods.get(name), "needs_cls", False) == required
 
 
 @pytest.mark.parametrize("has_cls", [False, True])

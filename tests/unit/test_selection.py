@@ -45,7 +45,7 @@ def merges(
         parts = st.lists(st.integers(-8, 8), min_size=n, max_size=n)
         weight = torch.tensor([draw(parts) for _ in range(b)]) / 4.0
         weight = torch.where(dest < 0, 0.0, weight)
-    return Selection(index=index, num_tokens=n, dest=dest, weight=weight)
+    return Selection.assign(index, dest, weight)
 
 
 selections = st.one_of(prunings(), merges())
@@ -137,7 +137,7 @@ def test_sizes_count_what_went_in(selection: Selection) -> None:
     member = (selection.matrix() != 0) if not selection.merges else None
     if member is None:
         slots = torch.arange(selection.num_slots)[None, :, None]
-        member = selection.dest[:, None] == slots
+        member = selection.dest()[:, None] == slots
     assert torch.equal(selection.sizes(size), (member * size[:, None]).sum(2))
 
 
@@ -155,7 +155,7 @@ def test_expand_undoes_a_pruning(selection: Selection) -> None:
 def test_expand_gives_every_token_its_slot(selection: Selection) -> None:
     y = features(selection)[:, : selection.num_slots]
     back = selection.expand(y)
-    want = torch.stack([slot[place] for slot, place in zip(y, selection.dest, strict=True)])
+    want = torch.stack([slot[place] for slot, place in zip(y, selection.dest(), strict=True)])
     assert torch.equal(back, want)
     # An average of equal values is that value: reduce is a left inverse of expand.
     torch.testing.assert_close(selection.reduce(back), y)
@@ -165,7 +165,7 @@ def test_expand_gives_every_token_its_slot(selection: Selection) -> None:
 def test_expand_leaves_zeros_where_tokens_were_dropped(selection: Selection) -> None:
     y = torch.ones(len(selection.index), selection.num_slots, 2)
     back = selection.expand(y)
-    assert torch.equal(back[..., 0] == 0, selection.dest < 0)
+    assert torch.equal(back[..., 0] == 0, selection.dest() < 0)
 
 
 @given(prunings())
@@ -185,7 +185,8 @@ def test_dtype_is_that_of_the_features(selection: Selection) -> None:
 def test_merges_accumulate_in_float32() -> None:
     n = 4096
     one = torch.zeros(1, n, dtype=torch.int64)
-    mean = Selection(torch.zeros(1, 1, dtype=torch.int64), n, one, torch.full((1, n), 1.0 / n))
+    index = torch.zeros(1, 1, dtype=torch.int64)
+    mean = Selection.assign(index, one, torch.full((1, n), 1.0 / n))
     x = torch.ones(1, n, 1, dtype=torch.bfloat16)
     assert float(mean.reduce(x)) == 1.0
 
@@ -193,7 +194,7 @@ def test_merges_accumulate_in_float32() -> None:
 def test_gradients_flow_through_a_merge() -> None:
     dest = torch.tensor([[0, 0, 1, -1]])
     weight = torch.tensor([[0.5, 0.5, 2.0, 0.0]])
-    merged = Selection(torch.tensor([[0, 2]]), 4, dest, weight)
+    merged = Selection.assign(torch.tensor([[0, 2]]), dest, weight)
     x = torch.ones(1, 4, 1, requires_grad=True)
     merged.reduce(x).sum().backward()
     assert x.grad is not None
@@ -202,8 +203,12 @@ def test_gradients_flow_through_a_merge() -> None:
 
 def test_visionzip_like_rows_may_sum_to_two() -> None:
     dest = torch.tensor([[0, 1, 1, 1]])
-    merged = Selection(torch.tensor([[0, 1]]), 4, dest, torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
+    weight = torch.tensor([[1.0, 1.0, 0.5, 0.5]])
+    merged = Selection.assign(torch.tensor([[0, 1]]), dest, weight)
     assert merged.matrix().sum(2).tolist() == [[1.0, 2.0]]
+
+
+ONE = torch.zeros(1, 1, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +216,9 @@ def test_visionzip_like_rows_may_sum_to_two() -> None:
     [
         ((torch.zeros(3, dtype=torch.int64), 4), r"int64 \[B, K\], got torch.int64 \(3,\)"),
         ((torch.zeros(1, 3), 4), r"got torch.float32"),
-        ((torch.zeros(1, 1, dtype=torch.int64), 4, torch.zeros(1, 4)), "dest and weight together"),
-        (
-            (torch.zeros(1, 1, dtype=torch.int64), 4, torch.zeros(1, 3), torch.zeros(1, 3)),
-            r"\[B, N\] = \[1, 4\], got \(1, 3\)",
-        ),
+        ((ONE, 4, None, ONE), "source, slot and weight together"),
+        ((ONE, 4, torch.ones(1, 2)), r"own is \[1, 1\], got \(1, 2\)"),
+        ((ONE, 4, None, ONE, ONE, torch.ones(1, 3)), r"weight is \[1, 1\], got \(1, 3\)"),
     ],
 )
 def test_shapes_are_checked(arguments: tuple[object, ...], message: str) -> None:

@@ -10,8 +10,10 @@ import torch
 
 import visprune
 from tests import tiny
-from visprune.backbones.vlm.base import fingerprint
+from visprune.core.signals import ClsAttention, EncoderKeys, Fingerprint
 from visprune.machine.encoder.tap import pictures_of
+
+fingerprint = Fingerprint().read
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +38,15 @@ def test_every_picture_carries_its_signals(model: Any, pixels: Any) -> None:
     found = pictures_of(images.select()["image"], "image")
     for number, picture in enumerate(found):
         assert torch.equal(images.features[number], want[number])
-        assert picture.fingerprint == fingerprint(pixels[number])
+        assert picture.signals[Fingerprint()] == fingerprint(pixels[number])
         assert picture.pixels is None  # pictures hold no copy of what they were made from
-        assert picture.vision_keys.shape == (36, 12)
+        assert picture.signals[EncoderKeys("feature")].shape == (36, 12)
         # The last layer, and the last but one, whose output LLaVA reads.
         for which, layer in (("last", -1), ("feature", -2)):
             row = maps[layer][number][:, 0, 1:]
-            torch.testing.assert_close(picture.cls_attention[which], row, rtol=1e-4, atol=1e-6)
-    assert found[0].fingerprint != found[1].fingerprint
+            got = picture.signals[ClsAttention(which)]  # [N, H]
+            torch.testing.assert_close(got.T, row, rtol=1e-4, atol=1e-6)
+    assert found[0].signals[Fingerprint()] != found[1].signals[Fingerprint()]
 
 
 def test_prompts_choose_and_repeat(model: Any, pixels: Any) -> None:

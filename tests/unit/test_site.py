@@ -47,6 +47,6 @@ def test_layers_that_do_not_exist(layer: object, message: str) -> None:
 def test_names() -> None:
     assert str(Site.decoder(2)) == "decoder(2)"
     assert str(Site.projector()) == "projector"
-    assert str(Site.vision(0.5)) == "vision(0.5)"
+    assert str(Site.encoder(0.5)) == "encoder(0.5)"
     assert str(Site.cache()) == "cache"
     assert Site.decoder(2) == Site("decoder", 2)

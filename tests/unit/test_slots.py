@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visprune.core.slots import SlotTable, assemble, gather_sequence
+from visprune.machine.decoder.outputs import grown
 
 CPU = torch.device("cpu")
 
@@ -49,17 +50,24 @@ def test_a_table_knows_what_it_keeps(case: tuple[int, list[torch.Tensor], str]) 
 
 
 @given(shortenings())
-def test_scatter_undoes_gather(case: tuple[int, list[torch.Tensor], str]) -> None:
+def test_rows_of_dropped_tokens_repeat_the_one_before(
+    case: tuple[int, list[torch.Tensor], str],
+) -> None:
     length, rows, side = case
     rel, real = assemble(rows, side)
     table = SlotTable.identity(len(rows), length, None, CPU).gather(rel, real)
     x = torch.arange(float(len(rows) * length * 2)).reshape(len(rows), length, 2)
-    back = table.scatter(gather_sequence(x, rel, 1), float("nan"))
+    back = grown(table, gather_sequence(x, rel, 1))
     kept = table.kept()
     assert back.shape == x.shape
     assert back.is_contiguous()  # losses call view()
     assert torch.equal(back[kept], x[kept])
-    assert bool(back[~kept].isnan().all())
+    assert torch.equal(table.places() >= 0, kept)
+    for row in range(len(rows)):
+        there = kept[row].nonzero()[:, 0].tolist()
+        for place in range(length):
+            before = max((n for n in there if n <= place), default=there[0])
+            assert torch.equal(back[row, place], x[row, before])
 
 
 @given(shortenings())

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
         PositionRule,
         PruningMethod,
     )
-    from visprune.core.needs import Needs
-    from visprune.core.pairs import PairMerge
     from visprune.core.selection import Selection
+    from visprune.core.signals import Signal
     from visprune.core.site import Site
     from visprune.core.tokens import VisualTokens
 
@@ -29,9 +28,8 @@ _FILES = {
     **dict.fromkeys(
         ("BudgetedMethod", "Context", "ModelSpec", "PositionRule", "PruningMethod"), "method"
     ),
-    "Needs": "needs",
-    "PairMerge": "pairs",
     "Selection": "selection",
+    "Signal": "signals",
     "Site": "site",
     "VisualTokens": "tokens",
 }
@@ -41,13 +39,12 @@ __all__ = [
     "BudgetedMethod",
     "Context",
     "ModelSpec",
-    "Needs",
-    "PairMerge",
     "PositionRule",
     "PruningMethod",
     "Rounding",
     "Schedule",
     "Selection",
+    "Signal",
     "Site",
     "Stage",
     "StepBudget",

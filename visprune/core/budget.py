@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from visprune.core.needs import Needs
+from visprune.core.signals.base import Signal
 from visprune.core.site import Site
 from visprune.errors import BudgetError
 
@@ -57,12 +57,30 @@ class Budget:
                 f"To keep a number of tokens, use num_keep."
             )
 
-    def resolve(self, num_tokens: int, *, strict: bool = False) -> int:
-        """Return the count kept of ``num_tokens``, at least 1 and at most ``num_tokens``.
+    def slots(self, entering: int, original: int | None = None) -> int:
+        """Return the length after the stage: the tokens kept."""
+        return self.resolve(entering, original)
+
+    def resolve(self, entering: int, original: int | None = None, *, strict: bool = False) -> int:
+        """Return the count kept of the ``entering`` tokens, at least 1.
+
+        Args:
+            entering: tokens that enter the stage.
+            original: tokens that the image had at first, which the budget refers to; ``None``:
+                those that enter.
+            strict: refuse a budget that exceeds ``original``.
 
         Raises:
             BudgetError: ``strict`` and ``num_keep`` exceeds the image's tokens.
         """
+        num_tokens = entering if original is None else original
+        return min(self._of(num_tokens, strict), entering)
+
+    def clamps(self, original: int) -> bool:
+        """Whether the budget is more than an image of ``original`` tokens has."""
+        return self.num_keep is not None and self.num_keep > original
+
+    def _of(self, num_tokens: int, strict: bool) -> int:
         if self.keep_ratio is not None:
             exact = self.keep_ratio * num_tokens
             wanted = round(exact) if self.rounding == "round" else math.floor(exact + 1e-9)
@@ -85,7 +103,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepBudget:
-    """What one layer of a vision encoder keeps, in the terms of the papers on vision transformers.
+    """What one layer of an image encoder keeps, in the terms of the papers on vision transformers.
 
     Exactly one of the three is given.
 
@@ -112,7 +130,11 @@ class StepBudget:
         kept = self.resolve(entering, original)
         return kept + self.extra if kept < entering else kept
 
-    def resolve(self, entering: int, original: int) -> int:
+    def clamps(self, original: int) -> bool:
+        """Never: a step is at most what enters."""
+        return False
+
+    def resolve(self, entering: int, original: int, *, strict: bool = False) -> int:
         """Return the count kept of ``entering`` tokens, at least 1.
 
         Raises:
@@ -139,15 +161,21 @@ class Stage:
 
     Attributes:
         site: where.
-        budget: tokens that each image keeps from here on, a ``StepBudget`` inside a vision encoder;
-            ``None`` for a withdrawal, where all visual tokens of a sample leave together or none
-            (:meth:`PruningMethod.withdraw`).
-        needs: what the method is shown.
+        budget: tokens that each image keeps from here on, a ``StepBudget`` inside an encoder;
+            ``None``: the method decides itself how many (:meth:`Selection.where`).
+        needs: signals that the method is shown, and refuses a model without.
+        wants: signals that it is shown where the model has them.
     """
 
     site: Site
     budget: Budget | StepBudget | None = None
-    needs: Needs = field(default_factory=Needs)
+    needs: tuple[Signal, ...] = ()
+    wants: tuple[Signal, ...] = ()
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """Needs and wants."""
+        return (*self.needs, *self.wants)
 
 
 Schedule = tuple[Stage, ...]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,8 +12,12 @@ from torch import Tensor, nn
 
 from visprune.core.budget import Budget, Schedule
 from visprune.core.selection import Selection
+from visprune.core.signals.base import Signal
+from visprune.core.site import Site
 from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError, did_you_mean
+
+_PROJECTOR = Site.projector()
 
 PositionRule = Literal["original", "compact"]
 
@@ -22,69 +27,81 @@ class ModelSpec:
     """What a method may know of a model.
 
     Attributes:
-        family: the transformers ``model_type``.
+        family: the transformers ``model_type``, or library and class of an encoder alone.
         num_layers: decoder layers; 0 for a vision transformer alone.
-        has_cls: whether the vision encoder has a class token.
+        has_cls: whether the image encoder has a class token.
         multi_axis_rope: positions are (t, h, w), as in Qwen-VL, not a line.
-        vision_layers: layers of the vision encoder, 0 where none can be reduced inside.
-        vision_width: its features.
-        vision_refusal: why none can be reduced inside, where that is so.
+        encoder_layers: layers of the image encoder, 0 where none can be reduced inside.
+        encoder_width: its features.
+        encoder_refusal: why none can be reduced inside, where that is so.
+        lacking: by capability (:class:`visprune.core.signals.Signal`), why the model has it not, as
+            a clause: "its encoder packs all pictures into one sequence".
     """
 
     family: str
     num_layers: int
     has_cls: bool
     multi_axis_rope: bool
-    vision_layers: int = 0
-    vision_width: int = 0
-    vision_refusal: str = ""
+    encoder_layers: int = 0
+    encoder_width: int = 0
+    encoder_refusal: str = ""
+    lacking: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def is_vit(self) -> bool:
         """Whether the model is a vision transformer alone, without projector and decoder."""
         return self.num_layers == 0
 
+    def why_not(self, capability: str) -> str | None:
+        """Return why the model has not a capability, ``None`` where it has."""
+        if capability == "decoder" and self.is_vit:
+            return f"{self.family} is an image encoder alone, without a decoder"
+        if capability == "cls_token" and not self.has_cls:
+            return self.lacking.get(capability, f"the encoder of {self.family} has no class token")
+        return self.lacking.get(capability)
+
 
 @dataclass(frozen=True)
 class Context:
-    """What a method is shown at one stage; fields it did not ask for are ``None``.
+    """What a method is shown at one stage, beside the tokens.
 
     Attributes:
-        num_keep: K, tokens to keep of each image here.
-        stage: number of the stage in the schedule.
-        attention: decoder attention to the visual tokens. ``last_query``: ``[B, H, N]``;
-            ``text_queries`` of a withdrawal: the share of the text's attention that goes to all
-            visual tokens of the sample, mean over heads and queries, ``[B]``.
-        cls_attention: class-token attention to the patches, ``[B, H, N]``.
-        vision_keys: keys of the encoder's feature layer, mean over heads, ``[B, N, d]``.
-        fingerprints: one int per image, from its pixels.
+        num_keep: K, tokens to keep of each image here; 0 where the method decides itself.
+        site: where the stage is.
+        stage: its number in the schedule.
+        signals: what the stage asked for, of the B images, by signal; see :meth:`__getitem__`.
+        original: tokens that each image had before the first stage.
         layer: at a site inside an encoder, its 0-based layer.
         num_layers: the encoder's layers, at such a site.
         prefix: tokens before the patches there (class, distillation, register tokens).
         learned: the stage's own module, of a method that has parameters.
     """
 
-    num_keep: int
+    num_keep: int = 0
+    site: Site = _PROJECTOR
     stage: int = 0
-    attention: Tensor | None = None
-    cls_attention: Tensor | None = None
-    vision_keys: Tensor | None = None
-    fingerprints: tuple[int, ...] = field(default_factory=tuple)
+    signals: Mapping[Signal, Any] = field(default_factory=dict)
+    original: int = 0
     layer: int = 0
     num_layers: int = 0
     prefix: int = 0
     learned: nn.Module | None = None
 
-    def shown(self, name: str) -> Tensor:
-        """Return a signal that the stage asked for.
+    def __getitem__(self, signal: Signal) -> Any:
+        """Return a signal that the stage needs.
 
         Raises:
-            ConfigError: the stage's ``Needs`` do not name it.
+            ConfigError: its ``needs`` do not name it.
         """
-        value = getattr(self, name)
-        if value is None:
-            raise ConfigError(f"The stage was not shown {name!r}; ask for it in its Needs.")
-        return value
+        if signal not in self.signals:
+            raise ConfigError(
+                f"The stage at {self.site} was not shown {signal}; name it in the stage's needs."
+            )
+        return self.signals[signal]
+
+    def get(self, signal: Signal) -> Any:
+        """Return a signal that the stage wants, ``None`` where the model has it not."""
+        return self.signals.get(signal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +119,6 @@ class PruningMethod:
     # Slots are means of the tokens in them: inside an encoder, attention and average pooling then
     # weigh a slot by the patches that it stands for.
     size_weighted: ClassVar[bool] = False
-    # Whether it has a schedule for a vision transformer alone (`spec.is_vit`).
-    in_towers: ClassVar[bool] = False
-    # Whether it acts inside an image encoder and nowhere else, also on a vision-language model.
-    only_in_towers: ClassVar[bool] = False
 
     positions: PositionRule | None = None
     strict: bool = False
@@ -124,7 +137,11 @@ class PruningMethod:
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Choose ``ctx.num_keep`` of N tokens for each of B images."""
-        raise ConfigError(f"{self.name} has no selection stage.")
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def macs(self, count: int, keep: int, width: int) -> int:
+        """Multiply-adds that the rule itself takes on one image: N tokens, K kept, D features."""
+        return 0
 
     def decide(self, tokens: VisualTokens, ctx: Context) -> Tensor:
         """In the training of a method that learns: which tokens later layers see.
@@ -138,14 +155,15 @@ class PruningMethod:
         """
         raise ConfigError(f"{self.name} learns nothing.")
 
-    def withdraw(self, ctx: Context) -> Tensor:
-        """Return for each of B samples whether all its visual tokens leave: bool ``[B]``."""
-        raise ConfigError(f"{self.name} has no withdrawal stage.")
-
     @property
     def size_bias(self) -> bool:
         """Whether attention adds the logarithm of a key's size (proportional attention)."""
         return self.size_weighted
+
+    @property
+    def asks_the_last_token(self) -> bool:
+        """Without a cache, whether tokens are chosen anew by every token that is generated."""
+        return False
 
     def build_learned(self, spec: ModelSpec) -> nn.ModuleList | None:
         """Return the parameters of the method, one module per stage, or ``None``."""
@@ -154,6 +172,22 @@ class PruningMethod:
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": name, **parameters}``, enough to build the method again."""
         return {"method": self.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def example(cls) -> Self:
+        """The method with the least that it can be built with, to look at its schedule."""
+        least = {"num_keep": 1, "keep_ratio": 1.0, "r": 1}
+        fields = dataclasses.fields(cls)
+        needed = [
+            f.name
+            for f in fields
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        names = {f.name: f.default for f in fields}
+        if not needed and names.get("num_keep", 0) is None and not names.get("keep_ratio"):
+            needed = ["num_keep"]
+        given: dict[str, Any] = {name: least[name] for name in needed}
+        return cls(**given)
 
     @classmethod
     def from_params(cls, **params: Any) -> Self:

@@ -1,85 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens survive, or into which slot they merge: a weighted K x N map."""
+"""Which tokens survive, or into which slot they merge: a weighted map from N tokens to K slots."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from visprune import ops
 from visprune.errors import ConfigError
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` ``[B, K]`` of ``x`` ``[B, N, D]``: ``[B, K, D]``.
-
-    By whole rows of the flattened batch: ``gather`` reads an index per element, and is three to
-    ten times slower on a CPU.
-    """
-    batch, count, width = x.shape
-    if batch == 1:
-        return torch.nn.functional.embedding(index, x[0])
-    return torch.nn.functional.embedding(_flat(index, count), x.reshape(batch * count, width))
-
-
-def _flat(index: Tensor, count: int) -> Tensor:
-    """Rows of a batch as rows of all its pictures, one after another."""
-    return index + torch.arange(0, index.shape[0] * count, count, device=index.device)[:, None]
-
-
-def behind(index: Tensor, prefix: int) -> Tensor:
-    """``index`` ``[B, K]`` on a sequence with ``prefix`` tokens before these, all kept."""
-    if prefix == 0:
-        return index
-    first = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
-    return torch.cat([first, index + prefix], dim=1)
-
-
-def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """Add ``rows`` ``[B, R, D]`` to rows ``at`` ``[B, R]`` of ``out`` ``[B, K, D]``, in place."""
-    batch, count, width = out.shape
-    flat = out.view(batch * count, width)
-    flat.index_add_(0, _flat(at, count).flatten(), rows.reshape(-1, width))
-    return out
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """A map from N tokens to K slots: each token goes into one slot, with a weight, or is dropped.
+    """A map from the N tokens of each of B images to its slots, given by entries.
 
-    Pruning, merging and pooling are one type: ``out[s] = sum over i with dest[i] == s of
-    weight[i] * x[i]``. Rows of the K x N matrix need not sum to one (VisionZip's contextual rows
-    sum to two).
+    Pruning, merging and pooling are one type: ``out[s] = own[s] * x[index[s]] + sum over entries e
+    with slot[e] == s of weight[e] * x[source[e]]``. A token that is in no entry is dropped; one may
+    be in several. Rows of the K x N matrix need not sum to one (VisionZip's contextual rows sum to
+    two). Images may keep different numbers of slots (``count``), also none.
 
     Attributes:
         index: the token that each slot stands for (it gives the slot its position), ``[B, K]``
-            int64; slots stay in this order within their image.
-        dest: the slot of each token, -1 where dropped, ``[B, N]`` int64; ``None`` for pure
-            pruning, where slot ``s`` is exactly token ``index[s]``.
-        weight: the weight of each token in its slot, ``[B, N]``; ``None`` with ``dest=None``.
+            int64; -1 behind an image's last slot. Slots stay in this order within their image: one
+            whose token lies before its predecessor's comes right behind the predecessor, so a
+            merged token is appended by naming it last.
         num_tokens: N.
+        own: the weight of ``index`` in its slot, ``[B, K]``; ``None``: 1.
+        source: tokens that come to a slot besides, ``[B, E]``; ``None``: there are none.
+        slot: the slot of each of them, -1 where an image has fewer, ``[B, E]``.
+        weight: and its weight there, ``[B, E]``.
+        gaps: whether some of ``slot`` are -1.
+        overlaps: whether a token may be in several slots.
+        count: slots of each image, ``[B]`` int64; ``None``: K.
+        entered: patches that each token stood for, ``[B, N]``, once the choice is made.
+        macs: multiply-adds that the rule spent on each image.
+        evidence: numbers that the method decided by, one per image, for the trace.
     """
 
     index: Tensor
     num_tokens: int
-    dest: Tensor | None = None
+    own: Tensor | None = None
+    source: Tensor | None = None
+    slot: Tensor | None = None
     weight: Tensor | None = None
+    gaps: bool = False
+    overlaps: bool = False
+    count: Tensor | None = None
+    entered: Tensor | None = None
+    macs: int = 0
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check shapes (values are the method's business)."""
-        if self.index.dim() != 2 or self.index.dtype != torch.int64:
+        index = self.index
+        if index.dim() != 2 or index.dtype != torch.int64:
             raise ConfigError(
-                f"Selection.index is int64 [B, K], got {self.index.dtype} "
-                f"{tuple(self.index.shape)}."
+                f"Selection.index is int64 [B, K], got {index.dtype} {tuple(index.shape)}."
             )
-        if (self.dest is None) != (self.weight is None):
-            raise ConfigError("Selection takes dest and weight together, or neither.")
-        if self.dest is not None and self.dest.shape != (self.index.shape[0], self.num_tokens):
+        entries = (self.source, self.slot, self.weight)
+        if any(x is None for x in entries) != all(x is None for x in entries):
+            raise ConfigError("Selection takes source, slot and weight together, or none of them.")
+        for name, of in (("own", index), ("slot", self.source), ("weight", self.source)):
+            given = getattr(self, name)
+            if given is not None and of is not None and given.shape != of.shape:
+                raise ConfigError(
+                    f"Selection.{name} is {list(of.shape)}, got {tuple(given.shape)}."
+                )
+        if self.count is not None and self.count.shape != index.shape[:1]:
             raise ConfigError(
-                f"Selection.dest is [B, N] = [{self.index.shape[0]}, {self.num_tokens}], "
-                f"got {tuple(self.dest.shape)}."
+                f"Selection.count is [B] = [{index.shape[0]}], got {tuple(self.count.shape)}."
             )
+
+    # How they are made -------------------------------------------------------------------------
 
     @classmethod
     def keep(cls, index: Tensor, num_tokens: int) -> Selection:
@@ -98,66 +93,196 @@ class Selection:
         index = torch.arange(num_tokens, device=device).expand(batch, -1)
         return cls(index=index, num_tokens=num_tokens)
 
+    @classmethod
+    def where(cls, stay: Tensor, **more: Mapping[str, Tensor]) -> Selection:
+        """Pure pruning by a mask: keep the tokens that ``stay`` ``[B, N]`` bool is true of.
+
+        Every image keeps its own number of them, also none (its protected tokens then leave too).
+        """
+        count = stay.sum(dim=1)
+        width = int(count.max()) if len(count) else 0
+        index = (~stay).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+        there = torch.arange(width, device=stay.device) < count[:, None]
+        return cls(index.where(there, -1), stay.shape[1], count=count, **more)  # type: ignore[arg-type]
+
+    @classmethod
+    def merge(
+        cls, index: Tensor, num_tokens: int, source: Tensor, slot: Tensor, weight: Tensor,
+        own: Tensor | None = None, *, gaps: bool = False, overlaps: bool = False,
+    ) -> Selection:  # fmt: skip
+        """Slots ``index`` ``[B, K]``, each with what comes to it: see the class."""
+        return cls(index, num_tokens, own, source, slot, weight, gaps=gaps, overlaps=overlaps)
+
+    @classmethod
+    def mean(cls, index: Tensor, source: Tensor, slot: Tensor, size: Tensor) -> Selection:
+        """Merge tokens into the mean of their slot, weighted by their sizes ``[B, N]``."""
+        kept, came = size.gather(1, index), size.gather(1, source)
+        total = kept.scatter_add(1, slot, came)
+        return cls(
+            index,
+            size.shape[1],
+            own=kept / total,
+            source=source,
+            slot=slot,
+            weight=came / total.gather(1, slot),
+        )
+
+    @classmethod
+    def assign(cls, index: Tensor, dest: Tensor, weight: Tensor) -> Selection:
+        """Give the slot of each token, -1 where dropped, and its weight there, both ``[B, N]``."""
+        slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        inside = dest.gather(1, index) == slots
+        own = torch.where(inside, weight.gather(1, index), 0.0)
+        heads = torch.zeros_like(dest, dtype=torch.bool)
+        heads = heads.scatter(1, index, inside)
+        source = torch.arange(dest.shape[1], device=index.device).expand_as(dest)
+        slot = dest.masked_fill(heads, -1)
+        return cls.merge(index, dest.shape[1], source, slot, weight, own, gaps=True)
+
+    # What they are -----------------------------------------------------------------------------
+
     @property
     def num_slots(self) -> int:
-        """K."""
+        """K, the most that an image keeps."""
         return self.index.shape[1]
+
+    @property
+    def counts(self) -> list[int]:
+        """Slots of each image."""
+        if self.count is None:
+            return [self.num_slots] * self.index.shape[0]
+        return [int(x) for x in self.count.tolist()]
 
     @property
     def merges(self) -> bool:
         """Whether slots are sums of tokens rather than tokens."""
-        return self.dest is not None
+        return self.source is not None
 
-    def _map(self) -> tuple[Tensor, Tensor]:
-        """Return (dest, weight) in explicit form."""
-        if self.dest is not None and self.weight is not None:
-            return self.dest, self.weight
-        batch, slots = self.index.shape
-        dest = self.index.new_full((batch, self.num_tokens), -1)
-        dest.scatter_(1, self.index, torch.arange(slots, device=dest.device).expand(batch, -1))
-        return dest, (dest >= 0).to(torch.float32)
+    @property
+    def size(self) -> Tensor:
+        """Patches that each slot stands for, ``[B, K]``."""
+        if self.entered is None:
+            return self.sizes(torch.ones(1, self.num_tokens, device=self.index.device).expand(
+                len(self.index), -1))  # fmt: skip
+        return self.sizes(self.entered)
+
+    def chosen(self, entered: Tensor, macs: int) -> Selection:
+        """The same with what was chosen from, ``[B, N]``, and what the rule spent."""
+        return Selection(
+            self.index, self.num_tokens, self.own, self.source, self.slot, self.weight,
+            gaps=self.gaps, overlaps=self.overlaps, count=self.count, entered=entered, macs=macs,
+            evidence=self.evidence,
+        )  # fmt: skip
+
+    def row(self, place: int) -> Selection:
+        """The selection of one image, without padding."""
+        span, width = slice(place, place + 1), self.counts[place]
+
+        def part(x: Tensor | None, end: int | None = None) -> Tensor | None:
+            return None if x is None else x[span, :end]
+
+        return Selection(
+            self.index[span, :width], self.num_tokens, part(self.own, width), part(self.source),
+            part(self.slot), part(self.weight), gaps=self.gaps, overlaps=self.overlaps,
+            entered=part(self.entered), macs=self.macs,
+            evidence={name: x[span] for name, x in self.evidence.items()},
+        )  # fmt: skip
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All entries: source, slot (-1 where there is none) and weight, each ``[B, K + E]``."""
+        slots = torch.arange(self.num_slots, device=self.index.device).expand_as(self.index)
+        slots = slots.where(self.index >= 0, -1)
+        own = torch.ones(slots.shape, device=slots.device) if self.own is None else self.own
+        if self.source is None or self.slot is None or self.weight is None:
+            return self.index, slots, own
+        return (
+            torch.cat([self.index, self.source], dim=1),
+            torch.cat([slots, self.slot], dim=1),
+            torch.cat([own, self.weight.to(own.dtype)], dim=1),
+        )
 
     def matrix(self) -> Tensor:
         """Return the explicit map ``[B, K, N]``, float32."""
-        dest, weight = self._map()
-        full = weight.new_zeros(dest.shape[0], self.num_slots + 1, self.num_tokens)
-        full.scatter_(1, torch.where(dest < 0, self.num_slots, dest)[:, None], weight[:, None])
-        return full[:, : self.num_slots]
+        source, slot, weight = self.entries()
+        batch, slots = self.index.shape
+        flat = torch.where(slot < 0, slots, slot) * self.num_tokens + source.clamp(min=0)
+        full = weight.new_zeros(batch, (slots + 1) * self.num_tokens)
+        full = full.scatter_add(1, flat, weight)
+        return full.view(batch, slots + 1, self.num_tokens)[:, :slots]
 
-    def reduce(self, x: Tensor) -> Tensor:
-        """Apply the map to ``x`` ``[B, N, D]``; returns ``[B, K, D]`` in the dtype of ``x``."""
-        if self.dest is None or self.weight is None:
-            return take_rows(x, self.index)
-        slot = torch.where(self.dest < 0, self.num_slots, self.dest)
-        # Merges are sums of many tokens: accumulate in float32 also for half-precision features.
-        scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * self.weight[..., None]
-        out = scaled.new_zeros(x.shape[0], self.num_slots + 1, x.shape[-1])
-        out = out.scatter_add(1, slot[..., None].expand_as(scaled), scaled)
-        return out[:, : self.num_slots].to(x.dtype)
+    def dest(self) -> Tensor:
+        """The slot that stands for each token, -1 where dropped, ``[B, N]``.
 
-    def reduce_behind(self, x: Tensor, prefix: int) -> Tensor:
-        """Apply the map behind ``prefix`` tokens, which all stay: ``[B, P + N, D]``."""
-        if not self.merges:
-            return take_rows(x, behind(self.index, prefix))
-        return torch.cat([x[:, :prefix], self.reduce(x[:, prefix:])], dim=1)
+        Of a token in several slots the one that it gives its name to, else one that it comes to.
+        """
+        return self._by_token()[0]
+
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        """The slot of each token and its weight there, ``[B, N]``; one column more takes gaps."""
+        batch, tokens = self.index.shape[0], self.num_tokens
+        source, slot, weight = self.entries()
+        at = source if not self.gaps and self.count is None else source.where(slot >= 0, tokens)
+        if self.overlaps:  # a token's own slot is written last
+            at, slot, weight = at.flip(1), slot.flip(1), weight.flip(1)
+        dest = slot.new_full((batch, tokens + 1), -1).scatter(1, at, slot)
+        share = weight.new_zeros(batch, tokens + 1).scatter(1, at, weight)
+        return dest[:, :tokens], share[:, :tokens]
+
+    # What is done with them --------------------------------------------------------------------
+
+    def reduce(self, x: Tensor, prefix: int = 0) -> Tensor:
+        """Apply the map to ``x`` behind ``prefix`` tokens, which all stay.
+
+        Args:
+            x: ``[B, prefix + N, D]``.
+            prefix: class, distillation, register tokens.
+
+        Returns:
+            ``[B, prefix + K, D]`` in the dtype of ``x``; zeros behind an image's last slot.
+        """
+        if self.source is None or self.slot is None or self.weight is None:
+            return self._heads(x, prefix)
+        if x.is_cuda and prefix == 0 and not torch.compiler.is_compiling():
+            source, slot, weight = self.entries()  # in one order of additions, which atomics lack
+            return ops.reduce_tokens(x, self.num_slots, source, slot, weight)
+        wide = torch.promote_types(x.dtype, torch.float32)  # many tokens may come to one slot
+        out = self._heads(x, prefix).to(wide)
+        if self.own is not None:
+            out[:, prefix:] *= self.own[..., None]
+        rows = ops.take_rows(x, self.source + prefix).to(wide) * self.weight[..., None]
+        slot = self.slot
+        if self.gaps:
+            rows, slot = rows.masked_fill((slot < 0)[..., None], 0.0), slot.clamp(min=0)
+        return ops.add_rows(out, slot + prefix, rows).to(x.dtype)
+
+    def _heads(self, x: Tensor, prefix: int) -> Tensor:
+        """The prefix and the tokens that slots stand for; zeros where an image has no slot."""
+        if self.count is None:
+            return ops.take_rows(x, _behind(self.index, prefix))
+        out = ops.take_rows(x, _behind(self.index.clamp(min=0), prefix))
+        gone = torch.nn.functional.pad(self.index < 0, (prefix, 0))
+        return out.masked_fill(gone[..., None], 0.0)
 
     def sizes(self, size: Tensor) -> Tensor:
         """Return how many patches each slot stands for, given ``size`` ``[B, N]``: ``[B, K]``."""
-        if self.dest is None:
-            return size.gather(1, self.index)
-        dest, _ = self._map()
-        out = size.new_zeros(size.shape[0], self.num_slots + 1)
-        out.scatter_add_(1, torch.where(dest < 0, self.num_slots, dest), size)
-        return out[:, : self.num_slots]
+        out = size.gather(1, self.index.clamp(min=0))
+        if self.count is not None:
+            out = out.masked_fill(self.index < 0, 0.0)
+        if self.source is None or self.slot is None:
+            return out
+        came, slot = size.gather(1, self.source), self.slot
+        if self.gaps:
+            came, slot = came.masked_fill(slot < 0, 0.0), slot.clamp(min=0)
+        return out.scatter_add(1, slot, came)
 
     def expand(self, y: Tensor) -> Tensor:
         """Undo the map for dense prediction: ``[B, K, D]`` to ``[B, N, D]``.
 
         Each token gets the value of its slot; dropped tokens get zeros.
         """
-        dest, _ = self._map()
+        dest = self.dest()
         padded = torch.cat([y, y.new_zeros(y.shape[0], 1, y.shape[-1])], dim=1)
-        return take_rows(padded, torch.where(dest < 0, self.num_slots, dest))
+        return ops.take_rows(padded, torch.where(dest < 0, self.num_slots, dest))
 
     def then(self, later: Selection) -> Selection:
         """Compose: first this selection, then ``later`` on its slots.
@@ -170,12 +295,35 @@ class Selection:
                 f"Cannot compose: the first selection yields {self.num_slots} slots, the second "
                 f"takes {later.num_tokens}."
             )
-        index = self.index.gather(1, later.index)
+        index = self.index.gather(1, later.index.clamp(min=0)).where(later.index >= 0, -1)
         if not (self.merges or later.merges):
-            return Selection(index=index, num_tokens=self.num_tokens)
-        dest1, weight1 = self._map()
-        dest2, weight2 = later._map()
-        inner = dest1.clamp(min=0)
-        dest = torch.where(dest1 < 0, -1, dest2.gather(1, inner))
-        weight = torch.where(dest < 0, 0.0, weight1 * weight2.gather(1, inner))
-        return Selection(index=index, num_tokens=self.num_tokens, dest=dest, weight=weight)
+            return Selection(index, self.num_tokens, count=later.count)
+        if self.overlaps or later.overlaps:
+            return _of_matrix(index, later.matrix() @ self.matrix(), later.count)
+        inner, first = self._by_token()
+        outer, second = later._by_token()
+        dest = outer.gather(1, inner.clamp(min=0)).where(inner >= 0, -1)
+        weight = torch.where(dest >= 0, first * second.gather(1, inner.clamp(min=0)), 0.0)
+        whole = Selection.assign(index.clamp(min=0), dest, weight)
+        return replace(whole, index=index, count=later.count)
+
+
+def _behind(index: Tensor, prefix: int) -> Tensor:
+    """``index`` ``[B, K]`` on a sequence with ``prefix`` tokens before these, all kept."""
+    if prefix == 0:
+        return index
+    first = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
+    return torch.cat([first, index + prefix], dim=1)
+
+
+def _of_matrix(index: Tensor, matrix: Tensor, count: Tensor | None) -> Selection:
+    """The selection of an explicit map ``[B, K, N]``."""
+    batch, slots, tokens = matrix.shape
+    at = index.clamp(min=0)[..., None]
+    own = matrix.gather(2, at)[..., 0]
+    weight = matrix.scatter(2, at, 0.0).flatten(1)
+    source = torch.arange(tokens, device=index.device).repeat(batch, slots)
+    slot = torch.arange(slots, device=index.device).repeat_interleave(tokens).expand(batch, -1)
+    slot = slot.where(weight != 0, -1)
+    whole = Selection.merge(index, tokens, source, slot, weight, own, gaps=True, overlaps=True)
+    return replace(whole, count=count)

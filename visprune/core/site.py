@@ -9,7 +9,7 @@ from typing import Literal
 
 from visprune.errors import ConfigError
 
-SiteKind = Literal["vision", "projector", "decoder", "cache"]
+SiteKind = Literal["encoder", "projector", "decoder", "cache"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Site:
     after_attention: bool = False
 
     @classmethod
-    def vision(cls, layer: int | float, *, after_attention: bool = False) -> Site:
-        """Inside the vision encoder, on entering ``layer`` or between its attention and its MLP."""
-        return cls("vision", layer, after_attention)
+    def encoder(cls, layer: int | float, *, after_attention: bool = False) -> Site:
+        """Inside the image encoder, on entering ``layer`` or between its attention and its MLP."""
+        return cls("encoder", layer, after_attention)
 
     @classmethod
     def projector(cls) -> Site:

@@ -75,15 +75,25 @@ class SlotTable:
         steps = torch.arange(self.num_slots, device=self.valid.device)
         return torch.where(self.valid, steps, -1).amax(dim=1).clamp(min=0)
 
-    def scatter(self, x: Tensor, fill: float) -> Tensor:
-        """Put ``x`` ``[B, P, ...]`` back at its places in a ``[B, S, ...]`` tensor of ``fill``."""
-        batch, rest = x.shape[0], x.shape[2:]
-        rows = torch.arange(batch, device=self.index.device)[:, None] * self.length
-        # One spare row at the end takes the padding, so that the result stays contiguous.
-        target = torch.where(self.real, rows + self.index, batch * self.length)
-        out = x.new_full((batch * self.length + 1, *rest), fill)
-        out = out.index_copy(0, target.flatten().to(x.device), x.flatten(0, 1))
-        return out[:-1].view(batch, self.length, *rest)
+    def places(self) -> Tensor:
+        """Return the slot of each token of the input, -1 where it is gone, ``[B, S]``."""
+        steps = torch.arange(self.num_slots, device=self.index.device).expand_as(self.index)
+        target = torch.where(self.real, self.index, self.length)
+        out = self.index.new_full((len(self.index), self.length + 1), -1)
+        return out.scatter(1, target, steps)[:, : self.length]
+
+    def readers(self) -> Tensor:
+        """Return the slot that each token of the input reads its output from, ``[B, S]``.
+
+        Its own; of a token that is gone, that of the last one before it that is still there (in
+        front of all of them, of the first).
+        """
+        places = self.places()
+        steps = torch.arange(self.length, device=places.device).expand_as(places)
+        there = places >= 0
+        before = torch.where(there, steps, -1).cummax(dim=1).values
+        first = there.to(torch.uint8).argmax(dim=1)[:, None]
+        return places.gather(1, torch.where(before < 0, first, before)).clamp(min=0)
 
     def kept(self) -> Tensor:
         """Return which tokens of the input are still there, bool ``[B, S]``."""

@@ -38,8 +38,8 @@ def _is_a(model: Any, name: str) -> bool:
     return name in _lineage(model)
 
 
-def find_tower(model: Any) -> Any | None:
-    """Return the adapter (a ``TowerAdapter``) of a vision transformer, ``None`` for other models.
+def find_encoder(model: Any) -> Any | None:
+    """Return the adapter (a ``EncoderAdapter``) of a vision transformer, ``None`` for other models.
 
     Raises:
         UnsupportedModel: an image model of timm or open_clip that is not reduced; says why.

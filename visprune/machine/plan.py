@@ -3,44 +3,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
+from visprune.catalog import methods
 from visprune.core.budget import Budget, Stage, StepBudget
 from visprune.core.method import ModelSpec, PositionRule, PruningMethod
-from visprune.errors import ConfigError, UnsupportedModel
-from visprune.machine.encoder.plan import TowerPlan, check_encoder, make_tower_plan
+from visprune.core.signals.base import DecoderSignal, EncoderSignal, PictureSignal, Signal
+from visprune.errors import ConfigError, UnsupportedModel, VispruneError
+from visprune.machine.encoder.plan import EncoderPlan, make_encoder_plan
+
+Numbered = tuple[int, Stage]
 
 
 @dataclass
 class Plan:
-    """A resolved schedule.
+    """A resolved schedule; stages stand with their number in it.
 
     Attributes:
         positions: the rule in force.
-        projector_stages: (number, stage) pairs before the first layer.
-        decoder_stages: the same by 0-based layer, run on entering it.
-        previous_attention: the stage that each layer's attention is read for as it runs.
-        cls_layers: encoder layers whose class-token attention is read.
-        vision_keys: whether the feature layer's keys are read.
-        fingerprint: whether pictures are fingerprinted.
-        vision: the stages inside the encoder.
+        encoder: the stages inside the image encoder.
+        projector_stages: those before the first decoder layer.
+        decoder_stages: those of the decoder by 0-based layer, run on entering it.
+        previous: stages that are shown attention of a layer as it ran, by that layer.
+        own: layers whose stage is shown queries and keys of the layer itself, ahead of its run.
+        states: stages that are shown what entered a layer, by that layer.
     """
 
     positions: PositionRule = "original"
-    projector_stages: list[tuple[int, Stage]] = field(default_factory=list)
-    decoder_stages: dict[int, list[tuple[int, Stage]]] = field(default_factory=dict)
-    previous_attention: dict[int, Stage] = field(default_factory=dict)
-    cls_layers: list[Literal["last", "feature"]] = field(default_factory=list)
-    vision_keys: bool = False
-    fingerprint: bool = False
-    vision: TowerPlan = field(default_factory=TowerPlan)
+    encoder: EncoderPlan = field(default_factory=EncoderPlan)
+    projector_stages: list[Numbered] = field(default_factory=list)
+    decoder_stages: dict[int, list[Numbered]] = field(default_factory=dict)
+    previous: dict[int, list[Stage]] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    states: dict[int, list[Stage]] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages behind the encoder."""
+        numbered = [*self.projector_stages, *(s for x in self.decoder_stages.values() for s in x)]
+        return [stage for _, stage in numbered]
 
     @property
     def budgets(self) -> list[Budget]:
-        """The budgets of all stages that have one."""
-        staged = [*self.projector_stages, *(s for x in self.decoder_stages.values() for s in x)]
-        return [stage.budget for _, stage in staged if isinstance(stage.budget, Budget)]
+        """The budgets of all stages behind the encoder that have one."""
+        return [stage.budget for stage in self.stages if isinstance(stage.budget, Budget)]
+
+    @property
+    def watched(self) -> list[int]:
+        """Decoder layers whose attention is looked at."""
+        return sorted({*self.previous, *self.own})
+
+    @property
+    def encoder_signals(self) -> list[EncoderSignal]:
+        """What stages behind the encoder are shown of its layers."""
+        return [s for s in _distinct(self.stages) if isinstance(s, EncoderSignal)]
+
+    @property
+    def picture_signals(self) -> list[PictureSignal]:
+        """What they are shown of the pixels."""
+        return [s for s in _distinct(self.stages) if isinstance(s, PictureSignal)]
+
+    @property
+    def required(self) -> list[Signal]:
+        """What every picture must have been encoded with."""
+        kinds = (EncoderSignal, PictureSignal)
+        return [s for stage in self.stages for s in stage.needs if isinstance(s, kinds)]
 
 
 def make_plan(method: PruningMethod, spec: ModelSpec) -> Plan:
@@ -48,21 +76,86 @@ def make_plan(method: PruningMethod, spec: ModelSpec) -> Plan:
 
     Raises:
         ConfigError: a layer that does not exist, or positions that the model cannot have.
-        UnsupportedModel: a site or a signal that the model does not offer.
+        UnsupportedModel: a site or a signal that the model does not offer; names methods that need
+            none.
     """
-    plan = Plan(positions=_positions(method, spec))
-    if method.only_in_towers:
-        check_encoder(method, spec)
+    try:
+        return _plan(method, spec)
+    except _Lacking as lacking:
+        fits = ", ".join(fitting(spec)) or "none"
+        raise UnsupportedModel(f"{lacking} Methods that fit it: {fits}.") from None
+
+
+def fitting(spec: ModelSpec) -> list[str]:
+    """Names of the methods that a model can be pruned by, in the registry's order."""
+    return [name for name in methods if why_not(methods.get(name), spec) is None]
+
+
+def why_not(method: type[PruningMethod], spec: ModelSpec) -> str | None:
+    """Return why a model cannot be pruned by a method, whatever its budget; ``None``: it can."""
+    try:
+        _plan(method.example(), spec)
+    except UnsupportedModel as error:
+        return str(error)
+    except VispruneError:  # of the example's own numbers
+        return None
+    return None
+
+
+def inside_only(method: type[PruningMethod]) -> bool:
+    """Whether a method acts inside an image encoder and nowhere else, also on a VLM."""
+    spec = ModelSpec("", num_layers=32, has_cls=True, multi_axis_rope=False, encoder_layers=24)
+    return all(stage.site.kind == "encoder" for stage in method.example().schedule(spec))
+
+
+class _Lacking(UnsupportedModel):
+    """A model lacks what a method needs; the message wants a list of methods that do not."""
+
+
+def _plan(method: PruningMethod, spec: ModelSpec) -> Plan:
     schedule = method.schedule(spec)
+    if not schedule and not spec.encoder_layers:  # it has a stage in every layer of an encoder
+        raise _Lacking(_no_encoder(method, spec))
+    plan = Plan()
     for number, stage in enumerate(schedule):
-        if stage.site.kind == "vision":
-            continue
-        _place(plan, method, spec, number, stage)
-        _signals(plan, method, spec, stage)
-    if any(stage.site.kind == "vision" for stage in schedule):
-        no_rows = None if spec.has_cls else f"the encoder of {spec.family} has none"
-        plan.vision = make_tower_plan(method, schedule, spec, no_cls_rows=no_rows)
+        if stage.site.kind == "encoder" and not spec.encoder_layers:
+            raise _Lacking(_no_encoder(method, spec))
+        if stage.site.kind != "encoder" and spec.is_vit:
+            raise _Lacking(_wrong_site(method, stage, spec))
+        for signal in stage.needs:
+            missing = signal.missing(spec)
+            if missing is not None:
+                raise _Lacking(f"{method.name} is shown {signal}, but {missing}.")
+        if stage.site.kind != "encoder":
+            _place(plan, method, spec, number, _shown(stage, spec))
+    plan.positions = _positions(method, spec)
+    plan.encoder = make_encoder_plan(method, schedule, spec)
     return plan
+
+
+def _shown(stage: Stage, spec: ModelSpec) -> Stage:
+    """The stage with those of its wants that the model has."""
+    wants = tuple(signal for signal in stage.wants if signal.missing(spec) is None)
+    return Stage(stage.site, stage.budget, stage.needs, wants)
+
+
+def _no_encoder(method: PruningMethod, spec: ModelSpec) -> str:
+    return (
+        f"{method.name} acts inside the image encoder, and {spec.family} cannot be reduced there: "
+        f"{spec.encoder_refusal}."
+    )
+
+
+def _wrong_site(method: PruningMethod, stage: Stage, spec: ModelSpec) -> str:
+    where = (
+        "inside a language model's decoder"
+        if stage.site.kind == "decoder"
+        else "behind a VLM's projector"
+    )
+    return (
+        f"{method.name} acts at {stage.site}, {where}; {spec.family} is a vision transformer alone "
+        f"and has none."
+    )
 
 
 def _positions(method: PruningMethod, spec: ModelSpec) -> PositionRule:
@@ -77,48 +170,60 @@ def _positions(method: PruningMethod, spec: ModelSpec) -> PositionRule:
 
 
 def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stage: Stage) -> None:
-    kind = stage.site.kind
-    if kind == "projector":
-        if stage.needs.attention is not None:
+    if isinstance(stage.budget, StepBudget):
+        raise ConfigError(
+            f"{method.name} has a StepBudget at {stage.site}; only a site inside an encoder has "
+            f"steps. Give a Budget."
+        )
+    for signal in stage.signals:
+        if isinstance(signal, EncoderSignal) and signal.layer == "own":
             raise ConfigError(
-                f"{method.name}: decoder attention is not there yet at the projector."
+                f"{method.name} asks at {stage.site} for {signal}: a layer of its own is what only "
+                f"a site inside an encoder has. Name a layer, 'last' or 'feature'."
+            )
+    decoder = [s for s in stage.signals if isinstance(s, DecoderSignal) and s.uses != "sequence"]
+    if stage.site.kind == "projector":
+        if decoder:
+            raise ConfigError(
+                f"{method.name}: {decoder[0]} is not there yet at the projector: no layer of the "
+                f"decoder has run."
             )
         plan.projector_stages.append((number, stage))
         return
-    if kind != "decoder":
+    if stage.site.kind != "decoder":
         raise UnsupportedModel(
             f"{method.name} acts at {stage.site}, which no adapter of {spec.family} offers yet. "
-            f"Sites: projector, decoder(layer), vision(layer) inside some encoders."
+            f"Sites: projector, decoder(layer), encoder(layer) inside some encoders."
         )
     layer = stage.site.resolve(spec.num_layers)
-    if stage.needs.attention is not None and stage.needs.attention_layer == "previous":
-        if layer == 0:
-            raise ConfigError(
-                f"{method.name} reads the attention of the layer before the one it acts at; "
-                f"decoder layer 0 has none before it. Use layer 1 to {spec.num_layers - 1}."
-            )
-        if layer - 1 in plan.previous_attention:
-            raise ConfigError(f"{method.name}: two stages read the attention of layer {layer - 1}.")
-        plan.previous_attention[layer - 1] = stage
+    _watch(plan, method, spec, stage, layer, decoder)
     plan.decoder_stages.setdefault(layer, []).append((number, stage))
 
 
-def _signals(plan: Plan, method: PruningMethod, spec: ModelSpec, stage: Stage) -> None:
-    needs = stage.needs
-    plan.fingerprint = plan.fingerprint or needs.fingerprint
-    if (needs.cls_required or needs.vision_keys) and not spec.has_cls:
-        raise UnsupportedModel(
-            f"{method.name} ranks patches by the attention of the vision encoder's class token, "
-            f"and the encoder of {spec.family} has none. Methods that need none: todre, divprune, "
-            f"fastv, pyramiddrop, pool, random, uniform."
-        )
-    if needs.cls_attention == "own" or isinstance(stage.budget, StepBudget):
-        raise ConfigError(
-            f"{method.name} asks at {stage.site} for what only a site inside an encoder has: "
-            f"attention of its own layer, or a StepBudget."
-        )
-    if not spec.has_cls:
-        return
-    if needs.cls_attention is not None and needs.cls_attention not in plan.cls_layers:
-        plan.cls_layers.append(needs.cls_attention)
-    plan.vision_keys = plan.vision_keys or needs.vision_keys
+def _watch(
+    plan: Plan,
+    method: PruningMethod,
+    spec: ModelSpec,
+    stage: Stage,
+    layer: int,
+    signals: list[DecoderSignal],
+) -> None:
+    """Note which layers are looked at for a stage."""
+    for signal in signals:
+        if signal.layer == "own" and signal.uses == "attention":
+            plan.own.add(layer)
+            continue
+        if layer == 0:
+            raise ConfigError(
+                f"{method.name} is shown {signal} of the layer before the one it acts at; decoder "
+                f"layer 0 has none before it. Use layer 1 to {spec.num_layers - 1}."
+            )
+        where = plan.previous if signal.uses == "attention" else plan.states
+        staged = where.setdefault(layer - 1, [])
+        if stage not in staged:
+            staged.append(stage)
+
+
+def _distinct(stages: Iterable[Stage]) -> list[Signal]:
+    """Signals of stages, each once."""
+    return list(dict.fromkeys(signal for stage in stages for signal in stage.signals))

@@ -9,21 +9,27 @@ from typing import Any, Protocol
 
 import torch
 
-from visprune.backbones.hf.cache import Owner
+from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
 from visprune.cost.cost import Causal, Cost, sample_cost
 from visprune.errors import ConfigError
+from visprune.machine.encoder.plan import EncoderPlan
+from visprune.machine.encoder.price import encoder_cost
+from visprune.machine.encoder.state import EncoderPass
 from visprune.machine.encoder.within_vlm import EncoderReduction
 
 
 class Priced(Protocol):
     """What is read of a run."""
 
-    adapter: VLMAdapter
+    adapter: Any
     encoder: EncoderReduction | None
-    owner: Owner
-    trace: Trace
+
+    @property
+    def trace(self) -> Trace:
+        """What happened in its last forward."""
 
 
 def run_cost(
@@ -50,8 +56,6 @@ def run_cost(
         ConfigError: nothing with a picture has run yet, or ``inputs`` holds none.
     """
     if inputs is not None:
-        if not run.owner.active:
-            raise ConfigError("This run was removed; price inputs while it is in force.")
         run.trace.tokens_per_layer = []
         with torch.no_grad():
             run.adapter.model(**inputs, logits_to_keep=1)
@@ -152,6 +156,15 @@ def prompt_costs(
         )
         for row, length in enumerate(lengths)
     ]
+
+
+def vit_cost(
+    adapter: EncoderAdapter, method: PruningMethod, plan: EncoderPlan, latest: EncoderPass | None
+) -> Cost:
+    """Multiply-adds of a vision transformer's last forward, or of one picture of its own size."""
+    if latest is None or not latest.layers:
+        return encoder_cost(adapter, method, plan, adapter.default_grid())
+    return encoder_cost(adapter, method, plan, latest.grid, samples=latest.batch)
 
 
 def _check_lengths(new_tokens: Sequence[int], samples: int) -> None:

@@ -3,35 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from visprune.backbones.hf.cache import Owner, cache_of, check_cache
-from visprune.backbones.hf.probe import capture, watch
-from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.backbones.encoders.base import EncoderAdapter
+from visprune.backbones.hf.cache import Owner
+from visprune.backbones.vlm.base import VLMAdapter
 from visprune.catalog import get_method
-from visprune.core.budget import Budget, Stage
+from visprune.core.budget import StepBudget
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
 from visprune.cost.cost import Causal, Cost
 from visprune.errors import ConfigError
-from visprune.machine.decoder.attention import decoder_attention, own_attention
-from visprune.machine.decoder.forward import Forward
-from visprune.machine.decoder.outputs import OutputHooks
-from visprune.machine.decoder.shorten import Step, run_selection, run_withdrawal
-from visprune.machine.encoder.tap import EncoderTap, pictures_of
+from visprune.machine import price
+from visprune.machine.choose import Observer
+from visprune.machine.decoder.hooks import DecoderHooks
+from visprune.machine.encoder.plan import step
+from visprune.machine.encoder.reducer import EncoderReducer
+from visprune.machine.encoder.state import EncoderPass
 from visprune.machine.encoder.within_vlm import EncoderReduction
-from visprune.machine.find import find_adapter, find_tower
+from visprune.machine.find import find_adapter, find_encoder, unwrap
 from visprune.machine.plan import Plan, make_plan
-from visprune.machine.vit_run import ViTRun
-
-_FORWARD = "visprune_forward"
+from visprune.machine.threads import Gate
 
 
-def prune(model: Any, method: str | PruningMethod, **params: Any) -> Any:
+def prune(model: Any, method: str | PruningMethod, **params: Any) -> Run:
     """Make a vision-language model or a vision transformer look at fewer tokens, from now on.
 
     Args:
@@ -43,14 +42,14 @@ def prune(model: Any, method: str | PruningMethod, **params: Any) -> Any:
             ``keep_ratio``, and its own.
 
     Returns:
-        A :class:`Run` (:class:`visprune.machine.vit_run.ViTRun` on a vision transformer): use it
-        as a context manager, or call ``run.remove()``.
+        A :class:`Run`: use it as a context manager, or call ``run.remove()``.
 
     Raises:
         ConfigError: unknown method or parameter, bad budget, or the model is already pruned.
         UnsupportedModel: no adapter, or the model lacks something that the method needs.
 
-    The model is unchanged after any of these errors.
+    The model is unchanged after any of these errors. Threads may call it at the same time: each
+    call has its own state.
 
     Example:
         >>> run = visprune.prune(model, "todre", num_keep=64)  # doctest: +SKIP
@@ -58,44 +57,50 @@ def prune(model: Any, method: str | PruningMethod, **params: Any) -> Any:
         >>> run.remove()  # doctest: +SKIP
     """
     built = get_method(method, **params)
-    tower = find_tower(model)
-    return ViTRun(tower, built) if tower is not None else Run(find_adapter(model), built)
+    encoder = find_encoder(model)
+    return Run(encoder if encoder is not None else find_adapter(model), built)
 
 
 class Run:
-    """A method in force on a model.
+    """A method in force on a model: a vision-language model, or a vision transformer alone.
 
     Attributes:
+        adapter: the model as the machine sees it.
         method: the method.
-        trace: what happened in the last forward that held visual tokens.
+        plan: its stages, resolved.
+        learned: the method's own modules, one per stage, or ``None``. While the run is in force
+            they are a sub-module of the encoder, ``visprune_learned``: its optimizer, device moves
+            and ``state_dict`` include them.
+        active: whether the run is in force.
     """
 
-    def __init__(self, adapter: VLMAdapter, method: PruningMethod) -> None:
+    def __init__(self, adapter: VLMAdapter | EncoderAdapter, method: PruningMethod) -> None:
         self.adapter, self.method = adapter, method
-        self.trace = Trace()
-        for hook in adapter.language_model._forward_pre_hooks.values():
-            other = getattr(getattr(hook, "__self__", None), "method", None)
-            if isinstance(other, PruningMethod):
-                raise ConfigError(
-                    f"The model is already pruned by {other.name!r}. Two methods at once would "
-                    f"count each other's tokens; call run.remove() on the first."
-                )
         self.plan: Plan = make_plan(method, adapter.spec)
         self.owner = Owner(method.name)
-        self._call: dict[str, Any] | None = None
-        self._current: Forward | None = None
-        self._handles: list[Any] = []
-        self._outputs = OutputHooks(adapter.model, adapter.head)
-        self._tap = EncoderTap(
-            adapter,
-            tuple(self.plan.cls_layers),
-            keys=self.plan.vision_keys,
-            fingerprints=self.plan.fingerprint,
-        )
-        vision = self.plan.vision
-        self.encoder = EncoderReduction(adapter, method, vision) if vision else None
-        if self.encoder is not None:
-            self._tap.finish = self.encoder.mark
+        self.observers: list[Observer] = []
+        self.encoder: EncoderReduction | None = None
+        self._decoder: DecoderHooks | None = None
+        self._gate = Gate()
+        _refuse_second(adapter)
+        if isinstance(adapter, VLMAdapter):
+            if self.plan.encoder:
+                self.encoder = EncoderReduction(adapter, method, self.plan.encoder, self.observers)
+            self._reducer = None if self.encoder is None else self.encoder.reducer
+            self._decoder = DecoderHooks(
+                adapter, method, self.plan, self.owner, self.encoder, self.observers
+            )
+        else:
+            height, width = adapter.default_grid()
+            self.plan.encoder.counts(height * width, len(adapter.layers))  # refuses what is too big
+            self._reducer = EncoderReducer(
+                adapter,
+                method,
+                self.plan.encoder,
+                method.build_learned(adapter.spec),
+                self.observers,
+            )
+        self.learned = None if self._reducer is None else self._reducer.learned
         try:
             self._install()
         except BaseException:
@@ -105,36 +110,32 @@ class Run:
     # Life ------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        adapter, plan = self.adapter, self.plan
-        add = self._handles.append
-        add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
-        add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
-        add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
-        flash = str(adapter.text_config._attn_implementation).startswith("flash")
-        self._in_layers = bool(plan.decoder_stages) or flash
-        if self._in_layers:
-            for number, layer in enumerate(adapter.layers):
-                hook = partial(self._layer, number)
-                add(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for number, stage in plan.previous_attention.items():
-            wanted = partial(self._watch_layer, number, stage)
-            self._handles += watch(adapter.layers[number].self_attn, wanted)
-        self._handles += self._outputs.install()
-        self._tap.install()
-        if self.encoder is not None:
-            self.encoder.install()
+        _mark(self.adapter, self)
+        if self._decoder is not None:
+            self._decoder.install()
+            if self.encoder is not None:
+                self.encoder.install()
+        elif self._reducer is not None:
+            self._reducer.install()
 
     def remove(self) -> None:
-        """Take the method off: the model is bit for bit what it was. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._outputs.remove()
-        self._tap.remove()
+        """Take the method off: the model is bit for bit what it was. Safe to call twice.
+
+        Waits for calls of other threads that are under way.
+        """
         if self.encoder is not None:
             self.encoder.remove()
+        elif self._reducer is not None:
+            self._reducer.remove()
+        if self._decoder is not None:
+            self._decoder.remove()
         self.owner.active = False
-        self._call = self._current = None
+        _unmark(self.adapter, self)
+
+    @property
+    def active(self) -> bool:
+        """Whether the run is in force."""
+        return self.owner.active
 
     def __enter__(self) -> Run:
         return self
@@ -143,140 +144,203 @@ class Run:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "in force" if self.owner.active else "removed"
+        state = "in force" if self.active else "removed"
         return f"Run({self.method}, {self.adapter.spec.family}, {state})"
 
-    def cost(self, inputs: Any = None, *, new_tokens: int = 0, causal: Causal = "ideal") -> Cost:
-        """What a prompt costs under this run; see :func:`visprune.machine.price.run_cost`."""
-        from visprune.machine.price import run_cost
+    def observe(self, callback: Observer) -> Callable[[], None]:
+        """Call ``callback(site, tokens, context, selection, seconds)`` after every choice.
 
-        return run_cost(self, inputs, new_tokens=new_tokens, causal=causal)
+        Images of one size are chosen from together; ``seconds`` are those of the method's rule.
 
-    # Hooks -----------------------------------------------------------------------------------
+        Returns:
+            What ends it.
+        """
+        self.observers.append(callback)
 
-    def _begin(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before pictures are encoded: refuse what cannot work."""
-        call = self.adapter.bind(args, kwargs)
-        check_cache(cache_of(call))
-        self._tap.latest = {}
-        self._call = call
+        def end() -> None:
+            if callback in self.observers:
+                self.observers.remove(callback)
 
-    def _open(self) -> Forward:
-        """Find the pictures of the call that is under way."""
-        call, self._call = self._call, None
-        layouts: list[ImageLayout] = []
-        if call is not None:
-            pictures = dict(self._tap.latest)
-            for kind, given in (call.get("mm_encoder_outputs") or {}).items():
-                if kind not in pictures and given is not None:
-                    pictures[kind] = pictures_of(given, kind)
-            layouts = self.adapter.layouts(call, pictures)
-        for layout in layouts:
-            for budget in self.plan.budgets:
-                budget.resolve(len(layout.picture.pos), strict=self.method.strict)
-            self._check_signals(layout)
-        return Forward(self.adapter, self.owner, layouts, compact=self.plan.positions == "compact")
+        return end
 
-    def _check_signals(self, layout: ImageLayout) -> None:
-        picture = layout.picture
-        missing = [x for x in self.plan.cls_layers if x not in picture.cls_attention]
-        if missing or (self.plan.vision_keys and picture.vision_keys is None):
-            raise ConfigError(
-                f"{self.method.name} reads attention of the vision encoder, which these features "
-                f"were encoded without. Encode them with visprune.encode_images, or inside the run."
-            )
+    # What happened ---------------------------------------------------------------------------
 
-    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the decoder: projector stages, and the arguments of the shorter sequence."""
-        fwd = self._current = self._open()
-        if kwargs.get("inputs_embeds") is None:
-            ids = kwargs.pop("input_ids", None)
-            ids = args[0] if ids is None else ids
-            args, kwargs = (), {**kwargs, "inputs_embeds": module.get_input_embeddings()(ids)}
-        check_cache(cache_of(kwargs))
-        fwd.open(kwargs)
-        hidden = kwargs["inputs_embeds"]
-        if fwd.images:
-            if self.encoder is not None:
-                hidden = self.encoder.start(fwd)(hidden)
-            for number, stage in self.plan.projector_stages:
-                hidden = self._run(stage, number, fwd, hidden)(hidden)
-            fwd.start_layers()
-            if not self._in_layers:
-                for number in range(len(self.adapter.layers)):
-                    fwd.enter(number, [], {})
-        new = dict(kwargs, inputs_embeds=hidden, attention_mask=fwd.model_mask())
-        ledger = fwd.ledger(0)
-        if fwd.images or (fwd.compact and ledger is not None):
-            new["position_ids"] = fwd.table_positions(fwd.table, 0)
-        if self._in_layers:
-            new[_FORWARD] = fwd
-        return args, new
+    @property
+    def trace(self) -> Trace:
+        """What happened in the last forward that held pictures: of this thread, or of any."""
+        if self._decoder is not None:
+            return self._decoder.trace
+        reducer, layers = self._encoding(), len(self._alone().layers)
+        latest = reducer.latest
+        if latest is None or not latest.layers:
+            return Trace(model="vit", prefix=self._alone().prefix)
+        stages = self.plan.encoder
+        sites = {(n, order): str(s.site) for n in range(layers) for order, s in stages.at(n)}
+        trace = latest.trace(layers, self._alone().prefix, sites)
+        trace.selection_macs = self.cost().selection
+        return trace
 
-    def _layer(
-        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Before a decoder layer: its stage, then its own mask and positions."""
-        kwargs = dict(kwargs)
-        fwd: Forward | None = kwargs.pop(_FORWARD, None)
-        if fwd is None:
-            return args, kwargs
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        if number in fwd.entered:
-            # Older transformers run hooks again when gradient checkpointing recomputes a layer: it
-            # is then given what it was given the first time.
-            for step in fwd.entered[number].steps:
-                hidden = step(hidden)
-        else:
-            hidden = self._enter_layer(number, layer, fwd, hidden, kwargs)
-        return (hidden, *args), {**kwargs, **fwd.entered[number].changed}
+    @property
+    def kept(self) -> list[Tensor]:
+        """One int64 tensor per image: the token that each final slot stands for, in slot order.
 
-    def _enter_layer(
-        self, number: int, layer: nn.Module, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Run the stages of a layer, and settle what it is given; returns its hidden states."""
-        given = kwargs["position_embeddings"]
-        steps: list[Step] = []
-        for order, stage in self.plan.decoder_stages.get(number, ()) if fwd.images else ():
-            if stage.needs.attention and stage.needs.attention_layer == "own":
-                rotary = fwd.rotary(number, hidden, given)
-                own_attention(stage, fwd, number, hidden, layer, rotary, capture)
-            steps.append(self._run(stage, order, fwd, hidden))
-            hidden = steps[-1](hidden)
-        # Gaps in the ids look like packed sequences to FlashAttention.
-        changed: dict[str, Any] = {"position_ids": None}
-        if fwd.differs(number):
-            changed["attention_mask"] = fwd.layer_mask(number, hidden)
-            changed["position_embeddings"] = fwd.rotary(number, hidden, given)
-        fwd.enter(number, steps, changed)
-        return hidden
+        -1 where a slot is no token and no mean of tokens (EViT's fused one).
 
-    def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> Step:
-        if not isinstance(stage.budget, Budget):
-            return run_withdrawal(self.method, stage, number, fwd)
-        return run_selection(self.method, stage, stage.budget, number, fwd, hidden)
+        Raises:
+            ConfigError: nothing has run.
+        """
+        trace = self.trace
+        if not trace.tokens_per_layer:
+            raise _nothing_ran()
+        found = []
+        for image, kept in enumerate(trace.kept):
+            whole = trace.whole(image)
+            own = None if whole is None or self.method.size_weighted else whole.own
+            means = own is None or trace.model == "vlm"
+            found.append(kept if means else torch.where(own[0] == 1.0, kept, -1))  # type: ignore[index]
+        return found
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the decoder: give the cache its ledgers and the output its length back."""
-        fwd, self._current = self._current, None
-        if fwd is None:
-            return None
-        trace = fwd.close(cache_of(output))
-        if trace is not None:
-            self.trace = trace
-            output.last_hidden_state = self._outputs.expand(
-                fwd.table, output.last_hidden_state, trace
-            )
-        else:
-            self._outputs.forget()
-        return output
+    def expand(self, tokens: Tensor, layer: int | None = None, image: int | None = None) -> Tensor:
+        """Give every token of the last forward the value of its slot.
 
-    # Probes ----------------------------------------------------------------------------------
+        Args:
+            tokens: of a vision transformer, ``[B, K, D]`` patch tokens (without prefix) as they
+                left ``layer``; of one image of a vision-language model, ``[K, D]`` in slot order.
+            layer: of a vision transformer, 0-based; ``None``: the last.
+            image: of a vision-language model, the number of the image; ``None``: the first.
 
-    def _watch_layer(
-        self, number: int, stage: Stage
-    ) -> Callable[[Tensor, Tensor, float], None] | None:
-        fwd = self._current
-        if fwd is None or not fwd.images:
-            return None
-        return decoder_attention(stage, fwd, number)
+        Returns:
+            ``[B, N, D]`` or ``[N, D]`` in raster order; zeros where a token was dropped.
+
+        Raises:
+            ConfigError: nothing has run.
+        """
+        if self._decoder is None:
+            number = len(self._alone().layers) - 1 if layer is None else layer
+            return self._encoding().expand(number, tokens)
+        trace = self.trace
+        if not trace.tokens_per_layer:
+            raise _nothing_ran()
+        whole = trace.whole(image or 0)
+        return tokens if whole is None else whole.expand(tokens[None])[0]
+
+    def cost(
+        self,
+        inputs: Mapping[str, Any] | Tensor | None = None,
+        *,
+        new_tokens: int = 0,
+        causal: Causal = "ideal",
+    ) -> Cost:
+        """What a prompt, or pictures, cost under this run.
+
+        Args:
+            inputs: what the model takes; one forward is run with it (and becomes ``run.trace``):
+                a prompt with pictures, or pixels ``[B, 3, H, W]`` of a vision transformer.
+                ``None``: price the last forward (of a vision transformer that has not run, one
+                picture of its own input size).
+            new_tokens: of a vision-language model: tokens generated after the prompt.
+            causal: ``"ideal"`` counts the visible half of causal attention, ``"dense"`` all of it.
+
+        Returns:
+            Multiply-adds by part of the whole batch; a vision transformer's, head included, are
+            under ``vision``. See :mod:`visprune.machine.price`.
+
+        Raises:
+            ConfigError: nothing with a picture has run yet, or the run was removed.
+        """
+        if inputs is not None and not self.active:
+            raise ConfigError("This run was removed; price inputs while it is in force.")
+        if self._decoder is not None:
+            if isinstance(inputs, Tensor):
+                raise ConfigError("Give the whole prompt, as the processor returns it, not pixels.")
+            return price.run_cost(self, inputs, new_tokens=new_tokens, causal=causal)
+        if inputs is not None:
+            with torch.no_grad():
+                self.adapter.model(inputs)
+        return price.vit_cost(self._alone(), self.method, self.plan.encoder, self._latest())
+
+    # The training of a method that learns ------------------------------------------------------
+
+    @property
+    def decisions(self) -> list[Tensor]:
+        """In training: the patches kept at each stage, ``[B, N]``, 1 or 0, with a gradient.
+
+        Empty for methods that learn nothing, and after a forward in eval mode.
+        """
+        latest = self._latest()
+        return [] if latest is None else [latest.decisions[n] for n in sorted(latest.decisions)]
+
+    @property
+    def ratios(self) -> list[float]:
+        """What part of its patches a picture should keep after each stage inside an encoder."""
+        adapter = self._encoding().adapter
+        height, width = adapter.default_grid()
+        total = height * width
+        left, found = total, []
+        for layer in range(len(adapter.layers)):
+            for _, stage in self.plan.encoder.at(layer):
+                left, budget = step(stage, left, total), stage.budget
+                exact = None
+                if isinstance(budget, StepBudget) and budget.of == "original":
+                    exact = budget.keep_ratio
+                found.append(left / total if exact is None else exact)
+        return found
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width of a vision transformer's own input size."""
+        return self._alone().default_grid()
+
+    def _encoding(self) -> EncoderReducer:
+        if self._reducer is None:
+            raise ConfigError(f"{self.method.name} does not act inside an encoder.")
+        return self._reducer
+
+    def _alone(self) -> EncoderAdapter:
+        assert isinstance(self.adapter, EncoderAdapter), "a vision transformer alone"
+        return self.adapter
+
+    def _latest(self) -> EncoderPass | None:
+        return None if self._reducer is None else self._reducer.latest
+
+
+_RUN = "visprune_run"
+
+
+def runs(model: Any) -> list[Run]:
+    """The runs in force on a model, a copy of a pruned one included."""
+    inner = unwrap(model)
+    modules = inner.modules() if isinstance(inner, nn.Module) else ()
+    found = [vars(module)[_RUN] for module in modules if _RUN in vars(module)]
+    return [run for run in found if isinstance(run, Run)]
+
+
+def remove(model: Any) -> None:
+    """Take every run off a model, a copy of a pruned one too."""
+    for run in runs(model):
+        run.remove()
+
+
+def _mark(adapter: VLMAdapter | EncoderAdapter, run: Run) -> None:
+    vars(adapter.model)[_RUN] = run
+
+
+def _unmark(adapter: VLMAdapter | EncoderAdapter, run: Run) -> None:
+    if vars(adapter.model).get(_RUN) is run:
+        del vars(adapter.model)[_RUN]
+
+
+def _refuse_second(adapter: VLMAdapter | EncoderAdapter) -> None:
+    inside = runs(adapter.model)
+    if isinstance(adapter, VLMAdapter) and adapter.encoder is not None:
+        inside += runs(adapter.encoder.model)
+    if inside:
+        raise ConfigError(
+            f"The model is already pruned by {inside[0].method.name!r}. Two methods at once would "
+            f"count each other's tokens; call run.remove() on the first, or visprune.remove(model) "
+            f"(a copy of a pruned model is pruned too)."
+        )
+
+
+def _nothing_ran() -> ConfigError:
+    return ConfigError("Nothing has run under this method yet; call the model first.")

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from visprune.backbones.storage import read_model, write_model
 from visprune.errors import ConfigError, first_line
 from visprune.machine.run import Run, prune
-from visprune.machine.vit_run import ViTRun
 
 __all__ = [
     "METHOD_FILE",
@@ -37,7 +36,7 @@ CONFIG_FILE, ATTENTION = "config.json", "with_attention"
 
 
 def save_pretrained(
-    run: Run | ViTRun | nn.Module,
+    run: Run | nn.Module,
     folder: str | Path,
     *,
     processor: Any = None,
@@ -108,7 +107,7 @@ def save_pretrained(
     return target
 
 
-def load_pretrained(folder: str | Path, **options: Any) -> tuple[nn.Module, Run | ViTRun | None]:
+def load_pretrained(folder: str | Path, **options: Any) -> tuple[nn.Module, Run | None]:
     """Load what :func:`save_pretrained` wrote, with the method in force.
 
     Args:

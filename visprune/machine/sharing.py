@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.features import encoder_output
+from visprune.core.method import PruningMethod
+from visprune.core.signals import (
+    ClsAttention,
+    EncoderKeys,
+    EncoderSignal,
+    Fingerprint,
+    PictureSignal,
+    Signal,
+)
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.encoder.tap import EncoderTap
 from visprune.machine.find import find_adapter
+from visprune.machine.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,14 @@ class EncodedImages:
         return {"image": encoder_output([self.features[i] for i in chosen])}
 
 
-def encode_images(model: Any, *, grad: bool = False, **inputs: Any) -> EncodedImages:
-    """Run the encoder and the projector once, and keep every signal that a method may ask for.
+def encode_images(
+    model: Any,
+    *,
+    grad: bool = False,
+    methods: Iterable[PruningMethod] | None = None,
+    **inputs: Any,
+) -> EncodedImages:
+    """Run the encoder and the projector once, and keep the signals that methods will ask for.
 
     The prompts then take ``mm_encoder_outputs=encoded.select(...)`` instead of pixels
     (transformers 5.18 or later).
@@ -49,6 +65,8 @@ def encode_images(model: Any, *, grad: bool = False, **inputs: Any) -> EncodedIm
     Args:
         model: a model of a family with an adapter; it may be pruned or not.
         grad: keep what gradients need, to train the encoder.
+        methods: whose signals; ``None``: attention and keys of the class token's encoders, which
+            the methods of the table ask for, and what controls draw by.
         **inputs: what ``get_image_features`` of the family takes: ``pixel_values``, and
             ``image_sizes`` or ``image_grid_thw``.
 
@@ -67,16 +85,28 @@ def encode_images(model: Any, *, grad: bool = False, **inputs: Any) -> EncodedIm
             f"pictures (mm_encoder_outputs, transformers 5.18 or later). Upgrade, or pass "
             f"pixel_values."
         )
-    with_cls = adapter.spec.has_cls
+    shown = _shown(adapter, methods)
     tap = EncoderTap(
-        adapter, ("last", "feature") if with_cls else (), keys=with_cls, fingerprints=True
+        adapter,
+        [s for s in shown if isinstance(s, EncoderSignal)],
+        [s for s in shown if isinstance(s, PictureSignal)],
     )
-    before = {k: v for k, v in vars(adapter.core).items() if k.startswith("get_")}
     tap.install()
     try:
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             output = adapter.core.get_image_features(**inputs, return_dict=True)
     finally:
         tap.remove()
-        vars(adapter.core).update(before)
     return EncodedImages(list(output.pooler_output))
+
+
+def _shown(adapter: Any, methods: Iterable[PruningMethod] | None) -> list[Signal]:
+    """Signals of the encoder and the pixels that are kept."""
+    spec = adapter.spec
+    if methods is None:
+        usual = [ClsAttention("last"), ClsAttention("feature"), EncoderKeys("feature")]
+        found: list[Signal] = [s for s in usual if spec.has_cls and s.missing(spec) is None]
+        return [*found, Fingerprint()]
+    plans = [make_plan(method, spec) for method in methods]
+    wanted = [s for plan in plans for s in (*plan.encoder_signals, *plan.picture_signals)]
+    return list(dict.fromkeys(wanted))

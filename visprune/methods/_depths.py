@@ -5,10 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from visprune.core.budget import Budget, Schedule, Stage, StepBudget
-from visprune.core.method import ModelSpec
-from visprune.core.needs import Needs
-from visprune.core.site import Site
+from visprune.core import Budget, ModelSpec, Schedule, Signal, Site, Stage, StepBudget
 from visprune.errors import ConfigError
 
 # Layers 3, 6 and 9 of 12: DynamicViT, EViT and "Which Tokens to Use?" (arXiv:2308.04657) alike.
@@ -29,14 +26,14 @@ def checked_depths(layers: Iterable[int | float]) -> tuple[int | float, ...]:
 
 def resolved(layers: Iterable[int | float], spec: ModelSpec) -> list[int]:
     """The layers of an encoder; on a shallow one, two fractions may fall on one."""
-    return sorted({Site.vision(layer).resolve(spec.vision_layers) for layer in layers})
+    return sorted({Site.encoder(layer).resolve(spec.encoder_layers) for layer in layers})
 
 
 def geometric(
     budget: Budget,
     layers: Iterable[int | float],
     spec: ModelSpec,
-    needs: Needs | None = None,
+    needs: tuple[Signal, ...] = (),
     *,
     after_attention: bool = True,
 ) -> Schedule:
@@ -58,6 +55,6 @@ def geometric(
         else:
             ratio = (budget.keep_ratio or 0.0) ** done
             step = StepBudget(keep_ratio=ratio, of="original", rounding="floor")
-        site = Site.vision(layer, after_attention=after_attention)
-        stages.append(Stage(site, step, needs or Needs()))
+        site = Site.encoder(layer, after_attention=after_attention)
+        stages.append(Stage(site, step, needs))
     return tuple(stages)

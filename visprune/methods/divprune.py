@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visprune import ops
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec, PositionRule
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    PositionRule,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

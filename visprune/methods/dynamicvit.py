@@ -10,10 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from visprune.core.budget import Schedule
-from visprune.core.method import BudgetedMethod, Context, ModelSpec
-from visprune.core.selection import Selection
-from visprune.core.tokens import VisualTokens
+from visprune.core import BudgetedMethod, Context, ModelSpec, Schedule, Selection, VisualTokens
 from visprune.errors import ConfigError
 from visprune.methods._depths import DEPTHS, checked_depths, geometric
 
@@ -82,8 +79,6 @@ class DynamicViT(BudgetedMethod):
     """
 
     name: ClassVar[str] = "dynamicvit"
-    in_towers: ClassVar[bool] = True
-    only_in_towers: ClassVar[bool] = True
 
     layers: Sequence[int | float] = DEPTHS
     learned: Any = field(default=None, compare=False, repr=False)
@@ -105,7 +100,7 @@ class DynamicViT(BudgetedMethod):
         """
         count = len(self.schedule(spec))
         if self.learned is None:
-            return nn.ModuleList(Predictor(spec.vision_width) for _ in range(count))
+            return nn.ModuleList(Predictor(spec.encoder_width) for _ in range(count))
         if len(self.learned) != count:
             raise ConfigError(
                 f"learned holds {len(self.learned)} predictors; this schedule has {count} stages."

@@ -9,13 +9,19 @@ from typing import ClassVar
 
 import torch
 
-from visprune.core.budget import Schedule, Stage, StepBudget, is_number
-from visprune.core.method import Context, ModelSpec, PruningMethod
-from visprune.core.needs import Needs
-from visprune.core.pairs import PairMerge
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    Context,
+    ModelSpec,
+    PruningMethod,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    StepBudget,
+    VisualTokens,
+)
+from visprune.core.budget import is_number
+from visprune.core.signals import ClsAttention
 from visprune.errors import BudgetError
 from visprune.methods._depths import DEPTHS, checked_depths, resolved
 
@@ -37,9 +43,6 @@ class EViT(PruningMethod):
     """
 
     name: ClassVar[str] = "evit"
-    in_towers: ClassVar[bool] = True
-    only_in_towers: ClassVar[bool] = True
-    needs_cls: ClassVar[bool] = True
 
     keep_ratio: float = 0.7
     fuse: bool = True
@@ -57,10 +60,10 @@ class EViT(PruningMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage per layer."""
-        needs = Needs(cls_attention="own", cls_required=True)
+        needs = (ClsAttention("own"),)
         step = StepBudget(keep_ratio=self.keep_ratio, extra=int(self.fuse))
         return tuple(
-            Stage(Site.vision(layer, after_attention=True), step, needs)
+            Stage(Site.encoder(layer, after_attention=True), step, needs)
             for layer in resolved(self.layers, spec)
         )
 
@@ -69,7 +72,7 @@ class EViT(PruningMethod):
         batch, count, keep = tokens.features.shape[0], tokens.num_tokens, ctx.num_keep
         if keep == count:
             return Selection.identity(batch, count, tokens.features.device)
-        attention = ctx.shown("cls_attention").mean(dim=1)  # [B, N]
+        attention = ctx[ClsAttention("own")].mean(dim=1)  # [B, N]
         order = attention.argsort(dim=1, descending=True, stable=True)
         if not self.fuse:
             return Selection(order[:, :keep], count)
@@ -78,11 +81,11 @@ class EViT(PruningMethod):
         kept = ranked[:, : keep + 1].clone()
         kept[:, :keep] = 1.0
         source = order[:, keep + 1 :]
-        return PairMerge(
+        return Selection.merge(
             order[:, : keep + 1],
             count,
-            source=source,
-            slot=torch.full_like(source, keep),
-            kept_weight=kept,
-            came_weight=ranked[:, keep + 1 :],
+            source,
+            torch.full_like(source, keep),
+            ranked[:, keep + 1 :],
+            own=kept,
         )

@@ -6,12 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec
-from visprune.core.needs import Needs
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
+from visprune.core.signals import LastQueryAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +31,25 @@ class FastV(BudgetedMethod):
 
     Args:
         layer: 0-based decoder layer on entering which the tokens are gone (the paper's K, 2 or 3).
+        recompute: without a cache (``use_cache=False``, as the official accuracies were taken),
+            choose anew for every generated token, by its predecessor. Otherwise what the prompt's
+            last token chose stays, as with a cache.
     """
 
     name: ClassVar[str] = "fastv"
 
     layer: int | float = 2
+    recompute: bool = False
+
+    @property
+    def asks_the_last_token(self) -> bool:
+        """As ``recompute`` says."""
+        return self.recompute
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage inside the decoder."""
-        return (Stage(Site.decoder(self.layer), self.budget, Needs(attention="last_query")),)
+        return (Stage(Site.decoder(self.layer), self.budget, needs=(LastQueryAttention(),)),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Top-k of the last query's attention."""
-        return Selection.top(ctx.shown("attention").mean(dim=1), ctx.num_keep)
+        return Selection.top(ctx[LastQueryAttention()].mean(dim=1), ctx.num_keep)

@@ -6,11 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.core.budget import Budget, Schedule, Stage, StepBudget
-from visprune.core.method import Context, ModelSpec, PruningMethod
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    Budget,
+    Context,
+    ModelSpec,
+    PruningMethod,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    StepBudget,
+    VisualTokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +25,13 @@ class KeepAll(PruningMethod):
     """Keeps all tokens: bit-equal to the untouched model, and what any method is compared with."""
 
     name: ClassVar[str] = "keep_all"
-    in_towers: ClassVar[bool] = True
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector, or one in every layer of a vision transformer."""
         if spec.is_vit:
             return tuple(
-                Stage(Site.vision(layer, after_attention=True), StepBudget(keep_ratio=1.0))
-                for layer in range(spec.vision_layers)
+                Stage(Site.encoder(layer, after_attention=True), StepBudget(keep_ratio=1.0))
+                for layer in range(spec.encoder_layers)
             )
         return (Stage(Site.projector(), Budget(keep_ratio=1.0)),)
 

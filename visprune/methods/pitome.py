@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu, normalize
 
-from visprune.core.budget import Schedule, Stage, StepBudget, is_number
-from visprune.core.method import Context, ModelSpec, PruningMethod
-from visprune.core.needs import Needs
-from visprune.core.pairs import PairMerge
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    Context,
+    ModelSpec,
+    PruningMethod,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    StepBudget,
+    VisualTokens,
+)
+from visprune.core.budget import is_number
+from visprune.core.signals import EncoderKeys
 from visprune.errors import BudgetError
 
 
@@ -42,8 +48,6 @@ class PiToMe(PruningMethod):
 
     name: ClassVar[str] = "pitome"
     size_weighted: ClassVar[bool] = True
-    in_towers: ClassVar[bool] = True
-    only_in_towers: ClassVar[bool] = True
 
     keep_ratio: float
     margin: float = 0.75
@@ -65,10 +69,10 @@ class PiToMe(PruningMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage in every layer."""
-        step, needs = StepBudget(keep_ratio=self.keep_ratio), Needs(vision_keys=True)
+        step, needs = StepBudget(keep_ratio=self.keep_ratio), (EncoderKeys("own"),)
         return tuple(
-            Stage(Site.vision(layer, after_attention=True), step, needs)
-            for layer in range(spec.vision_layers)
+            Stage(Site.encoder(layer, after_attention=True), step, needs)
+            for layer in range(spec.encoder_layers)
         )
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
@@ -77,7 +81,7 @@ class PiToMe(PruningMethod):
         r = count - ctx.num_keep
         if r == 0:
             return Selection.identity(batch, count, tokens.features.device)
-        unit = normalize(ctx.shown("vision_keys").float(), dim=-1)
+        unit = normalize(ctx[EncoderKeys("own")].float(), dim=-1)
         cosine = unit @ unit.transpose(1, 2)  # [B, N, N]
         margin = self.margin * (1.0 - ctx.layer / ctx.num_layers)
         energy = elu(cosine - margin).mean(dim=2)
@@ -92,7 +96,7 @@ class PiToMe(PruningMethod):
             source, taking, left = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
             _, partner = _best(cosine, source, taking)
         index = torch.cat([left, taking], dim=1)
-        return PairMerge.mean(index, source, partner + left.shape[1], tokens.size)
+        return Selection.mean(index, source, partner + left.shape[1], tokens.size)
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """All pairwise cosines."""

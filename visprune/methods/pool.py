@@ -10,11 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +43,10 @@ class Pool(BudgetedMethod):
         """Pool each picture; the pictures of one group have the same grid."""
         index, dest, weight = pool_tokens(tokens.pos[0].cpu(), ctx.num_keep, tokens.kind)
         batch, device = len(tokens.features), tokens.features.device
-        return Selection(
-            index=index.to(device).expand(batch, -1),
-            num_tokens=tokens.num_tokens,
-            dest=dest.to(device).expand(batch, -1),
-            weight=weight.to(device).expand(batch, -1),
+        return Selection.assign(
+            index.to(device).expand(batch, -1),
+            dest.to(device).expand(batch, -1),
+            weight.to(device).expand(batch, -1),
         )
 
 

@@ -6,13 +6,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec, PositionRule
-from visprune.core.needs import Needs
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    PositionRule,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
+from visprune.core.signals import LastQueryAttention
 from visprune.errors import ConfigError
+
+_ABOUT_TO = LastQueryAttention(layer="own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +57,15 @@ class PyramidDrop(BudgetedMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage per depth; each keeps more than the next."""
-        needs = Needs(attention="last_query", attention_layer="own")
         stages: dict[int, Stage] = {}
         for number, depth in enumerate(self.depths):
             steps_left = len(self.depths) - 1 - number
             budget = self.budget.scaled(self.factor**-steps_left, rounding="floor")
             layer = Site.decoder(depth).resolve(spec.num_layers)
             # On a shallow model two depths may fall on one layer: the deeper one counts.
-            stages[layer] = Stage(Site.decoder(layer), budget, needs)
+            stages[layer] = Stage(Site.decoder(layer), budget, needs=(_ABOUT_TO,))
         return tuple(stages.values())
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Top-k of the last query's attention."""
-        return Selection.top(ctx.shown("attention").mean(dim=1), ctx.num_keep)
+        return Selection.top(ctx[_ABOUT_TO].mean(dim=1), ctx.num_keep)

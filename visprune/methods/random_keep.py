@@ -8,12 +8,17 @@ from typing import ClassVar
 
 import torch
 
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec
-from visprune.core.needs import Needs
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
+from visprune.core.signals import Fingerprint
 from visprune.methods._depths import DEPTHS, geometric
 
 
@@ -32,13 +37,12 @@ class RandomKeep(BudgetedMethod):
     """
 
     name: ClassVar[str] = "random"
-    in_towers: ClassVar[bool] = True
 
     seed: int = 0
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector, or three inside a vision transformer."""
-        needs = Needs(fingerprint=True)
+        needs = (Fingerprint(),)
         if spec.is_vit:
             return geometric(self.budget, DEPTHS, spec, needs)
         return (Stage(Site.projector(), self.budget, needs),)
@@ -46,7 +50,7 @@ class RandomKeep(BudgetedMethod):
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Draw for each picture."""
         drawn = []
-        for fingerprint in ctx.fingerprints:
+        for fingerprint in ctx[Fingerprint()]:
             state = self.seed * 1_000_003 + ctx.stage * 7_919 + fingerprint
             generator = torch.Generator().manual_seed(state % 2**63)
             drawn.append(torch.randperm(tokens.num_tokens, generator=generator)[: ctx.num_keep])

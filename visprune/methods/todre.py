@@ -6,15 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from visprune import ops
-from visprune.core.budget import Budget, Schedule, Stage
-from visprune.core.method import Context, ModelSpec, PruningMethod
-from visprune.core.needs import Needs
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    Budget,
+    Context,
+    ModelSpec,
+    PruningMethod,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
+from visprune.core.signals import ClsAttention, VisualShare
 from visprune.errors import BudgetError, ConfigError
 
 
@@ -75,17 +79,21 @@ class ToDRE(PruningMethod):
         stages = []
         if self.stage1:
             budget = Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
-            stages.append(Stage(Site.projector(), budget, Needs(cls_attention="last")))
+            stages.append(Stage(Site.projector(), budget, wants=(ClsAttention("last"),)))
         if self.stage2:
-            needs = Needs(attention="text_queries")
-            stages.append(Stage(Site.decoder(self.depth), None, needs))
+            stages.append(Stage(Site.decoder(self.depth), None, needs=(VisualShare(),)))
         return tuple(stages)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
-        """Stage 1."""
+        """Stage 1 keeps diverse tokens; stage 2 all or none."""
+        if ctx.site.kind == "decoder":
+            share = ctx[VisualShare()]
+            stay = (share >= self.tau)[:, None].expand(-1, tokens.num_tokens)
+            return Selection.where(stay, evidence={"share": share})
         pivot = None
-        if ctx.cls_attention is not None:
-            score = ctx.cls_attention.mean(dim=1)  # [B, N]
+        attention = ctx.get(ClsAttention("last"))
+        if attention is not None:
+            score = attention.mean(dim=1)  # [B, N]
             if tokens.kind == "image":
                 score = score.masked_fill(tokens.pos[..., 0] > 0, float("-inf"))
             pivot = score.argmax(dim=1)
@@ -94,10 +102,8 @@ class ToDRE(PruningMethod):
         )
         return Selection.keep(index, tokens.num_tokens)
 
-    def withdraw(self, ctx: Context) -> Tensor:
-        """Stage 2."""
-        return ctx.shown("attention") < self.tau
-
     def macs(self, count: int, keep: int, width: int) -> int:
         """All pairwise cosines, once (k_center), or one product per kept token (max_sum)."""
+        if keep == 0:  # stage 2 reads one number
+            return 0
         return count * (count if self.objective == "k_center" else keep) * width

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visprune import ops
-from visprune.core.budget import Schedule, Stage, StepBudget
-from visprune.core.method import Context, ModelSpec, PruningMethod
-from visprune.core.needs import Needs
-from visprune.core.pairs import PairMerge
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    Context,
+    ModelSpec,
+    PruningMethod,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    StepBudget,
+    VisualTokens,
+)
+from visprune.core.signals import EncoderKeys
 from visprune.errors import BudgetError, ConfigError
 
 
@@ -41,8 +46,6 @@ class ToMe(PruningMethod):
 
     name: ClassVar[str] = "tome"
     size_weighted: ClassVar[bool] = True
-    in_towers: ClassVar[bool] = True
-    only_in_towers: ClassVar[bool] = True
 
     r: int | Sequence[int]
     inflect: float = 0.0
@@ -89,10 +92,10 @@ class ToMe(PruningMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage in every layer."""
-        needs = Needs(vision_keys=True)
+        needs = (EncoderKeys("own"),)
         return tuple(
-            Stage(Site.vision(layer, after_attention=True), StepBudget(num_drop=r), needs)
-            for layer, r in enumerate(self.per_layer(spec.vision_layers))
+            Stage(Site.encoder(layer, after_attention=True), StepBudget(num_drop=r), needs)
+            for layer, r in enumerate(self.per_layer(spec.encoder_layers))
         )
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
@@ -101,8 +104,8 @@ class ToMe(PruningMethod):
         r = count - ctx.num_keep
         if r == 0:
             return Selection.identity(tokens.features.shape[0], count, tokens.features.device)
-        index, source, slot = ops.bipartite_pairs(ctx.shown("vision_keys"), r, ctx.prefix)
-        return PairMerge.mean(index, source, slot, tokens.size)
+        index, source, slot = ops.bipartite_pairs(ctx[EncoderKeys("own")], r, ctx.prefix)
+        return Selection.mean(index, source, slot, tokens.size)
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """Cosines of one half of the patches with the other."""

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from visprune.core.budget import Schedule
-from visprune.core.method import BudgetedMethod, Context, ModelSpec
-from visprune.core.needs import Needs
-from visprune.core.selection import Selection
-from visprune.core.tokens import VisualTokens
+from visprune.core import BudgetedMethod, Context, ModelSpec, Schedule, Selection, VisualTokens
+from visprune.core.signals import ClsAttention
 from visprune.methods._depths import DEPTHS, checked_depths, geometric
 
 
@@ -30,9 +27,6 @@ class TopK(BudgetedMethod):
     """
 
     name: ClassVar[str] = "topk"
-    in_towers: ClassVar[bool] = True
-    only_in_towers: ClassVar[bool] = True
-    needs_cls: ClassVar[bool] = True
 
     layers: Sequence[int | float] = DEPTHS
 
@@ -43,9 +37,9 @@ class TopK(BudgetedMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage per layer."""
-        needs = Needs(cls_attention="own", cls_required=True)
+        needs = (ClsAttention("own"),)
         return geometric(self.budget, self.layers, spec, needs)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """The most attended."""
-        return Selection.top(ctx.shown("cls_attention").mean(dim=1), ctx.num_keep)
+        return Selection.top(ctx[ClsAttention("own")].mean(dim=1), ctx.num_keep)

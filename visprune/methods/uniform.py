@@ -8,11 +8,16 @@ from typing import ClassVar
 
 import torch
 
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.tokens import VisualTokens
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
 from visprune.methods._depths import DEPTHS, geometric
 
 
@@ -24,7 +29,6 @@ class Uniform(BudgetedMethod):
     """
 
     name: ClassVar[str] = "uniform"
-    in_towers: ClassVar[bool] = True
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector, or three inside a vision transformer."""

@@ -9,13 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from visprune.core.budget import Schedule, Stage
-from visprune.core.method import BudgetedMethod, Context, ModelSpec, PositionRule
-from visprune.core.needs import Needs
-from visprune.core.selection import Selection
-from visprune.core.site import Site
-from visprune.core.slots import gather_sequence
-from visprune.core.tokens import VisualTokens
+from visprune import ops
+from visprune.core import (
+    BudgetedMethod,
+    Context,
+    ModelSpec,
+    PositionRule,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
+from visprune.core.signals import ClsAttention, EncoderKeys
 from visprune.errors import ConfigError
 
 
@@ -40,7 +46,6 @@ class VisionZip(BudgetedMethod):
 
     name: ClassVar[str] = "visionzip"
     default_positions: ClassVar[PositionRule] = "compact"
-    needs_cls: ClassVar[bool] = True
 
     contextual: int | None = None
 
@@ -58,7 +63,7 @@ class VisionZip(BudgetedMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector."""
-        needs = Needs(cls_attention="feature", cls_required=True, vision_keys=True)
+        needs = (ClsAttention("feature"), EncoderKeys("feature"))
         return (Stage(Site.projector(), self.budget, needs),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
@@ -69,8 +74,8 @@ class VisionZip(BudgetedMethod):
         contextual = round(keep * 10 / 64) if self.contextual is None else self.contextual
         contextual = min(contextual, keep - 1)
         return zip_tokens(
-            ctx.shown("cls_attention").sum(dim=1),
-            ctx.shown("vision_keys"),
+            ctx[ClsAttention("feature")].sum(dim=1),
+            ctx[EncoderKeys("feature")],
             keep - contextual,
             contextual,
         )
@@ -96,15 +101,10 @@ def zip_tokens(score: Tensor, keys: Tensor, dominant: int, contextual: int) -> S
     is_target[torch.arange(0, rest.shape[1], step, device=score.device)[:contextual]] = True
     targets, others = rest[:, is_target], rest[:, ~is_target]
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-    near, far = (gather_sequence(unit, index, 1) for index in (targets, others))
+    near, far = ops.take_rows(unit, targets), ops.take_rows(unit, others)
     nearest = (far @ near.transpose(1, 2)).argmax(dim=2)  # [B, R - c]
     came = torch.zeros(batch, targets.shape[1], device=score.device)
     came.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=came.dtype))
     index = torch.cat([top, targets], dim=1)
-    dest = torch.full((batch, count), -1, dtype=torch.int64, device=score.device)
-    slots = torch.arange(index.shape[1], device=score.device).expand(batch, -1)
-    dest.scatter_(1, index, slots)
-    dest.scatter_(1, others, dominant + nearest)
-    weight = torch.ones(batch, count, device=score.device)
-    weight.scatter_(1, others, 1.0 / came.gather(1, nearest))
-    return Selection(index=index, num_tokens=count, dest=dest, weight=weight)
+    weight = 1.0 / came.gather(1, nearest)
+    return Selection.merge(index, count, others, dominant + nearest, weight)

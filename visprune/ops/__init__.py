@@ -12,10 +12,12 @@ from visprune.ops.hilo import hilo_attention, hilo_layer, hilo_pool
 from visprune.ops.match import bipartite_pairs
 from visprune.ops.neighborhood import na_av, na_qk, neighborhood_attention
 from visprune.ops.reduce import (
+    add_rows,
     bipartite_match,
     gather_tokens,
     merge_tokens,
     reduce_tokens,
+    take_rows,
     unmerge_tokens,
 )
 from visprune.ops.rows import attention_rows, column_sums
@@ -23,6 +25,7 @@ from visprune.ops.select import greedy_diverse
 from visprune.ops.sparse import lowrank_topk, sparse_attention
 
 __all__ = [
+    "add_rows",
     "attention_rows",
     "bipartite_match",
     "bipartite_pairs",
@@ -39,5 +42,6 @@ __all__ = [
     "neighborhood_attention",
     "reduce_tokens",
     "sparse_attention",
+    "take_rows",
     "unmerge_tokens",
 ]

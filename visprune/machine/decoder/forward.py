@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of one forward of a pruned decoder: which tokens stand where, at every layer."""
+"""One call of the language model under a run: its slots, layer by layer, and what goes with them.
+
+A :class:`Forward` is built whole from the arguments of the call, belongs to that call alone, and is
+written here and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visprune import ops
 from visprune.backbones.hf.cache import (
     Ledger,
     Owner,
@@ -20,10 +24,12 @@ from visprune.backbones.hf.cache import (
 )
 from visprune.backbones.hf.masks import gather_mask, slot_mask
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.core.selection import Selection
+from visprune.core.signals.base import Signal
 from visprune.core.slots import SlotTable, assemble, gather_sequence
 from visprune.core.trace import Trace
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.machine.decoder.images import Entered, ImageState, finished
+from visprune.machine.decoder.images import Entered, ImageState, Step
 
 
 class Forward:
@@ -32,67 +38,59 @@ class Forward:
     Args:
         adapter: the model family.
         owner: the run, for the caches that it writes.
-        images: the images of this call, in order.
+        layouts: the images of this call, in order.
+        kwargs: the arguments of the call; ``inputs_embeds`` is among them.
         compact: whether position ids close up over dropped tokens.
+        prompt: tokens of the prompt, an answer behind them not counted: one number, or one per row
+            ``[B]``, counted in columns from the beginning of the cache; ``None``: all.
+
+    Raises:
+        ConfigError: the attention mask does not cover the cached and the new tokens.
+        UnsupportedModel: a mask of another kind.
     """
 
     def __init__(
-        self, adapter: VLMAdapter, owner: Owner, images: list[ImageLayout], *, compact: bool
+        self,
+        adapter: VLMAdapter,
+        owner: Owner,
+        layouts: list[ImageLayout],
+        kwargs: dict[str, Any],
+        *,
+        compact: bool,
+        prompt: int | Tensor | None = None,
     ) -> None:
         self.adapter, self.owner, self.compact = adapter, owner, compact
-        self.images = [ImageState.start(layout) for layout in images]
         self.trace = Trace(positions="compact" if compact else "original")
-        self.attention: Tensor | None = None
         self.entered: dict[int, Entered] = {}
+        self.signals: dict[Signal, Tensor] = {}
         self._memo: dict[Any, Any] = {}
-
-    def open(self, kwargs: dict[str, Any]) -> None:
-        """Read the arguments of the call.
-
-        Raises:
-            ConfigError: the attention mask does not cover the cached and the new tokens.
-        """
         embeds: Tensor = kwargs["inputs_embeds"]
         self.batch, self.length = embeds.shape[:2]
         self.device = embeds.device
         self.cache = cache_of(kwargs)
         self.seen = int(self.cache.get_seq_length()) if self.cache is not None else 0
-        self._read_mask(kwargs.get("attention_mask"))
-        self.pad_side = "left"
-        if self.table.padded and not bool(self.table.valid[:, -1].all()):
-            self.pad_side = "right"
-        self.start_layers()
-        self.positions: Tensor | None = kwargs.get("position_ids")
-        if self.images:
-            self.alive = (
-                self.table.valid.sum(1).tolist()
-                if self.table.padded
-                else [self.length] * self.batch
-            )
-            self.visual = [0] * self.batch
-            for image in self.images:
-                self.visual[image.layout.row] += len(image.tokens)
-
-    def _read_mask(self, mask: Any) -> None:
-        self.mask2d: Tensor | None = None
-        self.mask4d: Tensor | None = None
-        if isinstance(mask, dict) or (mask is not None and not isinstance(mask, Tensor)):
-            raise UnsupportedModel(
-                f"An attention mask of type {type(mask).__name__} was prepared outside the model; "
-                f"visprune takes 2-D padding masks and 4-D masks."
-            )
-        if mask is not None and mask.dim() == 4:
-            self.mask4d = mask
-        elif mask is not None:
-            if mask.shape[-1] != self.seen + self.length:
-                raise ConfigError(
-                    f"The attention mask covers {mask.shape[-1]} tokens; the model has seen "
-                    f"{self.seen} (dropped ones count) and gets {self.length} new ones. Pass a "
-                    f"mask of {self.seen + self.length}, or none."
-                )
-            self.mask2d = mask.to(device=self.device, dtype=torch.bool)
+        self.mask2d, self.mask4d = _read_mask(
+            kwargs.get("attention_mask"), self.seen, self.length, self.device
+        )
         new = None if self.mask2d is None else self.mask2d[:, self.seen :]
         self.table = SlotTable.identity(self.batch, self.length, new, self.device)
+        ends_padded = self.table.padded and not bool(self.table.valid[:, -1].all())
+        self.pad_side = "right" if ends_padded else "left"
+        self._positions: Tensor | None = kwargs.get("position_ids")
+        self.start_layers()
+        self._prompt = prompt
+        self.images: list[ImageState] = []
+        self.alive: list[int] = []
+        self.visual = [0] * self.batch
+        if layouts:
+            last = [self.length - 1] * self.batch
+            self.alive = [self.length] * self.batch
+            if self.table.padded:
+                last = self.table.last_valid().tolist()
+                self.alive = self.table.valid.sum(1).tolist()
+            self.images = [ImageState.start(layout, last[layout.row]) for layout in layouts]
+            for image in self.images:
+                self.visual[image.layout.row] += len(image.tokens)
 
     def start_layers(self) -> None:
         """Take the current table as the one that the language model is called with."""
@@ -102,10 +100,53 @@ class Forward:
 
     def full_positions(self) -> Tensor:
         """Position ids of the input, as given or as the model would count them."""
-        if self.positions is None:
+        if self._positions is None:
             count = torch.arange(self.seen, self.seen + self.length, device=self.device)
-            self.positions = count[None]
-        return self.positions
+            self._positions = count[None]
+        return self._positions
+
+    # The prompt ------------------------------------------------------------------------------
+
+    def prompt_ends(self) -> Tensor:
+        """The column of each row's query, the last token of its prompt, ``[B]``."""
+        if "ends" not in self._memo:
+            whole = SlotTable.identity(
+                self.batch, self.length, self.first_valid if self.mask2d is not None else None,
+                self.device,
+            )  # fmt: skip
+            ends = whole.last_valid()
+            if self._prompt is not None:
+                told = torch.as_tensor(self._prompt, device=self.device) - self.seen - 1
+                told = told.expand(self.batch)
+                ends = torch.where(told < 0, ends, torch.minimum(ends, told))
+            self._memo["ends"] = ends
+        return self._memo["ends"]
+
+    @property
+    def prompt_goes_on(self) -> bool:
+        """Whether the prompt ends behind this call, which is a part of it (chunked prefill)."""
+        if self._prompt is None:
+            return False
+        return int(torch.as_tensor(self._prompt).max()) > self.seen + self.length
+
+    def query_slots(self) -> Tensor:
+        """The slot of each row's query, ``[B]``."""
+        ends = self.prompt_ends()[:, None]
+        return ((self.table.index == ends) & self.table.real).to(torch.uint8).argmax(dim=1)
+
+    def prompt_slots(self) -> Tensor:
+        """Which slots belong to the prompt, ``[B, P]``."""
+        return self.table.index <= self.prompt_ends()[:, None]
+
+    def visual_slots(self) -> Tensor:
+        """Which slots hold visual tokens, protected ones too, ``[B, P]``."""
+        visual = torch.zeros_like(self.table.valid)
+        for image in self.images:
+            visual[image.layout.row, image.slots] = True
+            visual[image.layout.row, image.fixed] = True
+        return visual
+
+    # The cache -------------------------------------------------------------------------------
 
     def ledger(self, layer: int) -> Ledger | None:
         """What the cache of ``layer`` holds, or ``None`` if it is empty."""
@@ -135,6 +176,24 @@ class Forward:
 
     # What a layer is given -------------------------------------------------------------------
 
+    @property
+    def uneven(self) -> bool:
+        """Whether some layer must be given other masks or positions than the first.
+
+        A single new token that sees every slot needs none, where the kernel takes none.
+        """
+        first = self.ledger(0)
+        if first is None:
+            return False
+        plain = self.length == 1 and not (self.compact or first.padded or self.table.padded)
+        plain = plain and self.mask4d is None and self.adapter.maskless
+        layers = range(len(self.adapter.layers))
+        for layer in layers:
+            ledger = self.ledger(layer)
+            if ledger is not first and not (plain and ledger and not ledger.padded):
+                return True
+        return False
+
     def visible(self, layer: int, table: SlotTable) -> Tensor | None:
         """Which stored and new slots of ``layer`` may be attended to; ``None`` for all."""
         ledger = self.ledger(layer)
@@ -160,7 +219,7 @@ class Forward:
     def layer_mask(self, layer: int, hidden: Tensor) -> Any:
         """The mask of a layer whose slots differ from the first layer's."""
         table, ledger = self.table, self.ledger(layer)
-        key = ("mask", table, ledger, hidden.device)
+        key = ("mask", self.adapter.kind_of(layer), table, ledger, hidden.device)
         if key not in self._memo:
             if self.mask4d is not None:
                 mask = self.cut(layer, table)
@@ -181,6 +240,19 @@ class Forward:
             key = torch.cat([ledger.index, key], dim=1)
             valid = torch.cat([ledger.valid, valid], dim=1)
         return gather_mask(self.mask4d, table.index, key, valid)
+
+    def row_mask(self, layer: int, at: Tensor) -> Tensor | None:
+        """What the queries in the slots ``at`` ``[B, R]`` of ``layer`` may see, beyond causality.
+
+        Returns:
+            Broadcastable to ``[B, H, R, stored + P]``: bool (true: visible) or added to scores.
+        """
+        if self.mask4d is not None:
+            own = self.cut(layer, self.table).to(at.device)
+            wanted = at[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
+            return own.gather(2, wanted)
+        valid = self.visible(layer, self.table)
+        return None if valid is None else valid[:, None, None].to(at.device)
 
     def table_positions(self, table: SlotTable, layer: int) -> Tensor:
         """Position ids of the slots of ``table``."""
@@ -205,16 +277,20 @@ class Forward:
         return self.mask2d[:, self.seen :]
 
     def rotary(self, layer: int, hidden: Tensor, given: Any) -> Any:
-        """Position embeddings of a layer whose slots differ from the first layer's."""
-        ledger = self.ledger(layer)
+        """Position embeddings of a layer whose slots differ from the first layer's.
+
+        Layers of one kind (full, sliding-window) share theirs; those of another kind have another
+        rotary embedding.
+        """
+        ledger, kind = self.ledger(layer), self.adapter.kind_of(layer)
         shifted = self.compact and ledger is not None and ledger is not self.ledger(0)
         if self.table is self.first and not shifted:
             return given
-        key = ("rotary", self.table, ledger if shifted else None, hidden.device)
+        key = ("rotary", kind, self.table, ledger if shifted else None, hidden.device)
         if key not in self._memo:
             if self.compact:
                 ids = self.table_positions(self.table, layer)
-                made = self.adapter.language_model.rotary_emb(hidden, position_ids=ids)
+                made = self.adapter.rotary(hidden, ids, kind)
             else:
                 made = tuple(gather_sequence(part, self.rel, -2) for part in given)
             self._memo[key] = made
@@ -222,7 +298,77 @@ class Forward:
 
     # Shortening ------------------------------------------------------------------------------
 
-    def shorten(self, rows: list[Tensor] | None) -> Tensor:
+    def take(self, chosen: list[tuple[ImageState, Selection]]) -> Step:
+        """Shorten the sequence to what was chosen of each image.
+
+        An image of which nothing is left takes its protected tokens with it. The row's last token
+        stays in any case.
+
+        Args:
+            chosen: images and their selections (of one row each); images that are not named keep
+                all that they have.
+
+        Returns:
+            What gathers hidden states, and writes merged features into their slots.
+        """
+        leaving = torch.zeros_like(self.table.valid)
+        order: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.batch)]
+        changed = False
+        merges: list[tuple[ImageState, Tensor, Selection]] = []
+        for image, given in chosen:
+            selection = image.with_query(given)
+            index = selection.index[0].to(image.slots.device)
+            row, old = image.layout.row, image.slots
+            leaving[row, old] = True
+            kept = old[index]
+            # Slots stay in the selection's order: one whose token lies before its predecessor's (a
+            # merged token appended at the end) sorts with the predecessor.
+            order[row].append((kept, kept.cummax(0).values if len(kept) else kept))
+            if selection.merges:
+                merges.append((image, old, selection))
+                changed = changed or bool((index.diff() < 0).any())
+            gone = len(old) - len(kept)
+            if len(old) and not len(kept):
+                leaving[row, image.fixed] = True
+                self.alive[row] -= len(image.fixed)
+                image.fixed = image.fixed[:0]
+                changed = True
+            changed = changed or gone > 0
+            self.visual[row] -= gone
+            self.alive[row] -= gone
+            image.taken(selection, kept)
+        rel = self._shorten(self._surviving(order, leaving) if changed else None)
+        writes = [(image.layout.row, old, sel, image.slots) for image, old, sel in merges]
+
+        def step(hidden: Tensor) -> Tensor:
+            out = ops.take_rows(hidden, rel.to(hidden.device))
+            for row, old, selection, new in writes:
+                merged = selection.reduce(hidden[row, old.to(hidden.device)][None])
+                out[row, new.to(out.device)] = merged[0]
+            return out
+
+        return step
+
+    def _surviving(self, order: list[list[tuple[Tensor, Tensor]]], leaving: Tensor) -> list[Tensor]:
+        """Slots of every sample after a stage.
+
+        Args:
+            order: for every sample, (slots, sort keys) of what replaces the tokens that leave.
+            leaving: current slots that are not kept as they are, ``[B, P]`` bool.
+        """
+        rows = []
+        keep = self.table.valid & ~leaving
+        for number in range(self.batch):
+            slots = keep[number].nonzero()[:, 0]
+            parts, keys = [slots], [slots]
+            for chosen, key in order[number]:
+                parts.append(chosen)
+                keys.append(key)
+            joined = torch.cat(parts)
+            rows.append(joined[torch.cat(keys).argsort(stable=True)])
+        return rows
+
+    def _shorten(self, rows: list[Tensor] | None) -> Tensor:
         """Replace the current table by the slots ``rows`` of it, one index tensor per sample.
 
         ``None`` keeps every slot (through the same gather). Updates the slots of every image and
@@ -253,9 +399,7 @@ class Forward:
         """Whether ``layer`` needs a mask or positions of its own."""
         return self.table is not self.first or self.ledger(layer) is not self.ledger(0)
 
-    def enter(
-        self, layer: int, steps: list[Callable[[Tensor], Tensor]], changed: dict[str, Any]
-    ) -> None:
+    def enter(self, layer: int, steps: list[Step], changed: dict[str, Any]) -> None:
         """Note what ``layer`` works on."""
         self.entered[layer] = Entered(self.table, steps, changed)
         if self.images:
@@ -265,19 +409,48 @@ class Forward:
             self.trace.cached_per_layer.append([before] * self.batch)
             self.trace.stored_per_layer.append([before + self.table.num_slots] * self.batch)
 
+    def table_at(self, layer: int) -> SlotTable:
+        """The slots that leave ``layer`` (-1: that enter the first), or the last ones."""
+        if layer < 0:
+            return self.first
+        return self.entered[layer].table if layer in self.entered else self.table
+
     def close(self, cache: Any) -> Trace | None:
         """Give the cache its ledgers; returns the trace if the call held images."""
         if cache is not None and (
             self.images or any(isinstance(x, SlotLayer) for x in cache.layers)
         ):
             adopt(cache, self._next_ledger)
-        if not self.images:
-            return None
-        return finished(self.trace, self.images)
+        return self._finished() if self.images else None
+
+    def _finished(self) -> Trace:
+        """The trace: counts by row instead of by layer, and what was kept."""
+        trace = self.trace
+        for name in (
+            "tokens_per_layer",
+            "sequence_per_layer",
+            "stored_per_layer",
+            "cached_per_layer",
+        ):
+            by_layer = getattr(trace, name)
+            setattr(trace, name, [list(row) for row in zip(*by_layer, strict=True)])
+        for image in self.images:
+            picture = image.layout.picture
+            tokens, size, chosen = image.kept()
+            trace.kept.append(tokens)
+            trace.sizes.append(size)
+            trace.chosen.append(chosen)
+            trace.all_pos.append(picture.pos)
+            trace.pos.append(picture.pos[tokens.to(picture.pos.device)])
+            trace.num_tokens.append(len(picture.pos))
+            trace.image_rows.append(image.layout.row)
+            trace.grids.append(picture.grids)
+        trace.index = self.table.places()
+        return trace
 
     def _next_ledger(self, layer: int) -> Ledger:
         """What the cache of ``layer`` holds after this forward."""
-        table = self.entered[layer].table if layer in self.entered else self.table
+        table = self.table_at(layer)
         old = self.ledger(layer)
         key = ("next", old, table)
         if key not in self._memo:
@@ -287,3 +460,25 @@ class Forward:
             start = old or Ledger.empty(self.owner, table)
             self._memo[key] = start.appended(table, start.shift + lost.to(start.shift.device))
         return self._memo[key]
+
+
+def _read_mask(
+    mask: Any, seen: int, length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of a call in two dimensions, or in four."""
+    if isinstance(mask, dict) or (mask is not None and not isinstance(mask, Tensor)):
+        raise UnsupportedModel(
+            f"An attention mask of type {type(mask).__name__} was prepared outside the model; "
+            f"visprune takes 2-D padding masks and 4-D masks."
+        )
+    if mask is None:
+        return None, None
+    if mask.dim() == 4:
+        return None, mask
+    if mask.shape[-1] != seen + length:
+        raise ConfigError(
+            f"The attention mask covers {mask.shape[-1]} tokens; the model has seen {seen} "
+            f"(dropped ones count) and gets {length} new ones. Pass a mask of {seen + length}, or "
+            f"none."
+        )
+    return mask.to(device=device, dtype=torch.bool), None

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give outputs of a shortened sequence their outer length back: hidden states, logits, loss."""
+"""Give outputs of a shortened sequence their outer length back: hidden states, logits, loss.
+
+Outputs have the length of the input. The row of a dropped token repeats that of the last token
+before it that is still there, which is what predicts the next word of the shorter sequence: so the
+word behind a picture is predicted, and no row is undefined. ``run.trace.index`` says which rows
+are computed and which are repeated.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +16,43 @@ from torch import Tensor, nn
 
 from visprune.core.slots import SlotTable
 from visprune.core.trace import Trace
+from visprune.machine.threads import PerThread
 
 IGNORE = -100
+
+
+class _Current(PerThread):
+    """What the last forward of this thread left.
+
+    Attributes:
+        table: its slots; ``None``: nothing was dropped.
+        trace: its record.
+        hidden: the hidden states that were given back, and the short ones that they were made of.
+        grow: the head is at work on the short ones.
+    """
+
+    table: SlotTable | None = None
+    trace: Trace | None = None
+    hidden: tuple[Tensor, Tensor] | None = None
+    grow: bool = False
 
 
 class OutputHooks:
     """Hooks on the output head and the loss of one model.
 
-    Rows of dropped tokens are NaN in ``last_hidden_state`` and ``logits``: they were not computed,
-    and nothing may be read from them unnoticed. (Under grad mode hidden rows are zero instead,
-    since NaN would reach the head's weight gradient; logits are NaN all the same.) Labels that a
-    dropped token would have predicted are left out of the loss and counted in the trace.
+    The model's own loss leaves out labels that a dropped token would have predicted, and the trace
+    counts them: what stands behind a picture was predicted from the last of its tokens.
+
+    Args:
+        model: the ``...ForConditionalGeneration``.
+        head: its output head.
     """
 
     def __init__(self, model: Any, head: nn.Module) -> None:
         self.model, self.head = model, head
-        self.table: SlotTable | None = None
-        self._kept: Tensor | None = None
-        self._trace: Trace | None = None
-        self._expand_logits = False
+        self._current = _Current()
         self._had_loss: tuple[bool, Any] | None = None
+        self._loss: Any = None
 
     def install(self) -> list[Any]:
         """Attach; returns the handles of the head's hooks."""
@@ -59,43 +82,51 @@ class OutputHooks:
 
     def forget(self) -> None:
         """Nothing was dropped in the current forward."""
-        self.table = self._kept = self._trace = None
+        current = self._current
+        current.table = current.trace = current.hidden = None
+        current.grow = False
 
     def expand(self, table: SlotTable, hidden: Tensor, trace: Trace) -> Tensor:
-        """Return hidden states ``[B, P, D]`` at their places in ``[B, S, D]``."""
-        self.table, self._trace, self._kept = table, trace, None
-        return table.scatter(hidden, 0.0 if torch.is_grad_enabled() else float("nan"))
+        """Return hidden states ``[B, P, D]`` at the length of the input, ``[B, S, D]``."""
+        current = self._current
+        current.table, current.trace, current.hidden = table, trace, None
+        if not table.shortened:
+            return hidden
+        full = grown(table, hidden)
+        current.hidden = (full, hidden)
+        return full
 
-    @property
-    def kept(self) -> Tensor | None:
-        """Which input tokens reached the head, ``[B, S]``; ``None`` if all did."""
-        if self.table is None or not self.table.shortened:
-            return None
-        if self._kept is None:
-            self._kept = self.table.kept()
-        return self._kept
-
+    @torch.compiler.disable
     def _shrink(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Before the head: compute no logits for dropped tokens."""
-        table, x = self.table, args[0]
-        self._expand_logits = (
-            table is not None and table.shortened and x.dim() == 3 and x.shape[1] == table.length
+        """Before the head: of the states that were just given back, compute no row twice."""
+        current = self._current
+        current.grow = False
+        if current.hidden is None:
+            return None
+        full, short = current.hidden
+        x = args[0]
+        same = x is full or (
+            x.shape == full.shape and x.dtype == full.dtype and x.data_ptr() == full.data_ptr()
         )
-        if table is None or not self._expand_logits:
+        if not same:
             return None
-        index = table.index.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
-        return (x.gather(1, index), *args[1:])
+        current.grow = True
+        return (short, *args[1:])
 
+    @torch.compiler.disable
     def _grow(self, head: nn.Module, args: Any, logits: Tensor) -> Any:
-        """After the head: logits at their places, NaN elsewhere."""
-        if self.table is None or not self._expand_logits:
+        """After the head: logits at the length of the input."""
+        current = self._current
+        if not current.grow or current.table is None:
             return None
-        self._expand_logits = False
-        return self.table.scatter(logits, float("nan"))
+        current.grow, current.hidden = False, None
+        return grown(current.table, logits)
 
+    @torch.compiler.disable
     def _masked_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, without the labels that dropped tokens would have predicted."""
-        kept = self.kept
+        table = self._current.table
+        kept = table.kept() if table is not None and table.shortened else None
         if kept is not None:
             if len(args) > 1:
                 args = (args[0], self._ignore(args[1], kept, shift=True), *args[2:])
@@ -112,6 +143,13 @@ class OutputHooks:
         lost = ~kept
         if shift:
             lost = torch.cat([torch.zeros_like(lost[:, :1]), ~kept[:, :-1]], dim=1)
-        if self._trace is not None:
-            self._trace.ignored_labels = int((lost & (labels != IGNORE)).sum())
+        if self._current.trace is not None:
+            self._current.trace.ignored_labels = int((lost & (labels != IGNORE)).sum())
         return labels.masked_fill(lost, IGNORE)
+
+
+def grown(table: SlotTable, x: Tensor) -> Tensor:
+    """Rows ``[B, P, ...]`` of slots at the length of the input, ``[B, S, ...]``."""
+    at = table.readers().to(x.device)
+    at = at.reshape(*at.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, at)

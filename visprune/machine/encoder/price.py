@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from visprune.backbones.encoders.base import TowerAdapter
+from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
+from visprune.core.signals import EncoderKeys, EncoderSignal
 from visprune.cost.cost import Cost
-from visprune.machine.encoder.plan import TowerPlan
+from visprune.machine.encoder.plan import EncoderPlan
 
 
-def tower_cost(
-    adapter: TowerAdapter,
+def encoder_cost(
+    adapter: EncoderAdapter,
     method: PruningMethod,
-    plan: TowerPlan,
+    plan: EncoderPlan,
     grid: tuple[int, int],
     *,
     samples: int = 1,
@@ -51,14 +52,12 @@ def tower_cost(
 
 
 def _stage_macs(
-    adapter: TowerAdapter, method: PruningMethod, stage: Stage, number: int, count: int, keep: int
+    adapter: EncoderAdapter, method: PruningMethod, stage: Stage, number: int, count: int, keep: int
 ) -> int:
     """What one stage spends on one picture: its signals, and the method's own rule."""
     layer, tokens = adapter.layers[number], count + adapter.prefix
-    signals = stage.needs.vision_keys or stage.needs.cls_attention is not None
+    signals = [s for s in stage.signals if isinstance(s, EncoderSignal)]
     spent = adapter.signal_macs(tokens) if signals else 0
-    if stage.needs.cls_attention is not None and adapter.has_cls:
-        spent += tokens * layer.attention_width
-    macs = getattr(method, "macs", None)
-    width = layer.head_width if stage.needs.vision_keys else adapter.width
-    return spent + (int(macs(count, keep, width)) if macs is not None else 0)
+    spent += sum(signal.macs(tokens, layer.attention_width) for signal in signals)
+    keyed = any(isinstance(signal, EncoderKeys) for signal in signals)
+    return spent + method.macs(count, keep, layer.head_width if keyed else adapter.width)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reduce tokens inside one image encoder, through hooks on its layers."""
+"""Reduce tokens inside one image encoder, by what its layers run in place of their forward."""
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,25 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visprune import ops
-from visprune.backbones.encoders.base import Layer, Noticed, TowerAdapter
-from visprune.backbones.vlm.base import fingerprint
+from visprune.backbones.encoders.base import EncoderAdapter, Instead, Layer, Noticed
 from visprune.core.budget import Stage
 from visprune.core.method import Context, PruningMethod
+from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
+from visprune.core.signals.pictures import PatchPositions
 from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
-from visprune.machine.encoder.plan import TowerPlan, step
-from visprune.machine.encoder.state import TowerPass
+from visprune.machine.choose import Observer, choose
+from visprune.machine.encoder.plan import EncoderPlan, step
+from visprune.machine.encoder.state import EncoderPass
+from visprune.machine.threads import PerThread
 
-_MARK = "_visprune_tower"
 _NOWHERE = torch.empty(0, 0, 3, dtype=torch.int64)
 _LEARNED = "visprune_learned"
+_REMEMBERED = 16  # forwards whose backward may still run a checkpointed layer again
 
 
-class TowerReducer:
-    """The hooks of one method on one encoder.
+class _Current(PerThread):
+    """What the hooks of one forward hand to each other.
 
-    All hooks are methods of objects that the model's hooks refer to, so a copy of the model
+    Attributes:
+        latest: this thread's last forward.
+        active: the forward whose layer runs.
+    """
+
+    latest: EncoderPass | None = None
+    active: EncoderPass | None = None
+
+
+class EncoderReducer:
+    """One method on one encoder.
+
+    All hooks are methods of objects that the model refers to, so a copy of the model
     (``copy.deepcopy``, an average of weights, a pickle) is pruned by itself, and has not run yet.
 
     Args:
@@ -36,43 +53,44 @@ class TowerReducer:
         method: the method.
         plan: its stages there.
         learned: modules of its stages, of a method that has parameters.
+        observers: whom to tell of every choice; read at each.
     """
 
     def __init__(
         self,
-        adapter: TowerAdapter,
+        adapter: EncoderAdapter,
         method: PruningMethod,
-        plan: TowerPlan,
+        plan: EncoderPlan,
         learned: nn.ModuleList | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.adapter, self.method, self.plan, self.learned = adapter, method, plan, learned
-        self.latest: TowerPass | None = None
-        self._active: TowerPass | None = None
+        self.observers = observers
+        self.current = _Current()
+        self._last: EncoderPass | None = None
+        # Which forward a layer's input belongs to, by layer and place in memory: a checkpoint that
+        # runs a layer again, in whatever thread, has nothing but its input to tell it by.
+        self._inputs: dict[tuple[int, int], weakref.ref[EncoderPass]] = {}
+        self._remembered: deque[EncoderPass] = deque(maxlen=_REMEMBERED)
         self._handles: list[Any] = []
-        stages = [pair for layer in range(len(adapter.layers)) for pair in plan.at(layer)]
-        self._fingerprints = any(stage.needs.fingerprint for _, stage in stages)
+        stages = [stage for layer in range(len(adapter.layers)) for _, stage in plan.at(layer)]
+        self._of_pixels = list(
+            dict.fromkeys(s for x in stages for s in x.signals if isinstance(s, PictureSignal))
+        )
+
+    @property
+    def latest(self) -> EncoderPass | None:
+        """This thread's last forward, or that of any thread."""
+        return self.current.latest or self._last
 
     # Life ------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Put the hooks on.
-
-        Raises:
-            ConfigError: another method reduces this encoder.
-        """
-        for hook in self.adapter.embed._forward_hooks.values():
-            other = getattr(getattr(hook, "__self__", None), "method", None)
-            if isinstance(other, PruningMethod):
-                raise ConfigError(
-                    f"The model is already pruned by {other.name!r}. Two methods at once would "
-                    f"count each other's tokens; call run.remove() on the first. (A copy of a "
-                    f"pruned model is pruned too: copy.deepcopy(run) is the run of another copy, "
-                    f"its adapter.model.)"
-                )
+        """Put the hooks on."""
         add = self._handles.append
         add(self.adapter.embed.register_forward_hook(self._begin, with_kwargs=True))
-        for number, layer in enumerate(self.adapter.layers):
-            self._install_layer(number, layer)
+        for number in range(len(self.adapter.layers)):
+            self._handles += _ReducedLayer(self, number).install()
         self._handles += self.adapter.overrides(self)
         for module in self.adapter.model.modules():
             if module._forward_hooks or module._forward_pre_hooks:
@@ -87,183 +105,134 @@ class TowerReducer:
         self.learned.train(self.adapter.model.training)
         self.adapter.model.add_module(_LEARNED, self.learned)
 
-    def _install_layer(self, number: int, layer: Layer) -> None:
-        stages, add = self.plan.at(number), self._handles.append
-        if any(s.needs.vision_keys or s.needs.cls_attention for _, s in stages):
-            self._handles += self.adapter.watch(number, partial(self._record, number))
-        if self.learned is not None and number >= min(self.plan.entry, default=number + 1):
-            self._handles += self.adapter.weigh_keys(number, self._policy)
-        enter = partial(self._enter, number)
-        add(layer.block.register_forward_pre_hook(enter, with_kwargs=True))
-        if number in self.plan.inside and layer.entry is not None and layer.branch is not None:
-            # Before the hooks of a probe, which must see what the layer really reads.
-            add(layer.entry.register_forward_pre_hook(self._read, prepend=True))
-            add(layer.branch.register_forward_hook(partial(self._between, number)))
-        add(layer.block.register_forward_hook(partial(self._leave, number)))
-
     def remove(self) -> None:
         """Take the hooks off. Safe to call twice."""
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         self._handles.clear()
         modules: dict[str, Any] = self.adapter.model._modules
         if self.learned is not None and modules.get(_LEARNED) is self.learned:
             del modules[_LEARNED]
-        self._active = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "latest": None, "_active": None}
+        return {
+            **vars(self),
+            "_last": None,
+            "_inputs": {},
+            "_remembered": deque(maxlen=_REMEMBERED),
+        }
 
     # What adapters ask -----------------------------------------------------------------------
 
     def sizes(self, count: int) -> Tensor | None:
         """Patches that each of ``count`` final tokens stands for; ``None``: one each."""
-        final = None if self.latest is None else self.latest.final
+        latest = self.current.latest
+        final = None if latest is None else latest.final
         if final is None or final.count != count:
             return None
         return final.size if final.policy is None else final.policy
 
     def expand(self, layer: int, y: Tensor) -> Tensor:
         """Undo all reductions up to and in ``layer``."""
-        return y if self.latest is None else self.latest.expand(layer, y)
+        latest = self.latest
+        return y if latest is None else latest.expand(layer, y)
 
     def key_bias(self) -> Tensor | None:
         """The bias of the layer that runs."""
-        return None if self._active is None else self._active.state.bias
+        active = self.current.active
+        return None if active is None else active.state.bias
 
-    # Hooks -----------------------------------------------------------------------------------
+    def policy(self) -> Tensor | None:
+        """How much each patch counts as a key of the layer that runs."""
+        active = self.current.active
+        return None if active is None else active.state.policy
+
+    # One forward -----------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the pixels became patches: a new pass."""
         pixels = args[0] if args else next(iter(kwargs.values()))
-        prints = tuple(fingerprint(picture) for picture in pixels) if self._fingerprints else ()
-        self.latest = TowerPass(self.adapter.grid(pixels), prints)
+        pictures = {s: tuple(s.read(picture) for picture in pixels) for s in self._of_pixels}
+        self.current.latest = self._last = EncoderPass(self.adapter.grid(pixels), pictures)
 
-    def _enter(
-        self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a layer: its stages on entry, and what belongs to the tokens that are left."""
-        if not args:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("hidden_states"),)
-        x = args[0]
-        run = self._pass_of(x)
-        run.enter(number, x, self.adapter.prefix)
-        for order, stage in self.plan.entry.get(number, ()):
-            if self.learned is not None and self.adapter.model.training:
-                self._decide(number, order, stage, x)
-            else:
-                x = self._reduce(number, order, stage, x)
-        run.attended[number] = run.mapped[number] = run.state.count
-        args, kwargs = self.adapter.inputs((x, *args[1:]), kwargs, run.state.bias, run.state.origin)
-        if number in self.plan.inside and self.adapter.layers[number].entry is not None:
-            run.stream = args[0]
-            args = (x.new_zeros(1, 1, 1), *args[1:])
-        return args, kwargs
-
-    def _pass_of(self, x: Tensor) -> TowerPass:
+    def pass_of(self, number: int, x: Tensor) -> EncoderPass:
         """The pass that a layer's input belongs to; a checkpoint runs layers of an earlier one."""
-        run = self.latest
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            run = getattr(x, _MARK, run)
-            setattr(x, _MARK, run)
+        run = self.current.latest
+        learning = torch.is_grad_enabled() or self.adapter.model.training
+        if learning and not torch.compiler.is_compiling():
+            if run is None or run.final is not None or number in run.layers:
+                again = self._inputs.get((number, x.data_ptr()))
+                run = (None if again is None else again()) or run
+            elif run is not None:
+                self._remember(number, x, run)
         if run is None:
             raise ConfigError("A layer of the encoder ran before it was given pixels.")
-        self._active = run
         return run
 
-    def _read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The module that reads the layer's input gets the real one."""
-        run = self._active
-        if run is None or run.stream is None:
-            return None
-        return (run.stream, *args[1:])
-
-    def _between(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
-        """After the attention branch: add it to the stream, and let tokens leave."""
-        run = self._active
-        if run is None or run.stream is None:
-            return None
-        branch, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        x, run.stream = run.stream + branch, None
-        for order, stage in self.plan.inside[number]:
-            x = self._reduce(number, order, stage, x)
-        run.mapped[number] = run.state.count
-        return x if rest is None else (x, *rest)
-
-    def _leave(self, number: int, block: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """After a layer whose parts run side by side: let tokens leave there."""
-        run, changed = self._active, False
-        if run is None:
-            return None
-        if self.adapter.layers[number].entry is None:
-            for order, stage in self.plan.inside.get(number, ()):
-                output, changed = self._reduce(number, order, stage, output), True
-        if number == len(self.adapter.layers) - 1:
-            run.final = run.state
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            setattr(output, _MARK, run)
-        return output if changed else None
+    def _remember(self, number: int, x: Tensor, run: EncoderPass) -> None:
+        if not self._remembered or self._remembered[-1] is not run:
+            self._remembered.append(run)
+            alive = {key: ref for key, ref in self._inputs.items() if ref() is not None}
+            self._inputs = alive
+        self._inputs[number, x.data_ptr()] = weakref.ref(run)
 
     # A stage ---------------------------------------------------------------------------------
 
-    def _record(self, number: int, query: Tensor, key: Tensor, scale: float) -> None:
+    def record(self, number: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Keep what the stages of a layer want to see of its attention."""
-        run, prefix = self._active, self.adapter.prefix
+        run = self.current.active
         if run is None:
             return
-        needs = [stage.needs for _, stage in self.plan.at(number)]
-        if any(need.vision_keys for need in needs):
-            run.keys = key.detach()[:, :, prefix:].mean(1)
-        if any(need.cls_attention for need in needs) and self.adapter.has_cls:
-            bias = run.state.bias
-            mask = None if bias is None else bias[:, None, None].to(key.dtype)
-            rows = ops.attention_rows(query[:, :, :1], key, scale=scale, mask=mask)
-            run.cls_attention = rows[:, :, 0, prefix:]
+        prefix, has_cls = self.adapter.prefix, self.adapter.has_cls
+        seen = EncoderSeen(prefix, has_cls, query=query, key=key, scale=scale, bias=run.state.bias)
+        for _, stage in self.plan.at(number):
+            for signal in stage.signals:
+                if isinstance(signal, EncoderSignal):
+                    run.signals[signal] = signal.read(seen)
 
-    def _policy(self) -> Tensor | None:
-        """How much each patch counts as a key of the layer that runs."""
-        return None if self._active is None else self._active.state.policy
-
-    def _decide(self, number: int, order: int, stage: Stage, x: Tensor) -> None:
+    def decide(self, run: EncoderPass, order: int, stage: Stage, x: Tensor) -> None:
         """In training: let the method draw which patches later layers see; none leaves."""
-        run = self._active
-        if run is None or self.learned is None:
+        if self.learned is None:
             return
         patches, before = x[:, self.adapter.prefix :], run.state.policy
         there = patches.new_ones(patches.shape[:2]) if before is None else before
-        ctx = Context(
-            num_keep=step(stage, run.total, run.total), stage=order, learned=self.learned[order]
+        context = Context(
+            num_keep=step(stage, run.total, run.total),
+            site=stage.site,
+            stage=order,
+            learned=self.learned[order],
         )
-        decision = self.method.decide(VisualTokens(patches, there, _NOWHERE), ctx)
+        decision = self.method.decide(VisualTokens(patches, there, _NOWHERE), context)
         run.decisions[order] = decision
         run.state = replace(run.state, policy=decision)
 
-    def _reduce(self, number: int, order: int, stage: Stage, x: Tensor) -> Tensor:
+    def reduce(self, run: EncoderPass, number: int, order: int, stage: Stage, x: Tensor) -> Tensor:
         """Let a stage choose, and shorten the sequence ``[B, P + N, D]`` as it says."""
-        run, prefix, method = self._active, self.adapter.prefix, self.method
-        if run is None:
-            return x
+        prefix, method = self.adapter.prefix, self.method
         state = run.state
         patches = x[:, prefix:]
-        size = state.size
+        size, placed = state.size, PatchPositions() in stage.signals
         tokens = VisualTokens(
             features=patches,
             size=torch.ones(patches.shape[:2], device=x.device) if size is None else size,
-            pos=run.pos(run.composed(number).index) if stage.needs.positions else _NOWHERE,
+            pos=run.pos(run.composed(number).index) if placed else _NOWHERE,
         )
-        ctx = Context(
-            num_keep=step(stage, state.count, run.total),
+        context = Context(
+            site=stage.site,
             stage=order,
-            cls_attention=run.cls_attention if stage.needs.cls_attention else None,
-            vision_keys=run.keys if stage.needs.vision_keys else None,
-            fingerprints=run.fingerprints,
+            signals={**run.pictures, **run.signals},
+            original=run.total,
             layer=number,
             num_layers=len(self.adapter.layers),
             prefix=prefix,
             learned=None if self.learned is None else self.learned[order],
         )
-        selection = method.select(tokens, ctx)
+        selection = choose(method, stage, tokens, context, self.observers)
+        if selection.count is not None and len(set(selection.counts)) > 1:
+            raise ConfigError(
+                f"{method.name} keeps {selection.counts} patches of the pictures of one batch; "
+                f"inside an encoder all keep the same number. Give one picture at a time."
+            )
         run.selections[number, order] = selection
         run.state = state.reduced(
             selection,
@@ -272,10 +241,129 @@ class TowerReducer:
             sized=method.size_weighted,
             biased=method.size_bias,
         )
-        y = selection.reduce_behind(x, prefix)
+        y = selection.reduce(x, prefix)
         # A model without prefix tokens carries its stream feature by feature in memory. A layer
         # that multiplies it right away, without a norm before, gets the other layout's last bits.
         layer = self.adapter.layers[number]
         if layer.entry is layer.attention and not x.is_contiguous():
             y = y.transpose(1, 2).contiguous().transpose(1, 2)
         return y
+
+
+class _ReducedLayer:
+    """What one layer runs in place of its forward.
+
+    The layer's own forward is called within, so that all that it holds stays. Hooks on the layer
+    see what goes in and what comes out, as ever; a checkpoint holds the whole of it, and its input
+    is what gradients go to.
+
+    Args:
+        reducer: whose layer.
+        number: which.
+    """
+
+    def __init__(self, reducer: EncoderReducer, number: int) -> None:
+        self.reducer, self.number = reducer, number
+        self.layer: Layer = reducer.adapter.layers[number]
+        self._inside = number in reducer.plan.inside
+        self._before: Any = None
+
+    def install(self) -> list[Any]:
+        """Put it in place; returns what takes it off."""
+        reducer, layer, number = self.reducer, self.layer, self.number
+        stages = [stage for _, stage in reducer.plan.at(number)]
+        self._before = vars(layer.block).get("forward")  # Accelerate's, of a layer it moves
+        handles: list[Any] = [Instead(layer.block, "forward", self.forward)]
+        if any(isinstance(s, EncoderSignal) for stage in stages for s in stage.signals):
+            handles += reducer.adapter.watch(number, partial(reducer.record, number))
+        if reducer.learned is not None and number >= min(reducer.plan.entry, default=number + 1):
+            handles += reducer.adapter.weigh_keys(number, reducer.policy)
+        if self._inside and layer.entry is not None and layer.branch is not None:
+            # Before the hooks of a probe, which must see what the layer really reads.
+            handles.append(layer.entry.register_forward_pre_hook(self._read, prepend=True))
+            handles.append(layer.branch.register_forward_hook(self._between))
+        return handles
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer, with its stages."""
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        block: Any = self.layer.block
+        run = self.reducer.pass_of(self.number, args[0])
+        if _checkpoints_forward(block) and block.training and torch.is_grad_enabled():
+            return block._gradient_checkpointing_func(partial(self._run, run, **kwargs), *args)
+        return self._run(run, *args, **kwargs)
+
+    def _run(self, run: EncoderPass, *args: Any, **kwargs: Any) -> Any:
+        current, reducer = self.reducer.current, self.reducer
+        before, current.active = current.active, run
+        try:
+            x = self._enter(run, args[0])
+            adapter = reducer.adapter
+            args, kwargs = adapter.inputs((x, *args[1:]), kwargs, run.state.bias, run.state.origin)
+            if self._inside and self.layer.entry is not None:
+                # Added to the reduced branch, a placeholder of zeros changes nothing.
+                run.stream, args = args[0], (x.new_zeros(1, 1, 1), *args[1:])
+            output = self._original(*args, **kwargs)
+            return self._leave(run, output)
+        finally:
+            run.stream, current.active = None, before
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward; the checkpoint that transformers has in it is outside of us."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        block: Any = self.layer.block
+        own: Any = type(block).forward
+        if _checkpoints_forward(block):
+            own = own.__wrapped__
+        return own(block, *args, **kwargs)
+
+    def _enter(self, run: EncoderPass, x: Tensor) -> Tensor:
+        """On entering: the stages there, and what belongs to the tokens that are left."""
+        reducer, number = self.reducer, self.number
+        run.enter(number, x, reducer.adapter.prefix)
+        for order, stage in reducer.plan.entry.get(number, ()):
+            if reducer.learned is not None and reducer.adapter.model.training:
+                reducer.decide(run, order, stage, x)
+            else:
+                x = reducer.reduce(run, number, order, stage, x)
+        run.attended[number] = run.mapped[number] = run.state.count
+        return x
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The module that reads the layer's input gets the real one."""
+        run = self.reducer.current.active
+        if run is None or run.stream is None:
+            return None
+        return (run.stream, *args[1:])
+
+    def _between(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """After the attention branch: add it to the stream, and let tokens leave."""
+        run, number = self.reducer.current.active, self.number
+        if run is None or run.stream is None:
+            return None
+        branch, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        x, run.stream = run.stream + branch, None
+        for order, stage in self.reducer.plan.inside[number]:
+            x = self.reducer.reduce(run, number, order, stage, x)
+        run.mapped[number] = run.state.count
+        return x if rest is None else (x, *rest)
+
+    def _leave(self, run: EncoderPass, output: Any) -> Any:
+        """At the end: the stages of a layer whose parts run side by side."""
+        reducer, number = self.reducer, self.number
+        if self.layer.entry is None:
+            for order, stage in reducer.plan.inside.get(number, ()):
+                output = reducer.reduce(run, number, order, stage, output)
+        if number == len(reducer.adapter.layers) - 1:
+            run.final = run.state
+        return output
+
+
+def _checkpoints_forward(block: Any) -> bool:
+    """Whether a layer's own ``forward`` is a checkpoint around the real one (transformers 5.24)."""
+    if not getattr(block, "gradient_checkpointing", False):
+        return False
+    code = getattr(type(block).forward, "__code__", None)
+    return code is not None and code.co_name == "forward_with_checkpointing"

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from visprune.core.selection import Selection
-from visprune.core.trace_vit import ViTTrace
+from visprune.core.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,16 @@ class TokenState:
         return TokenState(selection.num_slots, origin, size, bias)
 
 
-class TowerPass:
-    """One call of an encoder under a run.
+class EncoderPass:
+    """One forward of the encoder; it belongs to that call alone.
 
     Args:
         grid: patches along height and width.
-        fingerprints: one int per picture, where the method wants them.
+        pictures: what methods are shown of the pixels, by signal.
     """
 
-    def __init__(self, grid: tuple[int, int], fingerprints: tuple[int, ...] = ()) -> None:
-        self.grid, self.fingerprints = grid, fingerprints
+    def __init__(self, grid: tuple[int, int], pictures: dict[Any, Any] | None = None) -> None:
+        self.grid, self.pictures = grid, pictures or {}
         self.state = TokenState(0)
         self.layers: dict[int, TokenState] = {}
         self.attended: dict[int, int] = {}
@@ -73,8 +74,7 @@ class TowerPass:
         self.decisions: dict[int, Tensor] = {}
         self.final: TokenState | None = None
         self.stream: Tensor | None = None
-        self.keys: Tensor | None = None
-        self.cls_attention: Tensor | None = None
+        self.signals: dict[Any, Any] = {}
         self.total = self.batch = 0
 
     def enter(self, layer: int, x: Tensor, prefix: int) -> None:
@@ -115,7 +115,7 @@ class TowerPass:
             return selection.index.device
         return torch.device("cpu")
 
-    def trace(self, layers: int, prefix: int, sites: dict[tuple[int, int], str]) -> ViTTrace:
+    def trace(self, layers: int, prefix: int, sites: dict[tuple[int, int], str]) -> Trace:
         """The record of this call.
 
         Args:
@@ -124,19 +124,21 @@ class TowerPass:
             sites: name of the site of every stage, by layer and number.
         """
         whole = self.composed(layers)
-        slots = whole._map()[0]
-        sizes = whole.sizes(torch.ones(self.batch, self.total, device=slots.device))
         height, width = self.grid
         entered = [self.attended[n] for n in sorted(self.attended)]
         inner = [self.mapped[n] for n in sorted(self.mapped)]
-        return ViTTrace(
+        everything = torch.arange(self.total, device=whole.index.device)[None]
+        return Trace(
+            model="vit",
             tokens_per_layer=[list(entered) for _ in range(self.batch)],
             mlp_tokens_per_layer=[list(inner) for _ in range(self.batch)],
             kept=list(whole.index),
-            slots=list(slots),
-            sizes=list(sizes),
+            sizes=list(whole.size),
             pos=list(self.pos(whole.index)),
+            all_pos=[self.pos(everything)[0]] * self.batch,
             num_tokens=[self.total] * self.batch,
+            image_rows=list(range(self.batch)),
+            chosen=[[whole.row(n)] for n in range(self.batch)],
             prefix=prefix,
             grids=[((1, height, width),)] * self.batch,
             stages=[

@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listen to the vision encoder: which picture became which features, and how it attended."""
+"""Listen to the image encoder: which picture became which features, and what its layers showed."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from visprune import ops
-from visprune.backbones.hf.probe import Record, watch
-from visprune.backbones.vlm.base import Picture, VLMAdapter, fingerprint
+from visprune.backbones.vlm.base import ImageLayout, Picture, VLMAdapter
+from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
 from visprune.errors import ConfigError
+from visprune.machine.threads import PerThread
 
 _MARK = "_visprune_picture"
-Layer = Literal["last", "feature"]
+
+
+class _Current(PerThread):
+    """What was encoded in this thread.
+
+    Attributes:
+        heard: signals of the encoding that is under way, by signal, ``[P, ...]``; or ``None``.
+        latest: pictures of the core's call, by kind.
+        byhand: pictures encoded outside of a call, with their features, not yet used.
+        inside: whether a call of the core is under way.
+    """
+
+    heard: dict[Any, Tensor] | None = None
+    latest: dict[str, list[Picture]] | None = None
+    byhand: list[tuple[Picture, weakref.ref[Tensor]]] | None = None
+    inside: bool = False
 
 
 class EncoderTap:
@@ -29,25 +45,21 @@ class EncoderTap:
 
     Args:
         adapter: the model family.
-        layers: encoder layers whose class-token attention is kept.
-        keys: whether the feature layer's keys are kept.
-        fingerprints: whether pixels are fingerprinted.
+        signals: what is read of encoder layers.
+        of_pixels: what is read of the pixels.
     """
 
     def __init__(
-        self, adapter: VLMAdapter, layers: tuple[Layer, ...], *, keys: bool, fingerprints: bool
+        self,
+        adapter: VLMAdapter,
+        signals: Sequence[EncoderSignal],
+        of_pixels: Sequence[PictureSignal] = (),
     ) -> None:
-        self.adapter, self.layers, self.keys, self.fingerprints = (
-            adapter,
-            layers,
-            keys,
-            fingerprints,
-        )
-        self.latest: dict[str, list[Picture]] = {}
+        self.adapter, self.signals, self.of_pixels = adapter, signals, of_pixels
         self.finish: Callable[[list[Picture]], None] | None = None
-        self._heard: dict[str, Tensor] = {}
+        self._current = _Current()
         self._handles: list[Any] = []
-        self._wrapped: list[str] = []
+        self._wrapped: dict[str, Any] = {}
 
     def install(self) -> None:
         """Start listening."""
@@ -56,28 +68,83 @@ class EncoderTap:
             name = f"get_{kind}_features"
             original = getattr(core, name, None)
             if original is not None:
+                self._wrapped[name] = vars(core).get(name)
                 # A method and not a function inside a function: a copied model's encodes the copy.
                 wrapped = functools.partial(
                     self._encode, original, inspect.signature(original), kind
                 )
                 vars(core)[name] = functools.update_wrapper(wrapped, original)
-                self._wrapped.append(name)
-        watched = dict.fromkeys((*self.layers, *(("feature",) if self.keys else ())))
-        for which in watched:
-            module = self.adapter.tower_attention(which)
-            self._handles += watch(module, functools.partial(self._recorder, which))
+        by_layer: dict[int, list[EncoderSignal]] = {}
+        for signal in self.signals:
+            by_layer.setdefault(self.adapter.encoder_layer(signal.layer), []).append(signal)
+        for layer, signals in by_layer.items():
+            attention = [s for s in signals if s.uses == "attention"]
+            output = [s for s in signals if s.uses == "output"]
+            if attention:
+                record = functools.partial(self._attended, attention)
+                self._handles += self.adapter.watch_encoder(layer, record)
+            if output:
+                block = self.adapter.encoder_block(layer)
+                hook = functools.partial(self._left, output)
+                self._handles.append(block.register_forward_hook(hook))
 
     def remove(self) -> None:
         """Stop listening; the instance is as it was."""
-        for name in self._wrapped:
-            vars(self.adapter.core).pop(name, None)
+        for name, before in self._wrapped.items():
+            if before is None:
+                vars(self.adapter.core).pop(name, None)
+            else:
+                vars(self.adapter.core)[name] = before
         for handle in self._handles:
             handle.remove()
         self._wrapped.clear()
         self._handles.clear()
-        self._heard.clear()
-        self.latest = {}
 
+    # The call of the core ----------------------------------------------------------------------
+
+    def begin(self, call: dict[str, Any]) -> None:
+        """A call of the core begins."""
+        self._current.latest, self._current.inside = {}, True
+
+    def pictures(self) -> dict[str, list[Picture]]:
+        """What the call under way has encoded, by kind."""
+        current = self._current
+        found, current.inside = dict(current.latest or {}), False
+        if found:
+            current.byhand = None
+        return found
+
+    def found(self, call: dict[str, Any]) -> list[ImageLayout]:
+        """Pictures that were encoded by hand and whose features stand in ``inputs_embeds``."""
+        embeds, current = call.get("inputs_embeds"), self._current
+        if embeds is None or not current.byhand or embeds.shape[1] == 1:
+            return []
+        layouts, taken = [], set()
+        for picture, reference in current.byhand:
+            features = reference()
+            if features is None:
+                continue
+            wanted = features.detach().to(embeds)
+            starts = (embeds[:, : embeds.shape[1] - len(wanted) + 1] == wanted[0]).all(-1).nonzero()
+            for row, start in starts.tolist():
+                span = slice(start, start + len(wanted))
+                if (row, start) not in taken and torch.equal(embeds[row, span], wanted):
+                    taken.add((row, start))
+                    positions = torch.arange(start, start + len(wanted), device=embeds.device)
+                    layouts.append(ImageLayout(picture, row, positions))
+        layouts.sort(key=lambda layout: (layout.row, int(layout.positions[0])))
+        return layouts
+
+    def unplaced(self, call: dict[str, Any]) -> bool:
+        """Whether pictures were encoded by hand, and this call was given merged embeddings."""
+        embeds, current = call.get("inputs_embeds"), self._current
+        prompt = call.get("input_ids") is None and embeds is not None and embeds.shape[1] > 1
+        waiting, current.byhand = bool(current.byhand), None if prompt else current.byhand
+        return waiting and prompt
+
+    # Encoding ----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
     def _encode(
         self,
         original: Any,
@@ -88,44 +155,62 @@ class EncoderTap:
         **kwargs: Any,
     ) -> Any:
         """In place of a core's ``original``, in the same manner."""
-        self._heard.clear()
-        output = original(*args, **kwargs)
+        current = self._current
+        if current.heard is not None:  # some families encode videos as images: one encoding
+            return original(*args, **kwargs)
+        current.heard = {}
+        try:
+            output = original(*args, **kwargs)
+            heard = current.heard
+        finally:
+            current.heard = None
         bound = signature.bind_partial(*args, **kwargs).arguments
         pictures = self.adapter.pictures({**bound.pop("kwargs", {}), **bound}, kind)
         if self.finish is not None:
             self.finish(pictures)
         features = getattr(output, "pooler_output", output)
         for picture, tensor in zip(pictures, features, strict=True):
-            self._finish(picture)
+            self._finish(picture, heard)
             setattr(tensor, _MARK, picture)
-        self.latest[kind] = pictures
+        if current.inside:
+            current.latest = {**(current.latest or {}), kind: pictures}
+        else:
+            pairs = zip(pictures, (weakref.ref(tensor) for tensor in features), strict=True)
+            current.byhand = [*(current.byhand or ()), *pairs][-64:]
         return output
 
-    def _recorder(self, which: Layer) -> Record:
+    @torch.no_grad()
+    def _attended(
+        self, signals: list[EncoderSignal], query: Tensor, key: Tensor, scale: float
+    ) -> None:
         # Nothing may be saved for backward: a checkpointed recomputation does not run this again.
-        @torch.no_grad()
-        def record(query: Tensor, key: Tensor, scale: float) -> None:
-            if which in self.layers:
-                rows = ops.attention_rows(query[:, :, :1], key, scale=scale)
-                self._heard[which] = rows[:, :, 0, 1:]  # [pictures, H, patches]
-            if which == "feature" and self.keys:
-                self._heard["keys"] = key[:, :, 1:].mean(1)  # [pictures, patches, d]
+        self._hear(signals, query=query, key=key, scale=scale)
 
-        return record
+    @torch.no_grad()
+    def _left(self, signals: list[EncoderSignal], block: Any, args: Any, output: Any) -> None:
+        self._hear(signals, hidden=output[0] if isinstance(output, tuple) else output)
 
-    def _finish(self, picture: Picture) -> None:
-        """Give a picture its own part of what was heard."""
-        if self.fingerprints and picture.pixels is not None:
-            picture.fingerprint = fingerprint(picture.pixels)
+    def _hear(self, signals: list[EncoderSignal], **shown: Any) -> None:
+        heard = self._current.heard
+        if heard is None:
+            return
+        seen = EncoderSeen(self.adapter.encoder_prefix, self.adapter.has_cls, **shown)
+        for signal in signals:
+            heard[signal] = signal.read(seen)
+
+    def _finish(self, picture: Picture, heard: dict[Any, Tensor]) -> None:
+        """Give a picture its own part of what was heard: ``[n, ...]``, its free tokens first."""
+        if picture.pixels is not None:
+            for signal in self.of_pixels:
+                picture.signals[signal] = signal.read(picture.pixels)
         picture.pixels = None
         if picture.source is None:
             return
-        for which, heard in self._heard.items():
-            if which == "keys":
-                picture.vision_keys = heard.flatten(0, 1)[picture.source.to(heard.device)]
-            else:
-                flat = heard.transpose(0, 1).flatten(1)
-                picture.cls_attention[which] = flat[:, picture.source.to(heard.device)]
+        for signal, value in heard.items():
+            patches = value.movedim(signal.token_dim, 1).flatten(0, 1)  # [P * N, ...]
+            own = patches[picture.source.to(patches.device)]
+            # Of a token that is made of several patches, their mean.
+            picture.signals[signal] = own if picture.source.dim() == 1 else own.mean(1)
 
 
 def pictures_of(output: Any, kind: str) -> list[Picture]:

@@ -9,22 +9,24 @@ first decoder layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.encoders.base import TowerAdapter
+from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.vlm.base import Picture, VLMAdapter
 from visprune.core.method import PruningMethod
 from visprune.core.selection import Selection
 from visprune.cost.cost import Cost
 from visprune.errors import ConfigError
+from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
-from visprune.machine.decoder.shorten import Step, shorten
-from visprune.machine.encoder.plan import TowerPlan
-from visprune.machine.encoder.price import tower_cost
-from visprune.machine.encoder.reducer import TowerReducer
+from visprune.machine.decoder.images import Step
+from visprune.machine.encoder.plan import EncoderPlan
+from visprune.machine.encoder.price import encoder_cost
+from visprune.machine.encoder.reducer import EncoderReducer
 
 
 class EncoderReduction:
@@ -36,17 +38,23 @@ class EncoderReduction:
         plan: its stages inside the encoder.
     """
 
-    def __init__(self, adapter: VLMAdapter, method: PruningMethod, plan: TowerPlan) -> None:
+    def __init__(
+        self,
+        adapter: VLMAdapter,
+        method: PruningMethod,
+        plan: EncoderPlan,
+        observers: Sequence[Observer] = (),
+    ) -> None:
         self.adapter, self.method, self.plan = adapter, method, plan
         self.learned = method.build_learned(adapter.spec)
-        self.reducer = TowerReducer(self._tower, method, plan, self.learned)
+        self.reducer = EncoderReducer(self._encoder, method, plan, self.learned, observers)
         self._handles: list[Any] = []
 
     @property
-    def _tower(self) -> TowerAdapter:
-        tower = self.adapter.encoder
-        assert tower is not None, "the plan was refused where there is none"
-        return tower
+    def _encoder(self) -> EncoderAdapter:
+        encoder = self.adapter.encoder
+        assert encoder is not None, "the plan was refused where there is none"
+        return encoder
 
     def install(self) -> None:
         """Put the hooks on."""
@@ -64,7 +72,7 @@ class EncoderReduction:
         """Behind the projector: the value of its slot for every patch, ``[P, N, D]``."""
         whole = self._whole()
         extra = output.shape[1] - whole.num_slots
-        if extra not in (0, self._tower.prefix):
+        if extra not in (0, self._encoder.prefix):
             raise ConfigError(
                 f"The projector was given {output.shape[1]} tokens of a picture; encoder layer "
                 f"{self.adapter.encoder_end}, whose output the config says is read, leaves "
@@ -81,8 +89,7 @@ class EncoderReduction:
     def mark(self, pictures: list[Picture]) -> None:
         """Note in every picture which of its tokens stand for what is left of it."""
         whole = self._whole()
-        dest = whole._map()[0]
-        sizes = whole.sizes(torch.ones(dest.shape, device=dest.device))
+        dest, sizes = whole.dest(), whole.size
         tiles, patches = dest.shape
         slot = torch.arange(tiles, device=dest.device)[:, None] * whole.num_slots + dest
         slot = torch.where(dest < 0, -1, slot).flatten()
@@ -108,11 +115,16 @@ class EncoderReduction:
                 )
             alive = picture.alive.to(image.slots.device)
             chosen.append((image, Selection.keep(alive[None], len(image.tokens))))
-            image.size = picture.size.to(image.slots.device)
-        step = shorten(fwd, chosen)
+        step = fwd.take(chosen)
+        for image in fwd.images:
+            size = image.layout.picture.size
+            if size is not None and len(size) == len(image.size):
+                image.size = size.to(image.slots.device)
         after = [len(image.tokens) for image in fwd.images]
         sites = [
-            str(stage.site) for n in range(len(self._tower.layers)) for _, stage in self.plan.at(n)
+            str(stage.site)
+            for n in range(len(self._encoder.layers))
+            for _, stage in self.plan.at(n)
         ]
         fwd.trace.stages.append({"site": "; ".join(sites), "before": before, "clamped": [],
                                  "after": after})  # fmt: skip
@@ -122,16 +134,16 @@ class EncoderReduction:
 
     def projected(self, pictures: int) -> int:
         """Patch tokens that the projector is given of ``pictures`` encoder pictures."""
-        height, width = self._tower.default_grid()
-        counts = self.plan.counts(height * width, len(self._tower.layers))
+        height, width = self._encoder.default_grid()
+        counts = self.plan.counts(height * width, len(self._encoder.layers))
         return pictures * counts[self.adapter.encoder_end][1]
 
     def saved(self, pictures: int) -> int:
         """Multiply-adds of the encoder that ``pictures`` encoder pictures did not take."""
-        return pictures * (self._cost(TowerPlan()).vision - self._cost(self.plan).vision)
+        return pictures * (self._cost(EncoderPlan()).vision - self._cost(self.plan).vision)
 
-    def _cost(self, plan: TowerPlan) -> Cost:
-        return tower_cost(self._tower, self.method, plan, self._tower.default_grid())
+    def _cost(self, plan: EncoderPlan) -> Cost:
+        return encoder_cost(self._encoder, self.method, plan, self._encoder.default_grid())
 
 
 def _one_of_each(slot: Tensor, stands: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Reduction:
             last = self.run.decisions[-1].detach()
             every = torch.arange(last.shape[1], device=last.device)
             return every.expand(len(last), -1), last > 0.5
-        kept = self.run.kept
+        kept = torch.stack(self.run.kept)
         return kept.clamp_min(0), kept >= 0
 
 

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method may be shown; see :mod:`visprune.core.signals.base` for how to bring one's own."""
+
+from __future__ import annotations
+
+from visprune.core.signals.base import (
+    DecoderSeen,
+    DecoderSignal,
+    EncoderSeen,
+    EncoderSignal,
+    PictureSignal,
+    Signal,
+)
+from visprune.core.signals.decoder_attention import (
+    AttentionRows,
+    DecoderReceivedAttention,
+    LastQueryAttention,
+    VisualShare,
+)
+from visprune.core.signals.decoder_states import (
+    FinalNormStates,
+    HiddenStates,
+    KeysValues,
+    QueriesKeys,
+)
+from visprune.core.signals.encoder_attention import (
+    ClsAttention,
+    EncoderKeys,
+    EncoderQueriesKeys,
+    ReceivedAttention,
+)
+from visprune.core.signals.encoder_features import EncoderFeatures
+from visprune.core.signals.pictures import Fingerprint, PatchPositions
+from visprune.core.signals.text import TextStates
+
+__all__ = [
+    "AttentionRows",
+    "ClsAttention",
+    "DecoderReceivedAttention",
+    "DecoderSeen",
+    "DecoderSignal",
+    "EncoderFeatures",
+    "EncoderKeys",
+    "EncoderQueriesKeys",
+    "EncoderSeen",
+    "EncoderSignal",
+    "FinalNormStates",
+    "Fingerprint",
+    "HiddenStates",
+    "KeysValues",
+    "LastQueryAttention",
+    "PatchPositions",
+    "PictureSignal",
+    "QueriesKeys",
+    "ReceivedAttention",
+    "Signal",
+    "TextStates",
+    "VisualShare",
+]

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from visprune.core.signals.base import DecoderSeen, DecoderSignal
+
+
+@dataclass(frozen=True)
+class TextStates(DecoderSignal):
+    """States of the prompt's text, ``[B, R, D]``: at the projector, its embeddings.
+
+    Rows of a sample with fewer tokens are zero at the front.
+
+    Attributes:
+        which: all text, or that after the first visual token.
+    """
+
+    uses: ClassVar[Literal["attention", "states", "sequence"]] = "sequence"
+    token_dim: ClassVar[int | None] = None
+
+    which: Literal["text", "after_image"] = "text"
+
+    def read(self, seen: DecoderSeen) -> Tensor:
+        """The slots that hold text."""
+        at = seen.queries(self.which).to(seen.hidden.device)
+        place = at.clamp(min=0)[..., None].expand(-1, -1, seen.hidden.shape[-1])
+        return torch.where((at >= 0)[..., None], seen.hidden.gather(1, place), 0.0)

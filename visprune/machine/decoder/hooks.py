@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks of one method behind the encoder of a vision-language model: projector and decoder."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visprune.backbones.encoders.base import Noticed
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, Owner, cache_of, check_cache, stored_length
+from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
+from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.core.budget import Stage
+from visprune.core.method import PruningMethod
+from visprune.core.signals.base import DecoderSignal
+from visprune.core.trace import Trace
+from visprune.errors import ConfigError
+from visprune.machine.choose import Observer, now
+from visprune.machine.decoder.forward import Forward
+from visprune.machine.decoder.images import Step
+from visprune.machine.decoder.outputs import OutputHooks, grown
+from visprune.machine.decoder.shorten import read_layer, run_stage, seen_by
+from visprune.machine.encoder.tap import EncoderTap, pictures_of
+from visprune.machine.encoder.within_vlm import EncoderReduction
+from visprune.machine.plan import Plan
+from visprune.machine.threads import Gate, PerThread
+
+_FORWARD = "visprune_forward"
+_PROMPT = "prompt_length"
+
+
+class _Current(PerThread):
+    """What the hooks of one call hand to each other.
+
+    Attributes:
+        prompt: where the prompt ends, as it was told to the model or to ``generate``.
+        generating: columns of the prompt of the ``generate`` that is under way.
+        call: the arguments of the core, until the decoder is entered.
+        forward: the call of the decoder that is under way.
+        own: the layer whose queries and keys are read ahead of its run, and who is shown them.
+        trace: of the last forward of this thread that held pictures.
+    """
+
+    prompt: int | Tensor | None = None
+    generating: int | None = None
+    call: dict[str, Any] | None = None
+    forward: Forward | None = None
+    own: tuple[int, Callable[[Attended], None]] | None = None
+    trace: Trace | None = None
+
+
+class DecoderHooks:
+    """A method behind the encoder of one model.
+
+    All hooks are methods of this object, so that a copy of the model has copies of them, which act
+    on the copy alone.
+
+    Args:
+        adapter: the model family.
+        method: the method.
+        plan: its stages.
+        owner: the run, as caches know it.
+        encoder: what the method does inside the encoder, if anything.
+        observers: whom to tell of every choice; read at each.
+    """
+
+    def __init__(
+        self,
+        adapter: VLMAdapter,
+        method: PruningMethod,
+        plan: Plan,
+        owner: Owner,
+        encoder: EncoderReduction | None,
+        observers: Sequence[Observer],
+    ) -> None:
+        self.adapter, self.method, self.plan, self.owner = adapter, method, plan, owner
+        self.encoder, self.observers = encoder, observers
+        self.gate = Gate()
+        self._current = _Current()
+        self._last: Trace | None = None
+        self._handles: list[Any] = []
+        self._outputs = OutputHooks(adapter.model, adapter.head)
+        self._tap = EncoderTap(adapter, plan.encoder_signals, plan.picture_signals)
+        if encoder is not None:
+            self._tap.finish = encoder.mark
+        self._in_layers = bool(plan.decoder_stages)
+        self._flash = str(adapter.text_config._attn_implementation).startswith("flash")
+        self._warned: set[str] = set()
+
+    @property
+    def trace(self) -> Trace:
+        """What happened in this thread's last forward that held pictures, or in any thread's."""
+        return self._current.trace or self._last or Trace()
+
+    @trace.setter
+    def trace(self, value: Trace) -> None:
+        self._current.trace = self._last = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None}
+
+    # Life ------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the hooks on."""
+        adapter, add = self.adapter, self._handles.append
+        add(adapter.model.register_forward_pre_hook(self._told, with_kwargs=True))
+        add(adapter.model.register_forward_hook(self._over, always_call=True))
+        add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
+        add(adapter.core.register_forward_hook(self._end, always_call=True))
+        add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
+        if self._in_layers or self._flash:
+            for number, layer in enumerate(adapter.layers):
+                hook = partial(self._layer, number)
+                add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for number in self.plan.watched:
+            add(watch(adapter.attention(number), partial(self._wanted, number)))
+        self._handles += self._outputs.install()
+        self._tap.install()
+        generate = adapter.model.generate
+        wrapped = update_wrapper(partial(self._generate, generate), generate)
+        add(Noticed(adapter.core))
+        add(Noticed(adapter.language_model))
+        add(_Instead(adapter.model, "generate", wrapped))
+
+    def remove(self) -> None:
+        """Take them off, once no other thread is in a call."""
+        with self.gate.closed():
+            for handle in reversed(self._handles):
+                handle.remove()
+            self._handles.clear()
+            self._outputs.remove()
+            self._tap.remove()
+
+    # Where the prompt ends -------------------------------------------------------------------
+
+    def _generate(self, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's ``generate``: its prompt ends where its input does.
+
+        Guesses of an assistant come behind the prompt in one call, and without a cache so do the
+        tokens that were generated.
+        """
+        before = self._current.generating
+        self._current.generating = _prompt_columns(original, args, kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._current.generating = before
+
+    @torch.compiler.disable
+    def _told(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the model: what it is told of the end of the prompt."""
+        self.gate.enter()
+        kwargs = dict(kwargs)
+        told = kwargs.pop(_PROMPT, None)
+        labels = kwargs.get("labels")
+        if told is None and labels is not None and self._asks_the_prompt:
+            told = self._prompt_of(labels, kwargs.get("input_ids"))
+        self._current.prompt = told
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _over(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After the model, head and loss included; also after an error."""
+        self._current.prompt = None
+        self.gate.leave()
+
+    @property
+    def _asks_the_prompt(self) -> bool:
+        """Whether a signal depends on where the prompt ends."""
+        return any(isinstance(s, DecoderSignal) for x in self.plan.stages for s in x.signals)
+
+    def _prompt_of(self, labels: Tensor, ids: Tensor | None) -> Tensor | None:
+        """Tokens before the first one that is to be learned, ``[B]``."""
+        wanted = labels != -100
+        first = wanted.to(torch.uint8).argmax(dim=1)
+        first = torch.where(wanted.any(dim=1), first, labels.shape[1])
+        token = self.adapter.token_id("image")
+        if ids is not None and token is not None and ids.shape == labels.shape:
+            pictured = (ids == token) & (torch.arange(ids.shape[1], device=ids.device)
+                                         >= first.to(ids.device)[:, None])  # fmt: skip
+            if bool(pictured.any()):
+                self._warn(
+                    "labels",
+                    f"{self.method.name} looks at the last token of the prompt, and the labels do "
+                    f"not say where the prompt ends: they begin before the picture. The last token "
+                    f"of the call is taken. Set labels of the prompt to -100, or pass "
+                    f"prompt_length=... (tokens of the prompt) to the model.",
+                )
+                return None
+        return first
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    # Hooks -----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _begin(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before pictures are encoded: refuse what cannot work."""
+        self.gate.enter()
+        told = kwargs.pop(_PROMPT, None) if _PROMPT in kwargs else None
+        if told is not None:
+            self._current.prompt = told
+        call = self.adapter.bind(args, kwargs)
+        check_cache(cache_of(call))
+        self._tap.begin(call)
+        self._current.call = call
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _end(self, core: nn.Module, args: Any, output: Any) -> None:
+        """After the core, also after an error."""
+        current = self._current
+        current.call = current.forward = None
+        self.gate.leave()
+
+    def _layouts(self) -> list[ImageLayout]:
+        """Find the pictures of the call that is under way."""
+        call, self._current.call = self._current.call, None
+        layouts: list[ImageLayout] = []
+        if call is not None:
+            pictures = self._tap.pictures()
+            for kind, given in (call.get("mm_encoder_outputs") or {}).items():
+                if kind not in pictures and given is not None:
+                    pictures[kind] = pictures_of(given, kind)
+            if not pictures:
+                layouts = self._tap.found(call)
+                if not layouts and self._tap.unplaced(call):
+                    self._warn(
+                        "merged",
+                        "Pictures were encoded by hand, and the call that followed was given "
+                        "inputs_embeds in which their features are not found: nothing is pruned "
+                        "there. Pass the features unchanged, or input_ids and pixels.",
+                    )
+            layouts += self.adapter.layouts(call, pictures)
+        for layout in layouts:
+            for budget in self.plan.budgets:
+                budget.resolve(len(layout.picture.pos), strict=self.method.strict)
+            self._check_signals(layout)
+        return layouts
+
+    def _check_signals(self, layout: ImageLayout) -> None:
+        known = layout.picture.signals
+        missing = [s for s in self.plan.required if s not in known]
+        if missing:
+            raise ConfigError(
+                f"{self.method.name} reads {missing[0]} of the image encoder, which these "
+                f"features were encoded without. Encode them with visprune.encode_images(model, "
+                f"methods=[...]), or inside the run."
+            )
+
+    def _open(self, kwargs: dict[str, Any]) -> Forward:
+        current = self._current
+        prompt = current.prompt
+        if prompt is None and not self.method.asks_the_last_token:
+            prompt = current.generating
+        fwd = Forward(
+            self.adapter,
+            self.owner,
+            self._layouts(),
+            kwargs,
+            compact=self.plan.positions == "compact",
+            prompt=prompt,
+        )
+        if fwd.images and fwd.prompt_goes_on and self._asks_the_prompt:
+            raise ConfigError(
+                f"{self.method.name} looks at the last token of the prompt, and this call ends "
+                f"before it (chunked prefill). Give the prompt in one call, or use a method that "
+                f"acts at the projector."
+            )
+        current.forward = fwd
+        return fwd
+
+    @torch.compiler.disable
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the decoder: projector stages, and the arguments of the shorter sequence."""
+        if kwargs.get("inputs_embeds") is None:
+            ids = kwargs.pop("input_ids", None)
+            ids = args[0] if ids is None else ids
+            args, kwargs = (), {**kwargs, "inputs_embeds": module.get_input_embeddings()(ids)}
+        check_cache(cache_of(kwargs))
+        fwd = self._open(kwargs)
+        hidden = kwargs["inputs_embeds"]
+        in_layers = self._flash or (self._in_layers and (bool(fwd.images) or fwd.uneven))
+        if fwd.images:
+            if self.encoder is not None:
+                hidden = self.encoder.start(fwd)(hidden)
+            for number, stage in self.plan.projector_stages:
+                hidden = self._run(stage, number, fwd, hidden)[1]
+            fwd.start_layers()
+            if not in_layers:
+                for number in range(len(self.adapter.layers)):
+                    fwd.enter(number, [], {})
+        new = dict(kwargs, inputs_embeds=hidden, attention_mask=fwd.model_mask())
+        ledger = fwd.ledger(0)
+        if fwd.images or (fwd.compact and ledger is not None):
+            new["position_ids"] = fwd.table_positions(fwd.table, 0)
+        if in_layers:
+            new[_FORWARD] = fwd
+        return args, new
+
+    @torch.compiler.disable
+    def _layer(
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Before a decoder layer: its stage, then its own mask and positions."""
+        if _FORWARD not in kwargs:
+            return None
+        kwargs = dict(kwargs)
+        fwd: Forward = kwargs.pop(_FORWARD)
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if number in fwd.entered:
+            # Older transformers run hooks again when gradient checkpointing recomputes a layer: it
+            # is then given what it was given the first time.
+            for step in fwd.entered[number].steps:
+                hidden = step(hidden)
+        else:
+            hidden = self._enter_layer(number, layer, fwd, hidden, kwargs)
+        return (hidden, *args), {**kwargs, **fwd.entered[number].changed}
+
+    def _enter_layer(
+        self, number: int, layer: nn.Module, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Run the stages of a layer, and settle what it is given; returns its hidden states."""
+        given = kwargs.get("position_embeddings")
+        steps: list[Step] = []
+        if fwd.images:
+            for order, stage in self.plan.decoder_stages.get(number, ()):
+                if number in self.plan.own:
+                    with self._timed(fwd):
+                        self._read_own(number, stage, layer, fwd, hidden, given)
+                step, hidden = self._run(stage, order, fwd, hidden)
+                steps.append(step)
+            if number in self.plan.states:
+                seen = seen_by(fwd, hidden, number)
+                read_layer(self.plan.states[number], fwd, seen, "states")
+        # Gaps in the ids look like packed sequences to FlashAttention.
+        changed: dict[str, Any] = {"position_ids": None}
+        if fwd.differs(number):
+            changed["attention_mask"] = fwd.layer_mask(number, hidden)
+            if given is not None:
+                changed["position_embeddings"] = fwd.rotary(number, hidden, given)
+        fwd.enter(number, steps, changed)
+        return hidden
+
+    def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> tuple[Step, Tensor]:
+        """Run a stage; returns what shortens hidden states, and these ones shortened."""
+        with self._timed(fwd):
+            step = run_stage(self.method, stage, number, fwd, hidden, self.observers)
+            return step, step(hidden)
+
+    @contextmanager
+    def _timed(self, fwd: Forward) -> Iterator[None]:
+        """Add to what choosing took, if anyone observes it."""
+        if not self.observers:
+            yield
+            return
+        begin = now(fwd.device)
+        try:
+            yield
+        finally:
+            fwd.trace.selection_seconds += now(fwd.device) - begin
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the decoder: give the cache its ledgers and the output its length back."""
+        fwd, self._current.forward = self._current.forward, None
+        if fwd is None:
+            return None
+        trace = fwd.close(cache_of(output))
+        if trace is None:
+            self._outputs.forget()
+            return output
+        self.trace = trace
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            last = states[-1] is output.last_hidden_state
+            output.hidden_states = tuple(_whole(fwd, n, len(states), x) for n, x in
+                                         enumerate(states))  # fmt: skip
+        output.last_hidden_state = self._outputs.expand(fwd.table, output.last_hidden_state, trace)
+        if states is not None and last:
+            output.hidden_states = (*output.hidden_states[:-1], output.last_hidden_state)
+        return output
+
+    # Probes ----------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _wanted(self, number: int) -> Wanted | None:
+        """What is wanted of a call of the attention of a layer."""
+        current = self._current
+        if current.own is not None and current.own[0] == number:
+            return Wanted(current.own[1], stop=True)
+        fwd = current.forward
+        stages = self.plan.previous.get(number)
+        if fwd is None or not fwd.images or not stages:
+            return None
+        return Wanted(partial(self._read_previous, number, stages, fwd))
+
+    def _read_previous(
+        self, number: int, stages: list[Stage], fwd: Forward, attended: Attended
+    ) -> None:
+        # What entered the layer is not known here, and no signal that reads attention asks for it.
+        seen = seen_by(fwd, attended.query[:, 0], number)
+        _show(seen, attended, attended.key.shape[2] - fwd.table.num_slots)
+        with self._timed(fwd):
+            read_layer(stages, fwd, seen, "attention")
+
+    def _read_own(
+        self, number: int, stage: Stage, layer: Any, fwd: Forward, hidden: Tensor, given: Any
+    ) -> None:
+        """Read what a layer is about to attend to, from its own projections."""
+        for unrotated in (False, True):
+            mine = [
+                s
+                for s in stage.signals
+                if isinstance(s, DecoderSignal) and s.layer == "own" and s.uses == "attention"
+                and s.unrotated == unrotated
+            ]  # fmt: skip
+            if not mine:
+                continue
+            rotary = fwd.rotary(number, hidden, given)
+            if unrotated:
+                rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
+            only = Stage(stage.site, stage.budget, tuple(mine))
+            self._current.own = (number, partial(self._record_own, number, only, fwd, hidden))
+            try:
+                with torch.no_grad():
+                    capture(
+                        self.adapter.attention(number),
+                        hidden_states=self.adapter.layer_input(layer, hidden),
+                        attention_mask=None,
+                        position_embeddings=rotary,
+                        **{CACHE_ARGUMENT: None},
+                    )
+            finally:
+                self._current.own = None
+            fwd.trace.selection_macs += hidden.shape[:2].numel() * self.adapter.qk_macs(number)
+
+    def _record_own(
+        self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, attended: Attended
+    ) -> None:
+        stored = stored_length(fwd.cache, number)
+        if stored and fwd.cache is not None:
+            old = fwd.cache.layers[number]
+            attended.key = torch.cat([old.keys.to(attended.key), attended.key], dim=2)
+            attended.value = torch.cat([old.values.to(attended.value), attended.value], dim=2)
+        seen = seen_by(fwd, hidden, number)
+        _show(seen, attended, stored)
+        read_layer([stage], fwd, seen, "attention")
+
+
+class _Instead:
+    """An attribute of one instance, until it is removed."""
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self._owner, self._name, self._value = owner, name, value
+        self._had = vars(owner).get(name)
+        vars(owner)[name] = value
+
+    def remove(self) -> None:
+        """Put back what was there, unless another took the place."""
+        if vars(self._owner).get(self._name) is not self._value:
+            return
+        if self._had is None:
+            del vars(self._owner)[self._name]
+        else:
+            vars(self._owner)[self._name] = self._had
+
+
+def _show(seen: Any, attended: Attended, stored: int) -> None:
+    seen.query, seen.key, seen.value = attended.query, attended.key, attended.value
+    seen.scale, seen.softcap, seen.stored = attended.scale, attended.softcap, stored
+
+
+def _whole(fwd: Forward, number: int, count: int, x: Tensor) -> Tensor:
+    """One of the collected hidden states at the length of the input.
+
+    The n-th is what entered layer n, as its predecessor left it; the last one is the output.
+    """
+    tables = (
+        [fwd.table] if number == count - 1 else [fwd.table_at(number - 1), fwd.table_at(number)]
+    )
+    for table in tables:
+        if x.shape[1] == table.num_slots:
+            return grown(table, x) if table.shortened else x
+    return x
+
+
+def _prompt_columns(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Columns of the prompt that a ``generate`` is given."""
+    try:
+        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    given = {**bound.pop("kwargs", {}), **bound}
+    for name in ("inputs", "input_ids", "inputs_embeds"):
+        if isinstance(given.get(name), Tensor):
+            return int(given[name].shape[1])
+    return None
