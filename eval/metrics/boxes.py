@@ -15,8 +15,10 @@ from visprune.errors import ConfigError
 from visprune.eval.metrics.base import check_variant, paired, percent
 
 __all__ = [
+    "BOX_PARSERS",
     "THRESHOLDS",
     "Box",
+    "BoxParser",
     "BoxScale",
     "RECAccuracy",
     "box_figures",
@@ -28,17 +30,29 @@ __all__ = [
 Box = tuple[float, float, float, float]
 BoxScale = Literal["unit", "per_mille", "pixels"]
 SCALES = ("unit", "per_mille", "pixels")
+BoxParser = Literal["lmms-eval", "lenient"]
+BOX_PARSERS = ("lmms-eval", "lenient")
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _QWEN_PATCH = 28  # pixels a side of one token: patches of 14, two by two of them merged
 
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_BRACKETS = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_BLANKS = rf"\s*{_NUMBER}\s*"
+# lmms-eval's refcoco/utils_rec.py at 75571cf lets no blank stand before a comma.
+_PUBLISHED = re.compile(rf"\[\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\s*\]")
+_BRACKETS = re.compile(rf"\[{_BLANKS},{_BLANKS},{_BLANKS},{_BLANKS}\]")
 # Qwen-VL's "<|box_start|>(x,y),(x,y)<|box_end|>".
-_PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
+_PAIRS = re.compile(rf"\({_BLANKS},{_BLANKS}\)\s*,\s*\({_BLANKS},{_BLANKS}\)")
+_RULES = {
+    "lmms-eval": (("brackets", _PUBLISHED),),
+    "lenient": (("brackets", _BRACKETS), ("pairs", _PAIRS)),
+}
 
 
 def parse_box(
-    text: str, scale: BoxScale = "unit", size: tuple[int, int] | None = None
+    text: str,
+    scale: BoxScale = "unit",
+    size: tuple[int, int] | None = None,
+    parser: BoxParser = "lenient",
 ) -> tuple[Box | None, str]:
     """Return the first box of an output, corners in [0, 1], and the rule that read it.
 
@@ -47,20 +61,23 @@ def parse_box(
         scale: what the model's numbers are: ``"unit"`` (0 to 1: LLaVA), ``"per_mille"`` (0 to 1000:
             Qwen2-VL, Qwen3-VL, InternVL), ``"pixels"`` of the picture the model saw (Qwen2.5-VL).
         size: (width, height) of that picture; for ``"pixels"`` alone.
+        parser: ``"lmms-eval"``: four numbers in square brackets, no blank before a comma, as its
+            RefCOCO scores; ``"lenient"``: with such blanks too, and pairs of corners.
 
     Returns:
         ``(x0, y0, x1, y1)`` and ``"brackets"`` (``[a, b, c, d]``) or ``"pairs"``
         (``(a,b),(c,d)``); ``(None, "")`` where there is none.
 
     Raises:
-        ConfigError: unknown scale, or pixels without a size.
+        ConfigError: unknown scale or parser, or pixels without a size.
     """
     check_variant("RECAccuracy", "scale", scale, SCALES)
+    check_variant("RECAccuracy", "parser", parser, BOX_PARSERS)
     if scale == "pixels" and size is None:
         raise ConfigError(
             "Boxes in pixels need the size of the picture that the model saw: size=(width, height)."
         )
-    for rule, pattern in (("brackets", _BRACKETS), ("pairs", _PAIRS)):
+    for rule, pattern in _RULES[parser]:
         found = pattern.search(text)
         if found is not None:
             x0, y0, x1, y1 = map(float, found.groups())
@@ -152,9 +169,10 @@ class RECAccuracy(torchmetrics.Metric):
         scale: what the model's numbers are; see :func:`parse_box`.
         limits: for pixels and samples: ``min_pixels`` and ``max_pixels`` of the processor of
             Qwen2.5-VL, see :func:`seen_size`; ``None``: ``update`` is told the sizes.
+        parser: how a box is read; see :func:`parse_box`.
 
     Raises:
-        ConfigError: unknown scale.
+        ConfigError: unknown scale or parser.
     """
 
     is_differentiable = False
@@ -165,11 +183,17 @@ class RECAccuracy(torchmetrics.Metric):
     count: Tensor
 
     def __init__(
-        self, scale: BoxScale = "unit", limits: tuple[int, int] | None = None, **kwargs: Any
+        self,
+        scale: BoxScale = "unit",
+        limits: tuple[int, int] | None = None,
+        parser: BoxParser = "lenient",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_variant("RECAccuracy", "scale", scale, SCALES)
+        check_variant("RECAccuracy", "parser", parser, BOX_PARSERS)
         self.scale: BoxScale = scale
+        self.parser: BoxParser = parser
         self.limits = limits
         self._names = tuple(box_figures([(None, (0.0, 0.0, 1.0, 1.0))]))
         zeros = torch.zeros(len(self._names), dtype=torch.float64)
@@ -199,9 +223,9 @@ class RECAccuracy(torchmetrics.Metric):
             size = sizes[number] if sizes is not None else None
             if size is None and self.limits is not None and "size" in meta:
                 size = seen_size(meta["size"], *self.limits)
-            box, _ = parse_box(text, self.scale, size)
+            box, _ = parse_box(text, self.scale, size, self.parser)
             figures = box_figures([(box, as_box(meta.get("box", reference)))])
-            self.sums += torch.tensor([figures[name] for name in self._names]).to(self.sums)
+            self.sums += self.sums.new_tensor([figures[name] for name in self._names])
         self.count += len(pairs)
 
     def compute(self) -> dict[str, float]:

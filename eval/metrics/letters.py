@@ -3,25 +3,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from visprune.errors import ConfigError
 from visprune.eval.metrics.base import AnswerMetric, check_variant, references_of
-from visprune.eval.metrics.text import plain_text
+from visprune.eval.metrics.letter_rules import ALL, RULES
 
 __all__ = ["LETTER_PARSERS", "LetterMatch", "LetterParser", "parse_letter"]
 
-LetterParser = Literal["lenient", "scienceqa-lmms-eval", "scienceqa-llava", "seed"]
-LETTER_PARSERS = ("lenient", "scienceqa-lmms-eval", "scienceqa-llava", "seed")
-
-_ALL = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_ALONE = re.compile(r"[(\[]?([A-Za-z])[)\].:,]?")
-# A sign must follow: "A dog" begins with an article.
-_START = re.compile(r"[(\[]([A-Z])[)\]]|([A-Z])[.:),](?=\s|$)")
-_SAID = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*[(\[]?([A-Z])\b(?!')")
-_LLAVA = re.compile(r"The answer is ([A-Z]).")
+LetterParser = Literal[
+    "lenient", "scienceqa-lmms-eval", "scienceqa-llava", "seed-lmms-eval", "seed-llava",
+    "vlmevalkit",
+]  # fmt: skip
+LETTER_PARSERS = tuple(RULES)
 
 
 def parse_letter(
@@ -32,83 +27,28 @@ def parse_letter(
     Args:
         text: the output.
         choices: texts of the options; none: every letter is allowed.
-        parser: ``"lenient"``: in this order ``"letter"`` (alone: "b", "(B)", "B."),
-            ``"letter_first"`` ("B. a cat", "(B) a cat"), ``"answer_is"`` ("The answer is B"),
-            ``"option_text"`` (exactly one option, word for word). ``"scienceqa-lmms-eval"``: the
-            letter alone, or a capital and a period at the start. ``"scienceqa-llava"``: the letter
-            alone, "B. ", or "The answer is B."; ``"seed"``: the first character.
+        parser: ``"lenient"``: in this order ``"letter"`` (alone: "b", "(B)", "**B**"),
+            ``"letter_first"`` ("B. a cat", "(B) a cat", a first line "B"), ``"answer_is"``
+            ("Answer: B", "Option B", "It is B."), ``"option_text"`` (exactly one option, word for
+            word). ``"scienceqa-lmms-eval"``: the letter alone, or a capital and a period at the
+            start. ``"scienceqa-llava"``: the letter alone, "B. ", or "The answer is B."
+            ``"seed-lmms-eval"``: the first character, in either case; ``"seed-llava"``: the whole
+            output. ``"vlmevalkit"``: VLMEvalKit's rules without a judge (MMBench); its Z, for an
+            output that refuses, is no option.
 
     Raises:
         ConfigError: unknown parser.
     """
     check_variant("LetterMatch", "parser", parser, LETTER_PARSERS)
-    allowed = _ALL[: len(choices)] if choices else _ALL
-    for rule, read in _RULES[parser]:
-        letter = read(text.strip(), choices)
+    allowed = ALL[: len(choices)] if choices else ALL
+    # VLMEvalKit takes outputs as they are: blanks count where it asks whether one is too long.
+    given = text if parser == "vlmevalkit" else text.strip()
+    for rule, read in RULES[parser]:
+        letter = read(given, choices)
         # As published: what the first rule that fits has read counts, allowed or not, wrong if not.
         if letter is not None and (letter in allowed or parser != "lenient"):
             return letter, rule
     return None, ""
-
-
-def _alone(text: str, choices: Sequence[str]) -> str | None:
-    found = _ALONE.fullmatch(text)
-    return found[1].upper() if found else None
-
-
-def _first(text: str, choices: Sequence[str]) -> str | None:
-    found = _START.match(text)
-    return (found[1] or found[2]) if found else None
-
-
-def _said(text: str, choices: Sequence[str]) -> str | None:
-    letters = set(_SAID.findall(text))
-    return letters.pop() if len(letters) == 1 else None
-
-
-def _option_text(text: str, choices: Sequence[str]) -> str | None:
-    given = plain_text(text)
-    same = [_ALL[i] for i, choice in enumerate(choices) if given and plain_text(choice) == given]
-    return same[0] if len(same) == 1 else None
-
-
-def _exact_capital(text: str, choices: Sequence[str]) -> str | None:
-    return text if len(text) == 1 and text in _ALL else None
-
-
-def _capital_period(text: str, choices: Sequence[str]) -> str | None:
-    return text[0] if re.match(r"[A-Z]\.", text) else None
-
-
-def _capital_period_blank(text: str, choices: Sequence[str]) -> str | None:
-    return text[0] if re.match(r"[A-Z]\. ", text) else None
-
-
-def _llava_said(text: str, choices: Sequence[str]) -> str | None:
-    found = _LLAVA.findall(text)
-    return found[0] if len(found) == 1 else None
-
-
-def _first_character(text: str, choices: Sequence[str]) -> str | None:
-    return text[:1] or None
-
-
-Rule = tuple[str, Callable[[str, Sequence[str]], str | None]]
-_RULES: dict[str, tuple[Rule, ...]] = {
-    "lenient": (
-        ("letter", _alone),
-        ("letter_first", _first),
-        ("answer_is", _said),
-        ("option_text", _option_text),
-    ),
-    "scienceqa-lmms-eval": (("letter", _exact_capital), ("letter_first", _capital_period)),
-    "scienceqa-llava": (
-        ("letter", _exact_capital),
-        ("letter_first", _capital_period_blank),
-        ("answer_is", _llava_said),
-    ),
-    "seed": (("first_character", _first_character),),
-}
 
 
 def answer_letter(reference: str, choices: Sequence[str]) -> str:
@@ -117,10 +57,10 @@ def answer_letter(reference: str, choices: Sequence[str]) -> str:
     Raises:
         ConfigError: it is neither.
     """
-    allowed = _ALL[: len(choices)] if choices else _ALL
+    allowed = ALL[: len(choices)] if choices else ALL
     texts = [choice.strip() for choice in choices]
     if reference.strip() in texts:
-        return _ALL[texts.index(reference.strip())]
+        return ALL[texts.index(reference.strip())]
     letter = reference.strip().upper()
     if len(letter) == 1 and letter in allowed:
         return letter

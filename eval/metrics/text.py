@@ -61,8 +61,9 @@ class GQAAccuracy(AnswerMetric):
     Args:
         parser: ``"llava"``: LLaVA's ``convert_gqa_for_eval.py`` (periods off the end, lower case),
             then the official equality; ``"official"``: equality of the texts as they are;
-            ``"lmms-eval"``: case and punctuation ignored on both sides; ``"vlmevalkit"``: blanks
-            off the ends and lower case on both sides, so that "Yes." is wrong.
+            ``"lmms-eval"``: blanks off the prediction's ends, then case and punctuation ignored on
+            both sides; ``"vlmevalkit"``: blanks off the ends and lower case on both sides, so that
+            "Yes." is wrong.
 
     Raises:
         ConfigError: unknown parser.
@@ -78,6 +79,16 @@ class GQAAccuracy(AnswerMetric):
         return gqa_match(prediction, reference, self.parser)
 
 
+def _lmms_eval(text: str) -> str:
+    """Lower case, no punctuation, as NumPy's texts of one width do it.
+
+    They keep their width ("\u0130", whose lower case is two characters, pushes the last one out)
+    and lose NULs at the end.
+    """
+    lower = text.rstrip("\0").lower()[: len(text.rstrip("\0"))].rstrip("\0")
+    return lower.translate(_NO_PUNCTUATION).rstrip("\0")
+
+
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -88,7 +99,7 @@ def gqa_match(prediction: str, reference: Any, parser: GQAParser = "llava") -> f
     if parser == "llava":
         given = prediction.rstrip(".").lower()
     elif parser == "lmms-eval":
-        given, answer = (text.lower().translate(_NO_PUNCTUATION) for text in (prediction, answer))
+        given, answer = _lmms_eval(prediction.strip()), _lmms_eval(answer)
     elif parser == "vlmevalkit":
         given, answer = (text.strip().lower() for text in (prediction, answer))
     return float(given == answer)

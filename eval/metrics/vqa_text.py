@@ -27,6 +27,7 @@ _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_WOR
 
 # The official evaluator is Python 2, where \d on text means the ten ASCII digits.
 _COMMA = re.compile(r"(\d)(,)(\d)", re.ASCII)
+_COMMA_KIT = re.compile(r"(\d)(,)(\d)")  # VLMEvalKit is Python 3: digits of every script
 # Slip 1: "(?!<=\d)" was meant to be "(?<!\d)"; it is always true, so "3." loses its period and a
 # period before a digit stays. Slip 2: re.UNICODE (32) stands where `count` belongs, in all three.
 _PERIOD_OFFICIAL = re.compile(r"(?!<=\d)(\.)(?!\d)", re.ASCII)
@@ -74,12 +75,12 @@ def normalise_official(text: str) -> str:
 
 def normalise_vlmevalkit(text: str) -> str:
     """The official steps with the period rule that was meant, as VLMEvalKit has it."""
-    return _words(_punctuation(tidy(text), _COMMA, _PERIOD_FIXED))
+    return _words(_punctuation(tidy(text), _COMMA_KIT, _PERIOD_FIXED))
 
 
 def vlmevalkit_punctuation(text: str) -> str:
     """VLMEvalKit's punctuation step alone; its yes/no parser applies it."""
-    return _punctuation(text, _COMMA, _PERIOD_FIXED)
+    return _punctuation(text, _COMMA_KIT, _PERIOD_FIXED)
 
 
 def normalise_evalai(text: str) -> str:

@@ -63,7 +63,7 @@ class ScienceQA(ChoiceTask):
     """
 
     name: ClassVar[str] = "scienceqa_img"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     HUB: ClassVar[str] = "lmms-lab-encoder/ScienceQA"
     CONFIG: ClassVar[str | None] = "ScienceQA-IMG"
     SPLITS: ClassVar[Mapping[str, str]] = {"test": "test", "val": "validation"}
@@ -160,10 +160,15 @@ class SEEDBench(ChoiceTask):
     """SEED-Bench, image part (arXiv:2307.16125): 14,233 questions of nine types, first letter.
 
     A folder holds ``SEED-Bench.json`` and ``SEED-Bench-image/``.
+
+    Args:
+        parser: ``"seed-lmms-eval"`` (the first character) or ``"seed-llava"`` (the whole output,
+            as LLaVA's submission is scored); or another of
+            :class:`visprune.eval.metrics.LetterMatch`.
     """
 
     name: ClassVar[str] = "seedbench_image"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     HUB: ClassVar[str] = "lmms-lab-encoder/SEED-Bench"
     SPLITS: ClassVar[Mapping[str, str]] = {"test": "test"}
     COLUMNS: ClassVar[Sequence[str]] = (
@@ -173,7 +178,7 @@ class SEEDBench(ChoiceTask):
     LAYOUT: ClassVar[str] = "SEED-Bench.json and SEED-Bench-image/"
 
     split: str = "test"
-    parser: str = "seed"
+    parser: str = "seed-lmms-eval"
 
     def _wanted(self, rows: Rows) -> list[int]:
         return [i for i, kind in enumerate(rows.column("data_type")) if kind == "image"]

@@ -30,7 +30,8 @@ _SHIFT = 1_000_000  # the k-th circular shift of question i has the index i + k 
 class MMBench(ChoiceTask):
     """MMBench-en dev (arXiv:2307.06281), read by rules alone; circular: all shifts must be right.
 
-    No language model reads the answers, none is guessed for what no rule reads. A folder holds
+    Letters are read as VLMEvalKit reads them without a judge: no language model reads the answers,
+    none is guessed for what no rule reads. A folder holds
     ``mmbench_dev_20230712.tsv`` or ``MMBench_DEV_EN.tsv``; ``MMBench_DEV_EN_V11.tsv`` holds
     another selection of questions, version 1.1, which is not this task.
 
@@ -40,7 +41,7 @@ class MMBench(ChoiceTask):
     """
 
     name: ClassVar[str] = "mmbench_en"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     HUB: ClassVar[str] = "lmms-lab-encoder/MMBench"
     CONFIG: ClassVar[str | None] = "en"
     SPLITS: ClassVar[Mapping[str, str]] = {"dev": "dev"}
@@ -48,6 +49,7 @@ class MMBench(ChoiceTask):
     LAYOUT: ClassVar[str] = "mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv (not V11)"
 
     split: str = "dev"
+    parser: str = "vlmevalkit"
     circular: bool = True
 
     @property

@@ -12,6 +12,7 @@ import torchmetrics
 
 from visprune.errors import ConfigError
 from visprune.eval.metrics.boxes import (
+    BOX_PARSERS,
     SCALES,
     Box,
     RECAccuracy,
@@ -101,6 +102,8 @@ class RefCOCO(DataTask):
         min_pixels: for pixels, and needed there: what the study sets as ``min_pixels`` of the
             model's ``processor``, or that processor's own. From it follows what the model saw.
         max_pixels: the same.
+        parser: of :func:`visprune.eval.metrics.boxes.parse_box`. Empty: lmms-eval's for ``"unit"``,
+            the scale that it scores; else the lenient one, which reads Qwen-VL's pairs too.
     """
 
     name: ClassVar[str] = "refcoco_rec"
@@ -116,12 +119,16 @@ class RefCOCO(DataTask):
     scale: str = "unit"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    parser: str = ""
 
     def __post_init__(self) -> None:
         """Reject an unknown data set or scale, and pixels of a picture of unknown size."""
         super().__post_init__()
         check_option(self.name, "dataset", self.dataset, tuple(_SETS))
         check_option(self.name, "scale", self.scale, SCALES)
+        if not self.parser:
+            object.__setattr__(self, "parser", "lmms-eval" if self.scale == "unit" else "lenient")
+        check_option(self.name, "parser", self.parser, BOX_PARSERS)
         given = f"got min_pixels={self.min_pixels!r}, max_pixels={self.max_pixels!r}."
         if self.scale != "pixels" and (self.min_pixels, self.max_pixels) != (None, None):
             raise ConfigError(
@@ -144,8 +151,11 @@ class RefCOCO(DataTask):
 
     @property
     def VERSION(self) -> int:  # type: ignore[override]
-        """2 for boxes in pixels, which version 1 read as those of the picture before resizing."""
-        return 2 if self.scale == "pixels" else 1
+        """2 for boxes in pixels, which version 1 read as those of the picture before resizing.
+
+        Also 2 under lmms-eval's rule, for which version 1 had the lenient one.
+        """
+        return 2 if self.scale == "pixels" or self.parser == "lmms-eval" else 1
 
     @property
     def HUB(self) -> str:  # type: ignore[override]
@@ -153,9 +163,16 @@ class RefCOCO(DataTask):
         return f"lmms-lab-encoder/{_SETS[self.dataset]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return name, version and options; the limits of pixels only where they are set."""
+        """Return name, version and options; limits of pixels and parser only where they matter."""
+        told = super().to_dict()
         limits = ("min_pixels", "max_pixels")
-        return {k: v for k, v in super().to_dict().items() if v is not None or k not in limits}
+        # What other scales asked before there were two parsers keeps its identity.
+        usual = ("parser",) if self.scale != "unit" and self.parser == "lenient" else ()
+        return {
+            name: value
+            for name, value in told.items()
+            if name not in usual and (value is not None or name not in limits)
+        }
 
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
         """Return lmms-eval's request; without its numbers from 0 to 1 for other scales."""
@@ -169,7 +186,7 @@ class RefCOCO(DataTask):
     def parse(self, text: str, sample: Sample) -> Parsed:
         """Read the first box (``"brackets"`` or ``"pairs"``); the answer is ``x0,y0,x1,y1``."""
         size = seen_size(sample.meta["size"], *self._limits) if self._limits else None
-        box, rule = parse_box(text, self.scale, size)  # type: ignore[arg-type]
+        box, rule = parse_box(text, self.scale, size, self.parser)  # type: ignore[arg-type]
         return Parsed(None if box is None else ",".join(f"{x:.6g}" for x in box), rule)
 
     def score(self, sample: Sample, parsed: Parsed) -> float:
@@ -180,7 +197,7 @@ class RefCOCO(DataTask):
 
     def metric(self) -> torchmetrics.Metric:
         """Return the metric with this scale."""
-        return RECAccuracy(scale=self.scale, limits=self._limits)  # type: ignore[arg-type]
+        return RECAccuracy(self.scale, self._limits, self.parser)  # type: ignore[arg-type]
 
     def aggregate(
         self, records: Sequence[Scored], *, errors_count_as_wrong: bool = False

@@ -26,6 +26,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "embedded": [{"limit": 7}],
 }
 
+# What is past its first version: its rules changed (see CHANGELOG).
+VERSIONS = {
+    "mmbench_en": 2,
+    "refcoco_rec": 2,
+    "scienceqa_img": 2,
+    "seedbench_image": 2,
+}
+
 
 def _folder_task(root: Path) -> None:
     rows = [
@@ -76,8 +84,8 @@ def test_every_prompt_is_as_recorded(tmp_path: Path) -> None:
 
 def test_versions_are_as_recorded(tmp_path: Path) -> None:
     # Results of other versions are not comparable: raise a number only with its prompts or rules.
-    versions = {label: (task.name, task.VERSION) for label, task in _tasks(tmp_path)}
-    assert {version for _, version in versions.values()} == {1}
+    versions = {label: task.VERSION for label, task in _tasks(tmp_path)}
+    assert {label: version for label, version in versions.items() if version > 1} == VERSIONS
 
 
 def test_llava_s_template() -> None:
