@@ -5,11 +5,20 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from typing import Any, Literal
 
 from visprune.eval.metrics.base import AnswerMetric, check_variant, references_of
 
-__all__ = ["GQA_PARSERS", "ExactMatch", "GQAAccuracy", "GQAParser", "exact_match", "plain_text"]
+__all__ = [
+    "GQA_PARSERS",
+    "ExactMatch",
+    "GQAAccuracy",
+    "GQAParser",
+    "exact_match",
+    "lost_signs",
+    "plain_text",
+]
 
 GQAParser = Literal["llava", "official", "lmms-eval", "vlmevalkit"]
 GQA_PARSERS = ("llava", "official", "lmms-eval", "vlmevalkit")
@@ -17,24 +26,77 @@ GQA_PARSERS = ("llava", "official", "lmms-eval", "vlmevalkit")
 _ARTICLES = {"a", "an", "the"}
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
 _NUMBERS = {word: str(number) for number, word in enumerate(_WORDS.split())}
-# Every sign becomes a blank, but the period and colon inside a number ("3.5", "10:30") and the
-# apostrophe inside a word ("don't").
-_SIGNS = re.compile(r"(?<!\d)[.:]|[.:](?!\d)|(?<!\w)'|'(?!\w)|[^\w\s.:']|_")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+_MONEY = "$\u20ac\u00a3\u00a5\u20b9"
+_ORDER = "<>\u2264\u2265"
+# "5 %" and "$ 5" are "5%" and "$5".
+_LOOSE = re.compile(rf"(?<=\d)\s+(?=%)|(?<=[{_MONEY}{_ORDER}])\s+(?=[-\d{_MONEY}]|\.\d)")
+# The signs that carry meaning; every other one becomes a blank.
+_SIGNS = re.compile(
+    rf"""
+      (?<=\d)[.:/](?=\d)                                  # 3.5, 10:30, 1/2
+    | (?<![\w.])\.(?=\d)                                  # .5
+    | (?<=\w)'(?=\w)                                      # don't
+    | (?<=\d)[%{_MONEY}]                                  # 5%, 5 euros
+    | (?<!\w)[{_MONEY}](?=-?\.?\d)                        # $5
+    | (?<!\w)-(?=[{_MONEY}]?\.?\d)                        # -5
+    | (?<![\w{_ORDER}])[{_ORDER}](?=[-{_MONEY}]*\.?\d)    # <5
+    | (?<=[^\W\d_])[+\#]+(?!\w)                           # C++, A+, F#
+    | (?<!\w)[^\W\d_]{{1,2}}-(?!\w)                       # O-, AB-
+    | (?P<blank>[^\w\s]|_)
+    """,
+    re.VERBOSE,
+)
 
 
 def plain_text(text: str) -> str:
-    """Normalise free text: lower case, no punctuation, no articles, number words as digits.
+    """Normalise free text: case folded, no punctuation, no articles, number words as digits.
 
     For data sets with a single reference per question (Visual Genome, easy-VQA), where the VQA
-    evaluator, made for ten answers, does not apply.
+    evaluator, made for ten answers, does not apply. Signs that make another answer stay: those of
+    numbers ("-5", "5%", "$5", ".5", "1/2", "<5") and of names ("C++", "F#", "A+"). Accents and
+    letters that Unicode writes in several ways are one.
 
     Example:
         >>> plain_text("  The two dogs. ")
         '2 dogs'
     """
-    words = _SIGNS.sub(" ", _THOUSANDS.sub("", text.lower().replace("\u2019", "'"))).split()
-    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+    # Unicode's canonical caseless matching: decomposed, folded ("\u00df" is "ss"), composed.
+    text = unicodedata.normalize("NFD", text.replace("\u2019", "'").replace("\u2212", "-"))
+    text = unicodedata.normalize("NFC", text.casefold())
+    text = _LOOSE.sub("", _THOUSANDS.sub("", text))
+    words = _SIGNS.sub(_sign, text).split()
+    words = [_NUMBERS.get(word, word) for word in words if word not in _ARTICLES]
+    return _PERCENT.sub("%", " ".join(words))
+
+
+_PERCENT = re.compile(r"(?<=\d) (?:percent|per cent)(?= |$)")
+
+
+def _sign(found: re.Match[str]) -> str:
+    """A sign as it stays: ".5" gets its zero, and what carries no meaning is a blank."""
+    if found["blank"]:
+        return " "
+    before = found.string[found.start() - 1 : found.start()]
+    return "0." if found[0] == "." and not before.isdecimal() else found[0]
+
+
+def lost_signs(text: str) -> tuple[str, ...]:
+    """Return what :func:`plain_text` leaves out that may have told two answers apart.
+
+    Articles in the middle ("vitamin A") and signs that are no punctuation of a sentence.
+    """
+    words = text.casefold().split()
+    articles = [word for word in words[1:] if word.strip(".,;:!?'\"()") in _ARTICLES]
+    folded = unicodedata.normalize("NFC", text.replace("\u2212", "-"))
+    folded = _LOOSE.sub("", _THOUSANDS.sub("", folded))
+    signs = [m[0] for m in _SIGNS.finditer(folded) if m["blank"] and not _sentence(m[0])]
+    return tuple(articles + signs)
+
+
+def _sentence(sign: str) -> bool:
+    """Return whether a sign belongs to sentences: punctuation but for @, #, &, * and the like."""
+    return unicodedata.category(sign)[0] == "P" and sign not in "#&*@%\\"
 
 
 def exact_match(prediction: str, reference: Any) -> float:

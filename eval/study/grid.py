@@ -71,7 +71,8 @@ class Study:
         speed: how latency is measured; ``None``: not.
         published: numbers to compare with: ``source``, ``note``, ``rows``.
         status: a remark for the report's head, such as ``not run here``.
-        notes: what to tell whoever runs it: controls that were left out.
+        notes: what to tell whoever runs it: controls that were left out, answers that look
+            alike to a metric.
 
     Raises:
         ConfigError: the grid is empty, something stands in it twice, or a value is not allowed.
@@ -192,14 +193,15 @@ def build_study(raw: Mapping[str, Any]) -> Study:
     methods = [*listed("methods", raw.get("methods")), *_saved_methods(models)]
     seeds = tuple(listed("seeds", raw.get("seeds", 0)))
     variants, notes = expand(methods, raw.get("budgets"), raw.get("controls", True))
+    tasks = tuple(_task(entry, limit, seeds) for entry in listed("tasks", raw.get("tasks")))
     return Study(
         models=models,
         variants=tuple(variants),
-        tasks=tuple(_task(entry, limit, seeds) for entry in listed("tasks", raw.get("tasks"))),
+        tasks=tasks,
         seeds=seeds,
         speed=_speed(raw.get("speed")),
         published=_published(raw.get("published")),
-        notes=tuple(notes),
+        notes=(*notes, *(note for task in tasks for note in task.notes())),
         **plain,
     )
 

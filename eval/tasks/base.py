@@ -137,6 +137,10 @@ class Task:
         """
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def notes(self) -> Sequence[str]:
+        """Return what whoever starts a run should know of the data, before the first question."""
+        return ()
+
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
         """Return the text of the user's turn, without a placeholder for the picture.
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -13,6 +13,7 @@ from PIL import Image
 
 from visprune.errors import ConfigError
 from visprune.eval.metrics.letters import answer_letter
+from visprune.eval.metrics.text import lost_signs, plain_text
 from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Task, check_option
 from visprune.eval.tasks.loading import ImageFile, LazySamples, jsonl_lines
@@ -24,9 +25,10 @@ Item = TypeVar("Item")
 _NONE: Any = object()
 
 _COLUMNS = ("image", "question", "answers")
+_NOTES = 3  # answers that look alike: so many are named
 _ANNOTATORS = 4  # fewer people than that cannot give a VQA soft accuracy of 1
 _LOST = {  # what a metric does to outputs, so that some answers can never be given
-    "exact_match": "it leaves out articles and punctuation",
+    "exact_match": "it leaves out articles and the punctuation of sentences",
     "gqa": "it lower-cases outputs and takes blanks and periods off their ends",
 }
 
@@ -44,7 +46,7 @@ class Folder(Task):
         path: the JSONL, a folder that holds exactly one, or an ImageFolder.
         metric_name: ``"exact_match"``, ``"letter_match"``, ``"vqa_official"``, ``"vqa_evalai"``,
             ``"vqa_vlmevalkit"``, ``"vqa_lmms-eval"``, ``"gqa"``, or, for an ImageFolder and models
-            that give class numbers, ``"top1"``. Empty: letters where every row has choices, else
+            that give class numbers, ``"top1"``. Empty: letters where the rows have choices, else
             exact match.
         instruction: said after the question instead of LLaVA-1.5's; ``""`` for nothing.
         question: asked of every picture of an ImageFolder.
@@ -52,7 +54,7 @@ class Folder(Task):
     """
 
     name: ClassVar[str] = "folder"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     path: str
     metric_name: str = ""  # type: ignore[misc]
@@ -67,9 +69,7 @@ class Folder(Task):
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is at least 1, got {self.max_new_tokens}.")
         if not self.metric_name:
-            rows = _rows(Path(self.path))
-            lettered = rows is not None and all(row.get("choices") for _, row in rows)
-            metric = "letter_match" if lettered else "exact_match"
+            metric = _metric_of(_rows(Path(self.path)) or ())
             object.__setattr__(self, "metric_name", metric)
         check_option(self.name, "metric_name", self.metric_name, tuple(SCORINGS))
 
@@ -101,6 +101,22 @@ class Folder(Task):
         chosen = self._chosen([str(number) for number in range(len(rows))])
         base = Path(self.path) if Path(self.path).is_dir() else Path(self.path).parent
         return LazySamples(lambda number: self._of_row(number, *rows[number], base), chosen)
+
+    def notes(self) -> Sequence[str]:
+        """Return which answers, different as written, are one to exact match."""
+        if self.metric_name != "exact_match":
+            return ()
+        try:
+            rows = _rows(Path(self.path))
+            if rows is None:
+                found = [(name.replace("_", " "), name) for name in class_folders(Path(self.path))]
+            else:
+                found = [
+                    (text, where) for where, row in rows for text in _texts(row, "answers", where)
+                ]
+        except ConfigError:
+            return ()  # said where the data is needed
+        return _alike(found)
 
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
         """Return the question, its options where letters are asked for, and the instruction."""
@@ -201,6 +217,41 @@ class Folder(Task):
             )
 
         return LazySamples(make, self._chosen([str(file) for _, file in files]))
+
+
+def _metric_of(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the metric of rows that name none: letters where they have choices.
+
+    Raises:
+        ConfigError: some have choices and some have not.
+    """
+    without = [where for where, row in rows if not row.get("choices")]
+    if not rows or len(without) == len(rows):
+        return "exact_match"
+    if without:
+        raise ConfigError(
+            f"{without[0]} has no choices, and {len(rows) - len(without)} of {len(rows)} rows "
+            f"have. Give choices to every row, split the file in two, or say metric_name=exact_match, "
+            f"under which no options are shown."
+        )
+    return "letter_match"
+
+
+def _alike(answers: Iterable[tuple[str, str]]) -> list[str]:
+    """Say which answers exact match cannot tell apart though a sign or word does; at most three."""
+    first: dict[str, tuple[tuple[str, ...], str, str]] = {}
+    found: dict[str, str] = {}
+    for text, where in answers:
+        plain, lost = plain_text(text), lost_signs(text)
+        before = first.setdefault(plain, (lost, text, where))
+        if plain and before[0] != lost and plain not in found:
+            found[plain] = (
+                f"folder: under exact_match the answers {before[1]!r} ({before[2]}) and {text!r} "
+                f"({where}) are one, {plain!r}; if they are not, write them in words."
+            )
+    notes = list(found.values())
+    more = [f"folder: {len(notes) - _NOTES} more such answers."] if len(notes) > _NOTES else []
+    return notes[:_NOTES] + more
 
 
 def in_turn(groups: Sequence[Sequence[Item]]) -> list[Item]:

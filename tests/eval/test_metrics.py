@@ -73,6 +73,16 @@ def test_vqa_accuracy_stays_in_its_range_and_is_full_for_ten_equal_answers(
 # --- texts ----------------------------------------------------------------------------------------
 
 
+_PIECES = [
+    *"a5xI-+%$.#'/<>,:_ \u20ac\u2019\u2212\u0301\u0130",
+    "five",
+    " percent",
+    "per cent",
+    "1,000",
+    "the ",
+]
+
+
 @pytest.mark.parametrize(
     ("text", "plain"),
     [
@@ -84,13 +94,36 @@ def test_vqa_accuracy_stays_in_its_range_and_is_full_for_ten_equal_answers(
         ("'quoted'", "quoted"),
         ("A.", ""),
         ("Zwölf Äpfel", "zwölf äpfel"),
+        # Signs that make another answer.
+        ("-5", "-5"),
+        ("\u22125", "-5"),
+        ("3-5", "3 5"),
+        ("- 5 dogs", "5 dogs"),
+        ("5%", "5%"),
+        ("5 %.", "5%"),
+        ("five percent", "5%"),
+        ("$5", "$5"),
+        ("-$1,000.50", "-$1000.50"),
+        (".5", "0.5"),
+        ("-.5.", "-0.5"),
+        ("5.", "5"),
+        ("1/2", "1/2"),
+        ("< 5", "<5"),
+        ("C++.", "c++"),
+        ("C#", "c#"),
+        ("A+", "a+"),
+        ("O-", "o-"),
+        # Unicode writes these in two ways.
+        ("cafe\u0301", "caf\u00e9"),
+        ("STRASSE", "strasse"),
+        ("Straße", "strasse"),
     ],
 )
 def test_plain_text(text: str, plain: str) -> None:
     assert plain_text(text) == plain
 
 
-@given(st.text(max_size=40))
+@given(st.text(max_size=40) | st.lists(st.sampled_from(_PIECES), max_size=8).map("".join))
 def test_plain_text_is_idempotent(text: str) -> None:
     once = plain_text(text)
     assert plain_text(once) == once

@@ -28,6 +28,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 # What is past its first version: its rules changed (see CHANGELOG).
 VERSIONS = {
+    "folder": 2,
+    "folder 2": 2,
+    "folder 3": 2,
     "mmbench_en": 2,
     "refcoco_rec": 2,
     "scienceqa_img": 2,

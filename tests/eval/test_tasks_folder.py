@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.eval.task_fixtures import drawn, dump_lines, save
 from visprune.cli import commands as cli
 from visprune.errors import ConfigError
 from visprune.eval.llava_files import score_answers
+from visprune.eval.study import build_study
 from visprune.eval.tasks import embedded
 from visprune.eval.tasks.base import Sample, SampleError, Task, get_task, list_tasks, sample_of
 
@@ -73,6 +75,42 @@ def test_choices_are_asked_for_by_letter(tmp_path: Path) -> None:
     assert [sample.answers for sample in task.samples()] == [("B",), ("A",)]
     assert _scores(task, "b", "(A) cat") == [1.0, 1.0]
     assert task.prompt(task.samples()[0]).startswith("Which?\nA. cat\nB. dog\nAnswer with the opt")
+
+
+def test_rows_of_which_one_lacks_choices_are_refused(tmp_path: Path) -> None:
+    row = {"image": "a.png", "question": "Which?", "answers": "cat"}
+    dump_lines(tmp_path / "x.jsonl", [{**row, "choices": ["cat", "dog"]}, row, row])
+    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2 has no choices, and 1 of 3 rows have"):
+        _folder(tmp_path)
+    task = _folder(tmp_path, metric_name="exact_match")
+    assert task.prompt(task.samples()[0], "plain") == "Which?"
+
+
+def test_signs_that_carry_meaning_are_not_blanks(tmp_path: Path) -> None:
+    answers = ["-5", "5%", "$5", ".5", "C++", "caf\u00e9", "Straße"]
+    rows = [{"image": "a.png", "question": "?", "answers": text} for text in answers]
+    dump_lines(tmp_path / "x.jsonl", rows)
+    task = _folder(tmp_path)
+    assert _scores(task, *answers) == [1.0] * 7
+    assert _scores(task, "5", "5", "5", "5", "C", "cafe", "strase") == [0.0] * 7
+    assert (
+        _scores(task, "-5.", "5 percent", "$ 5", "0.5", "c++", "cafe\u0301", "STRASSE") == [1.0] * 7
+    )
+
+
+def test_answers_that_become_one_are_said_before_the_run(tmp_path: Path) -> None:
+    row = {"image": "a.png", "question": "?"}
+    told = ["vitamin A", "Vitamin.", "the cat", "cat!", "2", "two", "t-shirt", "t shirt", "#1", "1"]
+    dump_lines(tmp_path / "x.jsonl", [{**row, "answers": text} for text in told])
+    study = build_study({"models": "embedded", "tasks": {"task": "folder", "path": str(tmp_path)}})
+    vitamins, numbers = study.notes
+    assert re.search(r"'vitamin A' \(.*line 1\) and 'Vitamin\.' \(.*line 2\) are one", vitamins)
+    assert re.search(r"'#1' .* and '1' .* are one, '1'", numbers)
+    assert _folder(tmp_path, metric_name="gqa").notes() == ()
+    dump_lines(
+        tmp_path / "x.jsonl", [{**row, "answers": f"{n}{s}"} for n in range(5) for s in "*@"]
+    )
+    assert _folder(tmp_path).notes()[-1] == "folder: 2 more such answers."
 
 
 def test_the_named_metric_is_used(tmp_path: Path) -> None:
