@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 from visprune.errors import ConfigError
 from visprune.eval.tasks.base import Sample, Task, check_option
-from visprune.eval.tasks.loading import LazySamples, Unreachable
+from visprune.eval.tasks.loading import LazySamples, Unreachable, as_stored
 from visprune.eval.tasks.rows import FileRows, HubRows, Rows, import_datasets
 
 __all__ = ["DataTask", "numbered"]
@@ -28,6 +29,8 @@ class DataTask(Task):
         data: where the data is. ``None``: the Hub, by the name lmms-eval uses; ``"owner/name"``:
             another data set there of the same columns; a folder: files in the layout that the
             task's docstring names, a copy of the Hub's repository, or ``save_to_disk`` output.
+        orient: turn pictures as their EXIF data say, as ``datasets`` and so lmms-eval do; LLaVA's
+            own scripts show them as they are stored.
     """
 
     HUB: ClassVar[str] = ""
@@ -40,6 +43,7 @@ class DataTask(Task):
 
     split: str = ""
     data: str | None = None
+    orient: bool = True
 
     def __post_init__(self) -> None:
         """Reject a split that the task does not have."""
@@ -104,7 +108,13 @@ class DataTask(Task):
         names = numbered(self._names(rows))
         groups = self._groups(rows, names)
         chosen = [wanted[i] for i in self._chosen([groups[i] for i in wanted])]
-        return LazySamples(lambda number: self._sample(number, names[number], rows), chosen)
+        return LazySamples(lambda number: self._turned(number, names[number], rows), chosen)
+
+    def _turned(self, number: int, name: str, rows: Rows) -> Sample:
+        sample = self._sample(number, name, rows)
+        if self.orient:
+            return sample
+        return dataclasses.replace(sample, image=as_stored(sample.image))
 
     @property
     def _where(self) -> str:

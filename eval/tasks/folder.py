@@ -51,6 +51,7 @@ class Folder(Task):
         instruction: said after the question instead of LLaVA-1.5's; ``""`` for nothing.
         question: asked of every picture of an ImageFolder.
         max_new_tokens: longest answer.
+        orient: turn pictures as their EXIF data say.
     """
 
     name: ClassVar[str] = "folder"
@@ -61,6 +62,7 @@ class Folder(Task):
     instruction: str | None = None
     question: str = "What is in this picture?"
     max_new_tokens: int = 16  # type: ignore[misc]
+    orient: bool = True
 
     def __post_init__(self) -> None:
         """Reject values outside their range; choose the metric by the data if none is named."""
@@ -179,7 +181,7 @@ class Folder(Task):
         return Sample(
             id=_id(row, number),
             question=str(row["question"]),
-            image=ImageFile(base / picture, where),
+            image=ImageFile(base / picture, where, orient=self.orient),
             answers=answers,
             choices=choices,
             kind=str(row.get("kind") or ""),
@@ -209,7 +211,7 @@ class Folder(Task):
             return Sample(
                 id=where,
                 question=self.question,
-                image=ImageFile(file),
+                image=ImageFile(file, orient=self.orient),
                 answers=(answer,),
                 choices=choices,
                 kind=names[label],
@@ -231,8 +233,8 @@ def _metric_of(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     if without:
         raise ConfigError(
             f"{without[0]} has no choices, and {len(rows) - len(without)} of {len(rows)} rows "
-            f"have. Give choices to every row, split the file in two, or say metric_name=exact_match, "
-            f"under which no options are shown."
+            f"have. Give choices to every row, split the file in two, or say "
+            f"metric_name=exact_match, under which no options are shown."
         )
     return "letter_match"
 

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, overload
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.tasks.base import Sample, SampleError
@@ -18,6 +23,7 @@ __all__ = [
     "ImageFile",
     "LazySamples",
     "Unreachable",
+    "as_stored",
     "decode",
     "find_file",
     "jsonl_lines",
@@ -38,10 +44,12 @@ class ImageFile:
     Args:
         path: the file.
         owner: what asks for it, for messages (``"question 17"``).
+        orient: turn it as its EXIF data say.
     """
 
     path: Path
     owner: str = ""
+    orient: bool = True
 
     def __call__(self) -> Image.Image:
         """Return the picture, RGB.
@@ -49,11 +57,27 @@ class ImageFile:
         Raises:
             SampleError: the file is missing or is no picture that Pillow reads.
         """
-        return open_image(self.path, self.owner)
+        return open_image(self.path, self.owner, self.orient)
 
 
-def open_image(path: Path, owner: str = "") -> Image.Image:
+def as_stored(picture: Callable[[], Image.Image]) -> Callable[[], Image.Image]:
+    """Return what loads a picture without turning it.
+
+    Args:
+        picture: an :class:`ImageFile`, or a partial call that takes ``orient``.
+    """
+    if isinstance(picture, ImageFile):
+        return dataclasses.replace(picture, orient=False)
+    return functools.partial(picture, orient=False)
+
+
+def open_image(path: Path, owner: str = "", orient: bool = True) -> Image.Image:
     """Load a picture whole, RGB.
+
+    Args:
+        path: the file.
+        owner: what asks for it, for messages.
+        orient: turn it as its EXIF data say.
 
     Raises:
         SampleError: the file is missing or is no picture that Pillow reads; names the file.
@@ -61,7 +85,7 @@ def open_image(path: Path, owner: str = "") -> Image.Image:
     of = f" of {owner}" if owner else ""
     if not path.is_file():
         raise SampleError(f"The picture{of} is missing: {path}.")
-    return decode(path, f"{path}{of}")
+    return decode(path, f"{path}{of}", orient)
 
 
 class Unreachable(ConfigError):
@@ -74,30 +98,99 @@ _DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError,
             NotImplementedError, Image.DecompressionBombError)  # fmt: skip
 
 
-def decode(source: Path | IO[bytes], where: str) -> Image.Image:
+def decode(source: Path | IO[bytes], where: str, orient: bool = True) -> Image.Image:
     """Decode a picture whole, RGB.
 
+    Samples of more than 8 bits are scaled (see :func:`_eight_bits`).
+
+    Args:
+        source: the file or its bytes.
+        where: its name, for messages.
+        orient: turn it as its EXIF data say: a phone's photo lies on its side without.
+
     Raises:
-        SampleError: it is no picture that Pillow reads, or it is cut short; names ``where``.
+        SampleError: it is no picture that Pillow reads, it is cut short, or its values cannot be
+            shown; names ``where``.
     """
     try:
         with Image.open(source) as picture:
-            return picture.convert("RGB")
+            turn = _TURNS.get(_orientation(picture)) if orient else None
+            picture.load()
+            shown = _eight_bits(picture)
+            shown = shown if turn is None else shown.transpose(turn)
+            return shown.convert("RGB")
     except _DAMAGED as error:
         raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
 
 
-def picture_size(source: Path | IO[bytes], where: str) -> tuple[int, int]:
+def picture_size(source: Path | IO[bytes], where: str, orient: bool = True) -> tuple[int, int]:
     """Return width and height of a picture in pixels, from its header: nothing is decoded.
+
+    Args:
+        source: the file or its bytes.
+        where: its name, for messages.
+        orient: of the picture as it is shown, turned as its EXIF data say.
 
     Raises:
         SampleError: it is no picture that Pillow reads; names ``where``.
     """
     try:
         with Image.open(source) as picture:
-            return picture.size
+            if picture.format == "TIFF":
+                picture.load()  # which turns it
+            width, height = picture.size
+            return (height, width) if orient and _orientation(picture) >= 5 else (width, height)
     except _DAMAGED as error:
         raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return EXIF's orientation, 1 to 8; 1 (as it lies) where there is none that can be read."""
+    if picture.format == "TIFF":
+        return 1  # Pillow turns these by itself when it loads them
+    try:
+        # Not picture.getexif(): of a PNG, that decodes the picture to find EXIF data behind it.
+        found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+    except (*_DAMAGED, struct.error, LookupError, TypeError, RuntimeError):
+        return 1  # the picture itself may be whole
+    return found if found in _TURNS else 1
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a picture of 16 or 32 bits a pixel as one of 8 bits; Pillow would cut at 255.
+
+    Values that 8 bits hold stay; floats from 0 to 1 are shares of white; of everything else the
+    picture's darkest becomes black and its brightest white (a depth map or an X-ray uses a part of
+    what its format could hold).
+
+    Raises:
+        ValueError: it holds one value beyond 8 bits, or some that are not finite.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("its values are not all finite numbers")
+    if picture.mode == "F" and low >= 0.0 and high <= 1.0:
+        low, high = 0.0, 1.0
+    elif low >= 0.0 and high <= 255.0:
+        low, high = 0.0, 255.0
+    elif low == high:
+        raise ValueError(f"every pixel of its {picture.mode} values is {low:g}")
+    scaled = (values - low) * (255.0 / (high - low))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
 class LazySamples(Sequence[Sample]):

@@ -183,9 +183,9 @@ def _is_none(value: Any) -> bool:
     return value is None or value != value or str(value).strip().lower() in ("", "nan", "none")
 
 
-def _from_base64(text: str, where: str) -> Image.Image:
+def _from_base64(text: str, where: str, orient: bool = True) -> Image.Image:
     try:
         data = base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise SampleError(f"{where}: the picture is not base64 ({error}).") from error
-    return decode(io.BytesIO(data), where)
+    return decode(io.BytesIO(data), where, orient)

@@ -77,10 +77,10 @@ class _Expressions:
         """Raise ``ConfigError`` unless the objects have these columns."""
         self.objects.require(needed)
 
-    def size(self, number: int) -> tuple[int, int]:
+    def size(self, number: int, orient: bool) -> tuple[int, int]:
         """Return width and height in pixels: the Hub's rows do not say them."""
         try:
-            return self.objects.size(self.index[number][0])
+            return self.objects.size(self.index[number][0], orient)
         except SampleError:
             return 1, 1  # whoever asks for the picture gets the error: the sample is not scored
 
@@ -244,7 +244,10 @@ class RefCOCO(DataTask):
 
     def _sample(self, number: int, name: str, rows: Rows) -> Sample:
         row = rows.row(number)
-        width, height = rows.size(number) if isinstance(rows, _Expressions) else row["size"]
+        if isinstance(rows, _Expressions):
+            width, height = rows.size(number, self.orient)
+        else:
+            width, height = row["size"]
         x, y, w, h = _box(row["bbox"], rows.place(number))
         return Sample(
             id=name,

@@ -152,14 +152,19 @@ class HubRows:
         columns = [*needed, "image"] if pictures else needed
         require_columns(dict.fromkeys(self.data.features, ""), columns, self.name)
 
-    def size(self, number: int) -> tuple[int, int]:
+    def size(self, number: int, orient: bool = True) -> tuple[int, int]:
         """Return width and height of a row's picture, read once, from its header.
+
+        Args:
+            number: the row.
+            orient: as the picture is shown, turned as its EXIF data say.
 
         Raises:
             SampleError: there is no picture, or none that Pillow reads.
         """
         if number not in self._sizes:
-            self._sizes[number] = picture_size(self._source(number), self.place(number))
+            source, where = self._source(number), self.place(number)
+            self._sizes[number] = picture_size(source, where, orient)
         return self._sizes[number]
 
     def _source(self, number: int) -> Path | IO[bytes]:
@@ -173,9 +178,11 @@ class HubRows:
         return io.BytesIO(encoded["bytes"])
 
 
-def _decode_row(rows: HubRows, number: int) -> Image.Image:
+def _decode_row(rows: HubRows, number: int, orient: bool = True) -> Image.Image:
     source, where = rows._source(number), rows.place(number)
-    return open_image(source, where) if isinstance(source, Path) else decode(source, where)
+    if isinstance(source, Path):
+        return open_image(source, where, orient)
+    return decode(source, where, orient)
 
 
 def import_datasets() -> Any:

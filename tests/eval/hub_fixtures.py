@@ -209,8 +209,15 @@ HUB: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {
 NO_PICTURE = {("gqa", "testdev_balanced_instructions")}
 
 
-def write_hub(task: str, root: Path) -> None:
-    """Write the copy of a task's repository into ``root``."""
+def write_hub(task: str, root: Path, picture: bytes | None = None) -> None:
+    """Write the copy of a task's repository into ``root``, all its pictures the same.
+
+    Args:
+        task: the task.
+        root: the folder.
+        picture: an encoded picture; ``None``: a small red one.
+    """
+    shown = _picture() if picture is None else {"bytes": picture, "path": None}
     configs = []
     for config, splits in HUB[task].items():
         files = []
@@ -218,9 +225,9 @@ def write_hub(task: str, root: Path) -> None:
             data = datasets.Dataset.from_list(rows)
             if (task, config) not in NO_PICTURE:
                 listed = task == "seedbench_image"
-                picture: Any = datasets.Image()
-                column = [[_picture()] if listed else _picture() for _ in rows]
-                feature = datasets.List(picture) if listed else picture
+                plain: Any = datasets.Image()
+                column = [[shown] if listed else shown for _ in rows]
+                feature = datasets.List(plain) if listed else plain
                 data = data.add_column("image", column, feature=feature)
             path = f"{config}/{split}-00000-of-00001.parquet"
             (root / config).mkdir(parents=True, exist_ok=True)

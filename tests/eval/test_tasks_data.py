@@ -245,7 +245,7 @@ def test_refcoco_refuses_pixels_of_unknown_size(options: dict[str, Any], message
 
 def test_refcoco_s_other_scales_are_what_they_were() -> None:
     before = {"task": "refcoco_rec", "version": 1, "limit": None, "seed": 0, "split": "val"}
-    before |= {"data": None, "dataset": "refcoco", "scale": "per_mille"}
+    before |= {"data": None, "dataset": "refcoco", "scale": "per_mille", "orient": True}
     assert get_task("refcoco_rec", scale="per_mille").to_dict() == before
     limits = {"min_pixels": 3136, "max_pixels": 12845056}
     now = get_task("refcoco_rec", scale="pixels", **limits).to_dict()
