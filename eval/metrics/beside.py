@@ -7,12 +7,17 @@ points.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from visprune.eval.metrics.base import AnswerMetric, percent, references_of
+from visprune.eval.metrics.prior import commonest, prior_answers
 from visprune.eval.metrics.text import plain_text
 from visprune.eval.metrics.yesno import yes_no_label
 
@@ -30,6 +35,9 @@ __all__ = [
 ]
 
 
+_DRAWS = 32  # of ties, where a score is no mean over samples
+
+
 @dataclass(frozen=True)
 class Floors:
     """What a model reaches that never sees the picture, in the task's unit.
@@ -39,8 +47,9 @@ class Floors:
         majority_answer: that answer.
         per_kind: the task's score if every question gets the commonest answer of its kind; ``None``
             where no kind has two answers: such a kind (a class of pictures) is the answer.
-        prior: the task's score if every question gets the commonest answer of the questions that
-            begin with the same words, as many as possible (a text-only model; chance has no part).
+        prior: the task's score of a text-only model, see :mod:`visprune.eval.metrics.prior`; where
+            that is less than ``majority``, a text-only model does as well by one answer, and this
+            is ``majority``. Where answers tie, it is what drawing one of them gives in the mean.
     """
 
     majority: float
@@ -65,6 +74,11 @@ class _Guess:
     text: str | None = None
     score: float | None = None
     error: None = None
+
+    @property
+    def picture(self) -> str:
+        """Id of the picture."""
+        return self.cluster or self.sample
 
 
 def unparsed_rate(records: Sequence[Any]) -> float:
@@ -154,26 +168,31 @@ def floors(task: Any, asked: Iterable[Any], fit: Iterable[Any] | None = None) ->
 
     Args:
         task: the task; ``None``: an answer is right if it is one of the references.
-        asked: its records or samples.
+        asked: its records or samples; records that hold an error are left out, as in the score.
         fit: records or samples of a train split, to learn the commonest answers from. ``None``:
-            they are counted on the questions asked, leaving out those about the same picture for
-            the prior (with them, every rare question would know its own answer).
+            they are counted on the questions asked, the prior cross-fitted by picture (with its own
+            picture, every rare question would know its own answer).
 
     Returns:
-        The floors; ``None`` for tasks without text answers (boxes).
+        The floors; ``None`` for tasks without text answers (boxes), and of nothing that was
+        answered.
     """
     written: dict[str, str] = {}
-    guesses = [_guess(item, written) for item in asked]
+    guesses = [_guess(item, written) for item in asked if getattr(item, "error", None) is None]
     known = guesses if fit is None else [_guess(item, written) for item in fit]
     if not guesses or not all(guess.answers for guess in (*guesses, *known)):
         return None
-    commonest = Counter(guess.usual for guess in known).most_common(3)
-    constant = {answer: _score(task, guesses, [answer] * len(guesses)) for answer, _ in commonest}
+    usual = Counter(guess.usual for guess in known)
+    often = sorted(usual, key=lambda answer: (-usual[answer], answer))[:3]
+    constant = {answer: _score(task, guesses, [(answer,)] * len(guesses)) for answer in often}
     best = max(constant, key=lambda answer: constant[answer])
-    prior = _prior_answers(guesses, known, hold_out=fit is None)
+    said = prior_answers(
+        guesses, _one_score(task, guesses), None if fit is None else known, _one_score(task, known)
+    )
     return Floors(
         majority=constant[best], majority_answer=best,
-        per_kind=_per_kind(task, guesses, known, best), prior=_score(task, guesses, prior),
+        per_kind=_per_kind(task, guesses, known, best),
+        prior=max(constant[best], _score(task, guesses, said)),
     )  # fmt: skip
 
 
@@ -226,57 +245,58 @@ def _per_kind(
         counts[guess.kind][guess.usual] += 1
     if all(len(found) == 1 for found in counts.values()):
         return None
-    usual = {kind: found.most_common(1)[0][0] for kind, found in counts.items()}
-    return _score(task, guesses, [usual.get(guess.kind, otherwise) for guess in guesses])
+    usual = {kind: commonest(found) for kind, found in counts.items()}
+    return _score(task, guesses, [usual.get(guess.kind, (otherwise,)) for guess in guesses])
 
 
-def _prior_answers(guesses: Sequence[_Guess], known: Sequence[_Guess], hold_out: bool) -> list[str]:
-    """Return for each question the commonest answer under its longest known beginning.
-
-    Args:
-        guesses: the questions.
-        known: what to learn from.
-        hold_out: ``known`` are the questions themselves: leave out those about the same picture.
-    """
-    table = _by_prefix(known)
-    pictures: dict[str, list[int]] = defaultdict(list)
-    for number, guess in enumerate(guesses):
-        pictures[guess.cluster or guess.sample].append(number)
-    answers = [""] * len(guesses)
-    for numbers in pictures.values():  # one picture's own counts at a time: memory stays small
-        own = _by_prefix([guesses[number] for number in numbers]) if hold_out else {}
-        for number in numbers:
-            for prefix in _prefixes(guesses[number].question):
-                if counts := table.get(prefix, Counter()) - own.get(prefix, Counter()):
-                    answers[number] = counts.most_common(1)[0][0]
-                    break
-    return answers
-
-
-def _by_prefix(guesses: Sequence[_Guess]) -> dict[str, Counter[str]]:
-    table: dict[str, Counter[str]] = defaultdict(Counter)
-    for guess in guesses:
-        for prefix in _prefixes(guess.question):
-            table[prefix][guess.usual] += 1
-    return table
-
-
-def _prefixes(question: str) -> list[str]:
-    """Return a question's beginnings, the longest first and the empty one last."""
-    words = question.lower().split()
-    return [" ".join(words[:count]) for count in range(len(words), -1, -1)]
-
-
-def _score(task: Any, guesses: Sequence[_Guess], answers: Sequence[str]) -> float:
+def _one_score(task: Any, guesses: Sequence[_Guess]) -> Callable[[int, str], float]:
+    """Return the score, in [0, 1], of an answer to one of the questions."""
     from visprune.eval.tasks.base import sample_of
 
     if task is None:
-        right = (said in guess.answers for guess, said in zip(guesses, answers, strict=True))
-        return percent(sum(right), len(guesses))
-    records = []
-    for guess, answer in zip(guesses, answers, strict=True):
-        sample = sample_of(guess)
-        parsed = task.parse(answer, sample)
-        values = vars(guess) | {"answer": parsed.answer, "text": answer}
-        records.append(_Guess(**(values | {"score": task.score(sample, parsed)})))
-    return task.aggregate(records)["score"]
+        return lambda number, answer: float(answer in guesses[number].answers)
+
+    def score(number: int, answer: str) -> float:
+        sample = sample_of(guesses[number])
+        return float(task.score(sample, task.parse(answer, sample)))
+
+    return score
+
+
+def _answered_by(task: Any, guess: _Guess, answer: str) -> _Guess:
+    """Return the record of an answer."""
+    from visprune.eval.tasks.base import sample_of
+
+    if task is None:
+        return replace(guess, answer=answer, text=answer, score=float(answer in guess.answers))
+    sample = sample_of(guess)
+    parsed = task.parse(answer, sample)
+    return replace(guess, answer=parsed.answer, text=answer, score=task.score(sample, parsed))
+
+
+def _score(task: Any, guesses: Sequence[_Guess], answers: Sequence[tuple[str, ...]]) -> float:
+    """Return the task's score of answers; of ties, the expectation of drawing one of them.
+
+    Exact where the task's score is a mean over samples; else (F1, points) the mean of some draws.
+    """
+    records = [
+        [_answered_by(task, guess, answer) for answer in said or ("",)]
+        for guess, said in zip(guesses, answers, strict=True)
+    ]
+    first = [tied[0] for tied in records]
+    value = _whole(task, first)
+    if all(len(tied) == 1 for tied in records):
+        return value
+    if math.isclose(value, 100 * fmean(record.score or 0.0 for record in first), abs_tol=1e-9):
+        return 100 * fmean(fmean(record.score or 0.0 for record in tied) for tied in records)
+    random = np.random.default_rng(0)
+    return fmean(
+        _whole(task, [tied[int(random.integers(len(tied)))] for tied in records])
+        for _ in range(_DRAWS)
+    )
+
+
+def _whole(task: Any, records: Sequence[_Guess]) -> float:
+    if task is None:
+        return 100 * fmean(record.score or 0.0 for record in records)
+    return float(task.aggregate(records)["score"])

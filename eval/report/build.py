@@ -135,7 +135,7 @@ def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
     for run in runs:
         if run.method == UNTOUCHED:
             whole.setdefault(run.task, []).append(run)
-    samples = {(run.task, name): line for run in runs for name, line in run.lines.items()}
+    samples = _samples(runs)
     kinds = dict(Counter(line.kind for line in samples.values()).most_common())
     shown = list(kinds)[:_KINDS] if len(kinds) > 1 else []
     rows = [build_row(arm, group, whole, scorer, shown) for arm, group in arms.items()]
@@ -150,6 +150,17 @@ def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
         floors=pooled_floors(scorer.task, _by_seed(samples)),
         notes=_notes(rows, scorer, whole, samples),
     )  # fmt: skip
+
+
+def _samples(runs: Sequence[Run]) -> dict[tuple[str, str], Line]:
+    """Return a line of each sample of each seed: one without an error, where there is one."""
+    found: dict[tuple[str, str], Line] = {}
+    for run in runs:
+        for name, line in run.lines.items():
+            held = found.setdefault((run.task, name), line)
+            if held.error is not None and line.error is None:
+                found[run.task, name] = line
+    return found
 
 
 def _by_seed(samples: Mapping[tuple[str, str], Line]) -> dict[str, list[Line]]:

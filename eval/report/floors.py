@@ -25,12 +25,14 @@ def pooled_floors(task: Task | None, sets: Mapping[str, Sequence[Line]]) -> Floo
 
     Args:
         task: the task; ``None``: it cannot be built, an answer is right if it is a reference.
-        sets: the samples of each seed, one line each.
+        sets: the samples of each seed, one line each; what failed in every run is left out.
 
     Returns:
         The floors; ``None`` for boxes, and where references are not public.
     """
-    every = [(floors(task, lines), len(lines)) for lines in sets.values()]
+    every = [
+        (floors(task, lines), sum(line.error is None for line in lines)) for lines in sets.values()
+    ]
     found = [(floor, count) for floor, count in every if floor is not None]
     if not found or len(found) < len(every):
         return None

@@ -80,8 +80,9 @@ def test_floors(task: Task) -> None:
     # "Red." and "red" are one answer; it ties with "yes", two of six each.
     assert found.majority == pytest.approx(100 * 2 / 6)
     assert found.majority_answer in ("red", "yes")
-    # Each question is answered from the others: the first two colours, the first two "is there".
-    assert found.prior == pytest.approx(100 * 4 / 6)
+    # Each question is answered from the others: "what color is the" ties, red or blue, for car and
+    # bus; "is there a" is right twice; sky and day go wrong.
+    assert found.prior == pytest.approx(100 * 3 / 6)
     records = _records(task, *["x"] * 6)
     assert floors(task, records) == found  # from records alone
 
@@ -99,6 +100,78 @@ def test_floors_learned_on_a_train_split(task: Task, tmp_path: Path) -> None:
     assert (found.majority, found.majority_answer) == (pytest.approx(100 / 6), "no")
     # "what color is the sky" and "is it day" are known word for word.
     assert found.prior == pytest.approx(100 * 2 / 6)
+
+
+def _asked(*rows: tuple[str, str, str]) -> list[Any]:
+    """Samples of (picture, question, answer)."""
+    return [
+        SimpleNamespace(
+            id=str(number), question=question, kind="", cluster=picture, answers=(answer,),
+            choices=(), meta={},
+        )
+        for number, (picture, question, answer) in enumerate(rows)
+    ]  # fmt: skip
+
+
+def test_the_prior_of_balanced_pairs_is_chance() -> None:
+    # What VQAv2 and NLVR were made to be: each question of two pictures, once yes and once no.
+    rows = [
+        (f"{number}{answer}", f"is number {number} in sight", answer)
+        for number in range(300)
+        for answer in ("yes", "no")
+    ]
+    found = floors(None, _asked(*rows))
+    assert found is not None
+    assert found.majority == 50.0
+    assert found.prior == pytest.approx(50.0, abs=3.0)
+    assert found.prior >= found.majority
+    one_less = floors(None, _asked(*rows[:-1]))
+    assert one_less is not None
+    assert one_less.prior == pytest.approx(50.0, abs=3.0)
+
+
+def test_a_prior_that_knows_something_is_used() -> None:
+    # The first words tell the answer in nine of ten pictures; the rest of a sentence is unique.
+    rows = [
+        (str(number), f"{('what color', 'how many')[number % 2]} is {number}",
+         ("blue" if number % 10 == 0 else ("red", "two")[number % 2]))
+        for number in range(200)
+    ]  # fmt: skip
+    found = floors(None, _asked(*rows))
+    assert found is not None
+    assert (found.majority, found.prior) == (50.0, 90.0)
+
+
+def test_floors_do_not_depend_on_the_order_of_questions(task: Task) -> None:
+    rows = [(str(n % 7), f"is {n % 5} there", "yes" if n % 3 else "no") for n in range(100)]
+    there, back = (floors(None, _asked(*order)) for order in (rows, rows[::-1]))
+    assert there == back
+
+
+def test_ties_count_in_expectation() -> None:
+    # Two of four colours are as common: whichever is said, one of two is right.
+    rows = [(str(n), "what color", answer) for n, answer in enumerate(["red", "blue"] * 2)]
+    found = floors(None, _asked(*rows))
+    assert found is not None
+    assert found.prior == 50.0
+    kinds = _asked(*rows, ("9", "how many", "two"), ("8", "how many", "six"))
+    for item in kinds:
+        item.kind = item.question
+    by_kind = floors(None, kinds)
+    assert by_kind is not None
+    assert by_kind.per_kind == 50.0
+
+
+def test_floors_leave_out_what_failed(task: Task) -> None:
+    records = _records(task, *["x"] * 6)
+    for record in records:
+        record.error = None
+    for record in records[:2]:  # the two reds
+        record.error, record.score, record.text = {"type": "SampleError"}, None, None
+    found = floors(task, records)
+    assert found is not None
+    assert (found.majority_answer, found.majority) == ("yes", 50.0)
+    assert floors(task, records[:2]) is None
 
 
 def test_a_kind_that_is_the_answer_is_no_floor(tmp_path: Path) -> None:
@@ -168,7 +241,7 @@ def test_all_of_it_at_once(task: Task) -> None:
             "loyalty": 100.0,
             "majority": 100 / 3,
             "per_kind": 100 / 3,
-            "prior": 200 / 3,
+            "prior": 50.0,
         }
     )
     assert "loyalty" not in beside(task, records)
