@@ -21,8 +21,10 @@ from visprune.errors import ConfigError
 from visprune.eval.environment import set_threads
 from visprune.eval.models.base import EvalModel, ModelSpec
 from visprune.eval.records.folder import ResultsFolder
-from visprune.eval.records.record import Record
+from visprune.eval.records.record import Record, canonical
+from visprune.eval.report.failures import commonest_failure
 from visprune.eval.run.dry_run import plan_study, print_plan
+from visprune.eval.run.jobs import task_at
 from visprune.eval.run.progress import Progress, Silent
 from visprune.eval.run.runner import process_number, run_study
 from visprune.eval.study.grid import Study, build_study, read_study
@@ -183,6 +185,7 @@ def run_command(
 
     Raises:
         ConfigError: neither a study nor a model and a task, or whatever :func:`run_study` raises.
+        SystemExit: with 1, after the table, where not one sample was answered.
     """
     if path is None and not (changes.get("models") and changes.get("tasks")):
         raise ConfigError(
@@ -206,13 +209,19 @@ def run_command(
         if rank:
             return
         _measure(study, folder, bars)
-    print_rows(console, summarize(folder)[0])
+    rows = summarize(folder)[0]
+    print_rows(console, rows)
     if answers is not None:
-        _write_answers(folder, answers)
+        _write_answers(console, folder, study, answers)
+    failures = commonest_failure(folder)
+    if failures is not None:
+        console.print(failures.text, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Records: {folder.path}. A page with charts and pictures: visprune report {folder.path}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if failures is not None and failures.every:
+        raise SystemExit(1)
 
 
 def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -256,15 +265,29 @@ def _measure(study: Study, folder: ResultsFolder, bars: Silent, **options: Any) 
     measure_study(study, folder, progress=bars, **options)
 
 
-def _write_answers(folder: ResultsFolder, target: Path) -> None:
-    """LLaVA's answer files, one per cell."""
+def _write_answers(console: Console, folder: ResultsFolder, study: Study, target: Path) -> None:
+    """LLaVA's answer files, one per cell of the study."""
     from visprune.eval.environment import writable_folder
     from visprune.eval.llava_files import write_answers
 
     writable_folder(target)
+    tasks = {
+        canonical(seeded.to_dict()): seeded
+        for task in study.tasks
+        for seeded in (task_at(task, seed) for seed in study.seeds)
+    }
+    short = 0
     for cell in folder.cells().values():
-        records = folder.records(cell.id)
+        task = tasks.get(canonical(cell.task))
+        records = folder.records(cell.id) if task is not None else []
         name = f"{cell.task['task']} {cell.label} seed {cell.seed} {cell.id[:6]}.jsonl"
         name = name.replace(" ", "_").replace("/", "_").replace("%", "percent")
         if records:
-            write_answers(target / name, records, f"{cell.model['name']} {cell.label}")
+            model = f"{cell.model['name']} {cell.label}"
+            short += write_answers(target / name, records, model, task) < len(records)
+    if short:
+        console.print(
+            f"In {short} of the files in {target}, samples that failed have no line: scorers that "
+            f"pair answers with labels by their line cannot take them.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip

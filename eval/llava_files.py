@@ -102,18 +102,26 @@ def _picture(sample: Sample, number: int, images: str | Path | None) -> str:
     )
 
 
-def write_answers(path: str | Path, records: Iterable[Any], model_id: str) -> int:
+def write_answers(
+    path: str | Path, records: Iterable[Any], model_id: str, task: Task | None = None
+) -> int:
     """Write records as a LLaVA answer file; records that hold an error have no answer.
 
     Args:
         path: the file to write.
         records: of one cell, with ``sample``, ``prompt``, ``text`` and ``kind``.
         model_id: a name for the model.
+        task: the task that was answered: lines are written in the order of its samples, by which
+            official scorers (POPE's, LLaVA's ``eval_pope.py``) pair them with labels. ``None``: in
+            the order of the records.
 
     Returns:
         How many answers were written.
     """
     lines = []
+    if task is not None:
+        place = {sample.id: number for number, sample in enumerate(task.samples())}
+        records = sorted(records, key=lambda record: place.get(record.sample, len(place)))
     for record in records:
         if record.text is None:
             continue

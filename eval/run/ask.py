@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +18,19 @@ from visprune.errors import ConfigError, VispruneError
 from visprune.eval.models.base import NO_IMAGE, Answerer, Output, Request
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Cell, Record
-from visprune.eval.tasks.base import Parsed, Sample, Task
+from visprune.eval.tasks.base import Parsed, Sample, SampleError, Task
 
 __all__ = ["Asker", "picture_hash"]
 
 # What can go wrong with one sample: its file, its size, what a processor or a model makes of it. A
 # failure of the device itself (torch.AcceleratorError) is not among them: every later sample would
-# fail too.
+# fail too. Nor is a mistake in our own code, see _is_bug.
 _SAMPLE_ERRORS = (VispruneError, ArithmeticError, AttributeError, LookupError, MemoryError, OSError,
                   RuntimeError, TypeError, ValueError, AssertionError)  # fmt: skip
 _DEVICE_ERRORS = (torch.AcceleratorError,)
+# What a mistake raises. RuntimeError is not among them: PyTorch raises it where memory runs out.
+_BUGS = (AttributeError, LookupError, NameError, TypeError, ValueError, AssertionError,
+         NotImplementedError)  # fmt: skip
 
 
 class Asker:
@@ -48,6 +53,9 @@ class Asker:
     def ask(self, answerer: Answerer, samples: Sequence[Sample]) -> list[Record]:
         """Ask a batch. A sample that fails becomes a record with its error; the others go on.
 
+        Only what a picture or a model raises is an error of a sample. What a task raises, and a
+        mistake in this package, would be an error of every sample: it ends the run.
+
         Raises:
             ConfigError: a picture's copy cannot be written.
             torch.AcceleratorError: the device failed.
@@ -67,13 +75,25 @@ class Asker:
 
     def _request(self, sample: Sample) -> tuple[Request | None, str | None, BaseException | None]:
         """The request of a sample and the hash of its picture, or why there is none."""
-        try:
+        with self._naming(sample):
             prompt = self.task.prompt(sample, self.cell.prompt_style)  # type: ignore[arg-type]
+        try:
             image = None if self._blind else sample.image()
-            digest = None if image is None else picture_hash(image)
         except _SAMPLE_ERRORS as error:
+            if _is_bug(error):
+                raise
             return None, None, error
+        digest = None if image is None else picture_hash(image)
         return Request(sample, prompt, image), digest, None
+
+    @contextmanager
+    def _naming(self, sample: Sample) -> Iterator[None]:
+        """Say which sample a task failed on."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"The task {self.task.name} raised this for its sample {sample.id!r}.")
+            raise
 
     def _copy(self, image: Image.Image | None, digest: str | None) -> str | None:
         if image is None or digest is None or self.pictures is None:
@@ -90,9 +110,10 @@ class Asker:
         if not isinstance(output, Output):
             return self._failed(sample, output, request.prompt, digest, picture)
         try:
-            parsed = self.task.parse(output.text, sample)
-            score = self._score(sample, parsed)
-        except _SAMPLE_ERRORS as error:
+            with self._naming(sample):
+                parsed = self.task.parse(output.text, sample)
+                score = self._score(sample, parsed)
+        except SampleError as error:
             return self._failed(sample, error, request.prompt, digest, picture, output.text)
         return Record(
             **self._common(sample, request.prompt, digest, picture),
@@ -150,10 +171,23 @@ def _answers(
     except _DEVICE_ERRORS:
         raise
     except _SAMPLE_ERRORS as error:
+        if _is_bug(error):
+            raise
         if len(requests) == 1:
             return [error], 0.0
         outputs = [_answers(answerer, [request])[0][0] for request in requests]
     return outputs, (time.perf_counter() - begin) / len(requests)
+
+
+def _is_bug(error: BaseException) -> bool:
+    """Return whether an error is a mistake in this package, by its type and where it was raised."""
+    if isinstance(error, VispruneError) or not isinstance(error, _BUGS):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith(f"{_PACKAGE}.")
+
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 def picture_hash(image: Image.Image) -> str:

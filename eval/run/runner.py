@@ -44,8 +44,20 @@ def process_number() -> tuple[int, int, int]:
 
 
 def _first_int(default: int, *names: str) -> int:
-    """The first of these environment variables that is set."""
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    """The first of these environment variables that is set, and not to an empty text.
+
+    Raises:
+        ConfigError: it is no whole number from 0.
+    """
+    for name in names:
+        if text := os.environ.get(name, "").strip():
+            if not text.isdecimal():
+                raise ConfigError(
+                    f"The environment variable {name} is {text!r}; launchers set it to a whole "
+                    f"number from 0. Unset it where there is one process."
+                )
+            return int(text)
+    return default
 
 
 def run_study(

@@ -25,6 +25,7 @@ Item = TypeVar("Item")
 _NONE: Any = object()
 
 _COLUMNS = ("image", "question", "answers")
+_PLACEHOLDER = "<image>"
 _NOTES = 3  # answers that look alike: so many are named
 _ANNOTATORS = 4  # fewer people than that cannot give a VQA soft accuracy of 1
 _LOST = {  # what a metric does to outputs, so that some answers can never be given
@@ -39,8 +40,8 @@ class Folder(Task):
 
     In a JSONL, ``image`` is a path relative to the file, ``answers`` a text or a list of texts
     (``gqa``: one, ``vqa_...``: four or more), ``choices`` a list of options (an answer is then a
-    letter or the text of an option). In an ImageFolder, ``path/CLASS/*.jpg``, the class is the
-    answer.
+    letter or the text of an option). LLaVA's ``<image>`` in a question is left out. In an
+    ImageFolder, ``path/CLASS/*.jpg``, the class is the answer.
 
     Args:
         path: the JSONL, a folder that holds exactly one, or an ImageFolder.
@@ -180,7 +181,7 @@ class Folder(Task):
             answers = tuple(answer_letter(answer, choices) for answer in answers)
         return Sample(
             id=_id(row, number),
-            question=str(row["question"]),
+            question=_question(row),
             image=ImageFile(base / picture, where, orient=self.orient),
             answers=answers,
             choices=choices,
@@ -327,6 +328,16 @@ def _check_asked(row: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: image is the path of a picture, got {image!r:.80}.")
     if isinstance(question, bool) or not isinstance(question, str | int | float):
         raise ConfigError(f"{where}: question is a text, got {question!r:.80}.")
+    if str(question).count(_PLACEHOLDER) > 1:
+        raise ConfigError(
+            f"{where}: the question has {str(question).count(_PLACEHOLDER)} {_PLACEHOLDER}; a row "
+            f"is about one picture."
+        )
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    """Return a row's question without LLaVA's placeholder: each model has a place of its own."""
+    return str(row["question"]).replace(_PLACEHOLDER, "").strip()
 
 
 def _texts(row: Mapping[str, Any], column: str, where: str) -> tuple[str, ...]:

@@ -185,7 +185,10 @@ class RefCOCO(DataTask):
 
     def parse(self, text: str, sample: Sample) -> Parsed:
         """Read the first box (``"brackets"`` or ``"pairs"``); the answer is ``x0,y0,x1,y1``."""
-        size = seen_size(sample.meta["size"], *self._limits) if self._limits else None
+        try:
+            size = seen_size(sample.meta["size"], *self._limits) if self._limits else None
+        except ConfigError as error:
+            raise SampleError(f"{sample.id}: {error}") from error
         box, rule = parse_box(text, self.scale, size, self.parser)  # type: ignore[arg-type]
         return Parsed(None if box is None else ",".join(f"{x:.6g}" for x in box), rule)
 

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,10 +22,14 @@ from PIL import Image
 
 import visprune
 from tests import tiny
+from tests.eval.instant import Instant, Tiling
 from tests.eval.small import small_embedded
+from tests.eval.task_fixtures import dump_lines, save
 from visprune.cli import commands as cli
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.eval.evaluate import Evaluation, run_command
+from visprune.eval.llava_files import write_questions
+from visprune.eval.metrics.yesno import parse_yes_no
 from visprune.eval.models import vlm as models_vlm
 from visprune.eval.models.base import ModelSpec, Output, Request
 from visprune.eval.models.identity import weights_hash
@@ -30,6 +38,7 @@ from visprune.eval.models.vit import TimmClassifier
 from visprune.eval.models.vlm import VLM
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.study.grid import build_study
+from visprune.eval.tasks.base import get_task
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.eval.tasks.imagenet import ranking_text
 
@@ -436,3 +445,85 @@ def test_the_command_asks_times_prints_and_writes_answers(
     assert [name.split("_seed")[0] for name in answers_files] == [
         "embedded_none", "embedded_todre_16",
     ]  # fmt: skip
+
+
+def _pope_by_line(questions: Path, answers: Path, labels: Mapping[str, Sequence[str]]) -> float:
+    """Mean F1 by the rule of LLaVA's ``eval_pope.py``.
+
+    The answers of a split, in the order of the answer file, are paired with the lines of the
+    split's label file by their place; ids only say which split an answer is of.
+    """
+    rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
+    split = {row["question_id"]: row["category"] for row in rows}
+    said = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    figures = []
+    for name, right in labels.items():
+        mine = [
+            parse_yes_no(a["text"], "llava")[0] for a in said if split[a["question_id"]] == name
+        ]
+        pairs = Counter(zip(mine, right, strict=True))
+        hits = pairs["yes", "yes"]
+        wrong = pairs["yes", "no"] + pairs["no", "yes"]
+        figures.append(2 * hits / (2 * hits + wrong))
+    return 100 * fmean(figures)
+
+
+def test_official_scorers_that_pair_by_line_agree_with_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = {}
+    for split in ("random", "popular", "adversarial"):
+        # More than nine: as texts, "adversarial/10" comes before "adversarial/2".
+        labels[split] = ["yes" if n * n % 7 in (1, 2) else "no" for n in range(1, 24)]
+        rows = [
+            {"question_id": n, "image": "a.jpg", "text": f"Is there a {n}?", "label": label}
+            for n, label in enumerate(labels[split], start=1)
+        ]
+        dump_lines(tmp_path / f"data/coco_pope_{split}.json", rows)
+    save(tmp_path / "data/val2014/a.jpg")
+
+    class Guessing(Instant):
+        def _answer(self, requests: Sequence[Request]) -> list[Output]:
+            numbers = [int(request.sample.id.split("/")[1]) for request in requests]
+            return [Output(text="Yes" if n % 3 == 1 else "No") for n in numbers]
+
+    monkeypatch.setattr("visprune.eval.run.runner.load_model", lambda *_, **__: Guessing())
+    run_command(
+        None, tmp_path / "out",
+        {"models": ["instant"], "tasks": [{"task": "pope", "data": str(tmp_path / "data")}],
+         "controls": ["none"]},
+        dry_run=False, retry_errors=False, threads=None, answers=tmp_path / "answers",
+    )  # fmt: skip
+    task = get_task("pope", data=str(tmp_path / "data"))
+    write_questions(task, tmp_path / "questions.jsonl")
+    (file,) = (tmp_path / "answers").iterdir()
+    score = task.aggregate(ResultsFolder(tmp_path / "out").records())["score"]
+    assert _pope_by_line(tmp_path / "questions.jsonl", file, labels) == pytest.approx(score)
+    assert 20 < score < 80
+
+
+def _failing(path: Path, monkeypatch: pytest.MonkeyPatch, failing: range) -> None:
+    model = Instant(failing=tuple(failing))
+    monkeypatch.setattr("visprune.eval.run.runner.load_model", lambda *_, **__: model)
+    changes = {"models": ["instant"], "tasks": [Tiling(limit=4)], "controls": ["none"]}
+    run_command(
+        None, path, changes, dry_run=False, retry_errors=False, threads=None,
+        answers=path / "answers",
+    )  # fmt: skip
+
+
+def test_a_run_in_which_every_sample_fails_ends_with_1_and_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        _failing(tmp_path / "all", monkeypatch, range(4))
+    assert done.value.code == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Every sample failed, of 4. The commonest reason: RuntimeError: The shapes of" in said
+    assert "(1 times; the report lists all)" in said
+    _failing(tmp_path / "some", monkeypatch, range(2, 3))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 samples failed, of 4. The commonest reason: RuntimeError: The shapes of quest" in said
+    assert "samples that failed have no line" in said
+    _failing(tmp_path / "none", monkeypatch, range(0))
+    assert "failed" not in capsys.readouterr().out

@@ -17,9 +17,11 @@ from visprune.errors import ConfigError
 from visprune.eval.models.base import ModelSpec
 from visprune.eval.records import files as record_files
 from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.ask import picture_hash
 from visprune.eval.run.progress import Silent
-from visprune.eval.run.runner import run_study
+from visprune.eval.run.runner import process_number, run_study
 from visprune.eval.study.grid import Study
+from visprune.eval.tasks.base import SampleError
 
 
 def run(study: Study, out: Path, model: Instant | None = None, **options: Any) -> ResultsFolder:
@@ -106,16 +108,85 @@ def test_errors_are_asked_again_only_on_request(tmp_path: Path) -> None:
     assert folder.records()[2].error is None
 
 
-def test_a_score_out_of_range_and_a_failing_parser_are_errors_too(tmp_path: Path) -> None:
+def test_what_a_task_raises_ends_the_run_and_names_the_sample(tmp_path: Path) -> None:
+    """It is no fault of a picture or a model: every sample of its kind would go wrong."""
+
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Odd(Tiling):
         def score(self, sample: Any, parsed: Any) -> float:
-            return {"0/1": 2.0, "0/2": float("nan")}.get(sample.id) or 1 / (sample.id != "0/3")
+            return {"0/1": 2.0}.get(sample.id) or 1 / (sample.id != "0/3")
 
-    folder = run(instant_study(task=Odd(limit=5)), tmp_path)
+    with pytest.raises(ConfigError, match=r"tiling scored 2\.0, which is not in \[0, 1\]") as one:
+        run(instant_study(task=Odd(limit=5)), tmp_path)
+    assert "for its sample '0/1'" in one.value.__notes__[0]
+    assert [record.sample for record in ResultsFolder(tmp_path).records()] == ["0/0"]
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Unasked(Tiling):
+        def prompt(self, sample: Any, style: Any = "plain") -> str:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(instant_study(task=Unasked(limit=5)), tmp_path / "other")
+
+
+def test_a_parser_that_cannot_take_a_picture_is_an_error_of_its_sample(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Long(Tiling):
+        def parse(self, text: str, sample: Any) -> Any:
+            if sample.id == "0/1":
+                raise SampleError("The picture is too long.")
+            return super().parse(text, sample)
+
+    folder = run(instant_study(task=Long(limit=3)), tmp_path)
     errors = [record.error["type"] if record.error else None for record in folder.records()]
-    assert errors == [None, "ConfigError", "ConfigError", "ZeroDivisionError", None]
+    assert errors == [None, "SampleError", None]
     assert folder.records()[1].text == "1"  # what the model said is kept
+
+
+def test_a_mistake_of_this_package_ends_the_run(tmp_path: Path) -> None:
+    """A model's own TypeError is one sample's; ours would be every sample's, one by one."""
+
+    class Theirs(Instant):
+        def _answer(self, requests: Any) -> Any:
+            if requests[0].sample.id == "0/1":
+                raise TypeError("forward() got an unexpected keyword")
+            return super()._answer(requests)
+
+    folder = run(instant_study(limit=3), tmp_path / "theirs", Theirs())
+    assert [bool(record.error) for record in folder.records()] == [False, True, False]
+
+    class Ours(Instant):
+        def _answer(self, requests: Any) -> Any:
+            if requests[0].sample.id == "0/1":
+                picture_hash(None)  # type: ignore[arg-type]  # an AttributeError in visprune
+            return super()._answer(requests)
+
+    with pytest.raises(AttributeError):
+        run(instant_study(limit=3), tmp_path / "ours", Ours())
+
+    class Refusing(Instant):
+        def _answer(self, requests: Any) -> Any:
+            if requests[0].sample.id == "0/1":
+                raise ConfigError("This picture has no patches left.")
+            return super()._answer(requests)
+
+    folder = run(instant_study(limit=3), tmp_path / "refusing", Refusing())
+    assert [bool(record.error) for record in folder.records()] == [False, True, False]
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_rank_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, text)
+    for name in ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert process_number() == (0, 1, 0)
+    monkeypatch.setenv("PMI_RANK", "3")
+    assert process_number()[0] == 3
+    monkeypatch.setenv("RANK", "two")
+    with pytest.raises(ConfigError, match="RANK is 'two'; launchers set it to a whole number"):
+        process_number()
 
 
 def test_another_study_is_refused_and_one_that_extends_it_is_not(tmp_path: Path) -> None:

@@ -86,6 +86,21 @@ def test_rows_of_which_one_lacks_choices_are_refused(tmp_path: Path) -> None:
     assert task.prompt(task.samples()[0], "plain") == "Which?"
 
 
+def test_llava_s_placeholder_is_no_part_of_a_question(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a.png", "question": text, "answers": "x"}
+        for text in ("<image>\nWhat color?", "What color?\n<image>", "What color?")
+    ]
+    dump_lines(tmp_path / "x.jsonl", rows)
+    task = _folder(tmp_path)
+    assert {task.prompt(sample, "plain") for sample in task.samples()} == {"What color?"}
+    dump_lines(tmp_path / "x.jsonl", [{**rows[0], "question": "<image><image> Which differs?"}])
+    with pytest.raises(
+        ConfigError, match=r"line 1: the question has 2 <image>; a row is about one"
+    ):
+        _folder(tmp_path).samples()
+
+
 def test_signs_that_carry_meaning_are_not_blanks(tmp_path: Path) -> None:
     answers = ["-5", "5%", "$5", ".5", "C++", "caf\u00e9", "Straße"]
     rows = [{"image": "a.png", "question": "?", "answers": text} for text in answers]
