@@ -16,11 +16,13 @@ from visprune.eval.metrics.boxes import RECAccuracy
 from visprune.eval.metrics.letters import LetterMatch
 from visprune.eval.metrics.mme import MME
 from visprune.eval.metrics.pope import POPE
+from visprune.eval.metrics.reading import ANLS, RelaxedAccuracy
 from visprune.eval.metrics.text import ExactMatch, GQAAccuracy
 from visprune.eval.metrics.topk import TopK
 from visprune.eval.metrics.vqa import VQAAccuracy, vqa_accuracy
 
 __all__ = [
+    "ANLS",
     "MME",
     "POPE",
     "ExactMatch",
@@ -29,6 +31,7 @@ __all__ = [
     "LetterMatch",
     "Loyalty",
     "RECAccuracy",
+    "RelaxedAccuracy",
     "TopK",
     "VQAAccuracy",
     "beside",

@@ -13,8 +13,13 @@ TABLE = {
     "scienceqa_img": "visprune.eval.tasks.choice:ScienceQA",
     "mmbench_en": "visprune.eval.tasks.mmbench:MMBench",
     "seedbench_image": "visprune.eval.tasks.choice:SEEDBench",
+    "ocrbench": "visprune.eval.tasks.ocrbench:OCRBench",
+    "docvqa": "visprune.eval.tasks.documents:DocVQA",
+    "infovqa": "visprune.eval.tasks.documents:InfoVQA",
+    "chartqa": "visprune.eval.tasks.chartqa:ChartQA",
     "refcoco_rec": "visprune.eval.tasks.refcoco:RefCOCO",
     "imagenet": "visprune.eval.tasks.imagenet:ImageNet",
+    "topology": "visprune.eval.tasks.topology:Topology",
     "embedded": "visprune.eval.tasks.embedded.task:EmbeddedTask",
     "folder": "visprune.eval.tasks.folder:Folder",
 }

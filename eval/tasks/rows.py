@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -166,6 +167,12 @@ class HubRows:
             source, where = self._source(number), self.place(number)
             self._sizes[number] = picture_size(source, where, orient)
         return self._sizes[number]
+
+    def picture_id(self, number: int) -> str:
+        """Return what two rows share that have the same picture: where a table does not name it."""
+        source = self._source(number)
+        data = source.read_bytes() if isinstance(source, Path) else source.read()
+        return hashlib.sha256(data).hexdigest()[:16]
 
     def _source(self, number: int) -> Path | IO[bytes]:
         """Return the file of a row's picture or its bytes; of several pictures the first."""

@@ -191,6 +191,86 @@ HUB: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {
             ]
         }
     },
+    "ocrbench": {
+        "default": {
+            "test": [
+                {"dataset": name, "question": question, "question_type": kind, "answer": answers}
+                for name, question, kind, answers in (
+                    (
+                        "IC15_1811",
+                        "what is written in the image?",
+                        "Regular Text Recognition",
+                        ["CENTRE"],
+                    ),
+                    (
+                        "HME100k",
+                        "Please write out the expression.",
+                        "Handwritten Mathematical Expression Recognition",
+                        [r"\frac { 1 } { 2 }"],
+                    ),
+                    (
+                        "STVQA",
+                        "What is the price?",
+                        "Scene Text-centric VQA",
+                        ["12", "twelve"],
+                    ),
+                )
+            ]
+        }
+    },
+    "docvqa": {
+        "DocVQA": {
+            "validation": [
+                {
+                    "questionId": number,
+                    "question": question,
+                    "question_types": kinds,
+                    "docId": 279,
+                    "ucsf_document_id": "xnbl0037",
+                    "ucsf_document_page_no": "1",
+                    "answers": answers,
+                    "data_split": "val",
+                }
+                for number, question, kinds, answers in (
+                    ("337", "what is the date in the letter?", ["handwritten", "form"], ["1/8/93"]),
+                    (
+                        "338",
+                        "what is the contact person name?",
+                        ["form"],
+                        ["P. Carter", "p. carter"],
+                    ),
+                )
+            ]
+        }
+    },
+    "infovqa": {
+        "InfographicVQA": {
+            "validation": [
+                {
+                    "questionId": "98313",
+                    "question": "Which social platform has heavy female audience?",
+                    "answers": ["pinterest"],
+                    "answer_type": ["single span"],
+                    "image_url": "https://example.org/37313.jpg",
+                    "operation/reasoning": [],
+                    "ocr": "",
+                    "data_split": "val",
+                }
+            ]
+        }
+    },
+    "chartqa": {
+        "default": {
+            "test": [
+                {"type": kind, "question": question, "answer": answer}
+                for kind, question, answer in (
+                    ("human_test", "How many food item is shown?", "14"),
+                    ("human_test", "Is the sum above 60?", "Yes"),
+                    ("augmented_test", "What was the share in 2011?", "31.67"),
+                )
+            ]
+        }
+    },
     "refcoco_rec": {
         "default": {
             "testA": [

@@ -287,6 +287,75 @@ def imagenet(root: Path) -> None:
         save(root / f"val/{synset}/ILSVRC2012_val_00000{synset[-3:]}.JPEG")
 
 
+def ocrbench(root: Path) -> None:
+    """OCRBench.json, whose answers are texts or lists, and OCRBench_Images/."""
+    rows = [
+        ("IC15_1811", "IC15/1.jpg", "what is written in the image?", ["CENTRE"],
+         "Regular Text Recognition"),
+        ("HME100k", "HME/2.jpg", "Please write out the expression.", r"\frac { 1 } { 2 }",
+         "Handwritten Mathematical Expression Recognition"),
+        ("STVQA", "ST/3.jpg", "What is the price?", ["12", "twelve"], "Scene Text-centric VQA"),
+    ]  # fmt: skip
+    names = ("dataset_name", "image_path", "question", "answers", "type")
+    dump(root / "OCRBench.json", [dict(zip(names, row, strict=True)) for row in rows])
+    for row in rows:
+        save(root / "OCRBench_Images" / str(row[1]))
+
+
+def docvqa(root: Path) -> None:
+    """val_v1.0_withQT.json and documents/."""
+    rows = [
+        {
+            "questionId": number,
+            "question": question,
+            "question_types": kinds,
+            "image": "documents/xnbl0037_1.png",
+            "docId": 279,
+            "ucsf_document_id": "xnbl0037",
+            "ucsf_document_page_no": "1",
+            "answers": answers,
+            "data_split": "val",
+        }
+        for number, question, kinds, answers in (
+            (337, "what is the date in the letter?", ["handwritten", "form"], ["1/8/93"]),
+            (338, "what is the contact person name?", ["form"], ["P. Carter", "p. carter"]),
+        )
+    ]
+    told = {"dataset_name": "SP-DocVQA", "dataset_split": "val", "data": rows}
+    dump(root / "val_v1.0_withQT.json", told)
+    save(root / "documents/xnbl0037_1.png")
+
+
+def infovqa(root: Path) -> None:
+    """infographicsVQA_val_v1.0_withQT.json and infographicsvqa_images/."""
+    row = {
+        "questionId": 98313,
+        "question": "Which social platform has heavy female audience?",
+        "image_local_name": "37313.jpeg",
+        "image_url": "https://example.org/37313.jpg",
+        "ocr_output_file": "37313.json",
+        "answers": ["pinterest"],
+        "answer_type": ["single span"],
+        "operation/reasoning": [],
+        "data_split": "val",
+    }
+    dump(root / "infographicsVQA_val_v1.0_withQT.json", {"data": [row]})
+    save(root / "infographicsvqa_images/37313.jpeg")
+
+
+def chartqa(root: Path) -> None:
+    """test_human.json, test_augmented.json and png/."""
+    for part, rows in (
+        ("human", [("1.png", "How many food item is shown?", "14"),
+                   ("1.png", "Is the sum above 60?", "Yes")]),
+        ("augmented", [("2.png", "What was the share in 2011?", "31.67")]),
+    ):  # fmt: skip
+        names = ("imgname", "query", "label")
+        dump(root / f"test_{part}.json", [dict(zip(names, row, strict=True)) for row in rows])
+    for number in (1, 2):
+        save(root / f"png/{number}.png")
+
+
 LOCAL: dict[str, Callable[[Path], None]] = {
     "vqav2": vqav2,
     "gqa": gqa,
@@ -297,6 +366,10 @@ LOCAL: dict[str, Callable[[Path], None]] = {
     "scienceqa_img": scienceqa,
     "mmbench_en": mmbench,
     "seedbench_image": seedbench,
+    "ocrbench": ocrbench,
+    "docvqa": docvqa,
+    "infovqa": infovqa,
+    "chartqa": chartqa,
     "refcoco_rec": refcoco,
     "imagenet": imagenet,
 }

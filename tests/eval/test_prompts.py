@@ -24,6 +24,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "textvqa": [{}, {"ocr": True}],
     "refcoco_rec": [{"split": "testA"}, {"split": "testA", "scale": "per_mille"}],
     "embedded": [{"limit": 7}],
+    "topology": [{"limit": 3}],
 }
 
 # What is past its first version: its rules changed (see CHANGELOG).
@@ -60,7 +61,7 @@ def _tasks(root: Path) -> list[tuple[str, Task]]:
                 {"path": str(folder / "free.jsonl"), "instruction": "In one word."},
             ]
         else:
-            data = {} if name == "embedded" else {"data": str(folder)}
+            data = {} if name in ("embedded", "topology") else {"data": str(folder)}
             LOCAL.get(name, lambda folder: None)(folder)
             options = [data | more for more in VARIANTS.get(name, [{}])]
         for number, values in enumerate(options):

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "textvqa": {"ocr": True},
     "refcoco_rec": {"split": "testA"},
 }
-DATA_TASKS = [name for name in list_tasks() if name not in ("embedded", "folder")]
+DATA_TASKS = [name for name in list_tasks() if name not in ("embedded", "folder", "topology")]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,54 @@ def test_files_and_hub_say_the_same(roots: dict[tuple[str, str], Path], name: st
         assert one.choices == other.choices
         if name != "scienceqa_img":  # the Hub's ScienceQA has no ids
             assert one.id == other.id
+        if name not in ("scienceqa_img", "chartqa"):  # nor has its ChartQA names of charts
             assert one.cluster == other.cluster
         if name != "mmbench_en":  # the fixtures differ in the category alone
             assert one.kind == other.kind
+
+
+def test_questions_about_one_chart_are_one_cluster(roots: dict[tuple[str, str], Path]) -> None:
+    files, hub = (_task("chartqa", roots[form, "chartqa"]).samples() for form in ("files", "hub"))
+    assert [sample.cluster for sample in files] == ["1.png", "1.png", "2.png"]
+    assert len({sample.cluster for sample in hub}) == 1  # the fixture has one picture
+    assert {sample.kind for sample in hub} == {"human_test", "augmented_test"}
+
+
+def test_ocrbench_counts_what_papers_count(roots: dict[tuple[str, str], Path]) -> None:
+    task = _task("ocrbench", roots["files", "ocrbench"])
+    texts = ["It says centre.", r"\FRAC{1}{2}", "1200"]
+    figures = task.aggregate(
+        [_record(task, s, t) for s, t in zip(task.samples(), texts, strict=True)]
+    )
+    assert figures["final"] == 2.0  # the formula's case counts, "1200" holds "12"
+    assert figures["score"] == pytest.approx(200 / 3)
+    assert figures["score/Text Recognition"] == 100.0
+    expression = task.samples()[1]
+    assert task.score(expression, task.parse(r"$ \frac{1} {2} $", expression)) == 1.0
+
+
+@pytest.mark.parametrize("name", ["docvqa", "infovqa"])
+def test_splits_whose_answers_a_server_keeps_have_no_score(tmp_path: Path, name: str) -> None:
+    LOCAL[name](tmp_path)
+    for file in tmp_path.glob("*val_v1.0_withQT.json"):
+        told = json.loads(file.read_text())
+        for row in told["data"]:
+            del row["answers"]
+        file.with_name(file.name.replace("val_v1.0_withQT", "test_v1.0")).write_text(
+            json.dumps(told)
+        )
+    task = _task(name, tmp_path, split="test")
+    samples = task.samples()
+    assert task.scored is False
+    assert all(sample.answers == () for sample in samples)
+    assert task.aggregate([_record(task, samples[0], "x")]) == {}
+
+
+def test_half_of_chartqa_is_not_chartqa(tmp_path: Path) -> None:
+    LOCAL["chartqa"](tmp_path)
+    (tmp_path / "test_human.json").unlink()
+    with pytest.raises(ConfigError, match=r"has one of test_human\.json and test_augmented\.json"):
+        _task("chartqa", tmp_path).samples()
 
 
 @pytest.mark.parametrize("name", DATA_TASKS)
