@@ -150,10 +150,12 @@ def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
     """Rows for programs and a table for people, from the records alone."""
     from visprune.eval.report.average import averages
     from visprune.eval.report.build import build_tables
+    from visprune.eval.report.missing import missing_cells
     from visprune.eval.report.read import read_results
     from visprune.eval.report.tables import floor_list, to_markdown
 
-    tables = build_tables(read_results(folder.path), resamples=1000)
+    read = read_results(folder.path)
+    tables = build_tables(read, resamples=1000)
     rows = []
     for table in tables:
         for row in table.rows:
@@ -174,7 +176,8 @@ def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
             )  # fmt: skip
     models = dict.fromkeys(table.model for table in tables)
     means = {model: averages([t for t in tables if t.model == model]) for model in models}
-    return rows, to_markdown(tables, {model: found for model, found in means.items() if found})
+    means = {model: found for model, found in means.items() if found}
+    return rows, to_markdown(tables, means, missing_cells(read.empty))
 
 
 def run_command(

@@ -11,6 +11,7 @@ from visprune.errors import ConfigError
 from visprune.eval.environment import writable_folder
 from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
+from visprune.eval.report.missing import missing_cells
 from visprune.eval.report.page import build_page, payload
 from visprune.eval.report.papers import attach_published
 from visprune.eval.report.read import read_results
@@ -47,14 +48,15 @@ def write_report(
     models = dict.fromkeys(table.model for table in tables)
     every = {model: averages([t for t in tables if t.model == model]) for model in models}
     means = {model: rows for model, rows in every.items() if rows}
+    missing = missing_cells(read.empty)
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     data = payload(read, tables, means, published, samples=samples, resamples=resamples, made=made)
     texts = {
         "page": ("report.html", build_page(data)),
-        "markdown": ("tables.md", to_markdown(tables, means)),
-        "csv": ("tables.csv", to_csv(tables)),
+        "markdown": ("tables.md", to_markdown(tables, means, missing)),
+        "csv": ("tables.csv", to_csv(tables, missing)),
         "kinds": ("kinds.csv", to_kinds_csv(tables)),
-        "latex": ("tables.tex", to_latex(tables)),
+        "latex": ("tables.tex", to_latex(tables, missing)),
     }
     return _write(folder, texts)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from visprune.eval.report.cost import FLOP_PARTS, TIME_PARTS, by_size
 from visprune.eval.report.formats import csv_text, figure, latex, markdown, scale
+from visprune.eval.report.missing import NOT_IN_TABLES, Missing
 from visprune.eval.report.read import NO_IMAGE
 from visprune.eval.report.rows import Row, Table
 
@@ -141,9 +142,11 @@ def floor_list(table: Table) -> list[tuple[str, float]]:
 
 
 def to_markdown(
-    tables: Sequence[Table], averages: Mapping[str, Sequence[Mapping[str, Any]]]
+    tables: Sequence[Table],
+    averages: Mapping[str, Sequence[Mapping[str, Any]]],
+    missing: Sequence[Missing] = (),
 ) -> str:
-    """All tables, a heading each; the average over tasks comes first."""
+    """All tables, a heading each; the average over tasks comes first, what is missing last."""
     parts = []
     for model, rows in averages.items():
         parts += [f"## {markdown(model)}: mean over tasks, % of the untouched model", ""]
@@ -172,6 +175,8 @@ def to_markdown(
                  for row in table.rows],
             )  # fmt: skip
         parts += [f"- {markdown(note)}" for note in table.notes] + ([""] if table.notes else [])
+    if missing:
+        parts += [f"## {NOT_IN_TABLES}", "", *(f"- {markdown(cell.text)}" for cell in missing), ""]
     about = [FLOORS] if any(table.floors for table in tables) else []
     return "\n\n".join(["\n".join(parts), *map(markdown, (HOW_TO_READ, *about))]) + "\n"
 
@@ -184,8 +189,8 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:], ""]
 
 
-def to_latex(tables: Sequence[Table]) -> str:
-    """All tables for a paper; they need ``booktabs`` and ``graphicx``."""
+def to_latex(tables: Sequence[Table], missing: Sequence[Missing] = ()) -> str:
+    """All tables for a paper, what is missing last; they need ``booktabs`` and ``graphicx``."""
     parts = ["% \\usepackage{booktabs,graphicx}"]
     for table in tables:
         columns = _columns(table)
@@ -204,12 +209,25 @@ def to_latex(tables: Sequence[Table]) -> str:
             r"\toprule", " & ".join(latex(name) for name, _ in columns) + r" \\", r"\midrule",
             *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}", "",
         ]  # fmt: skip
+    if missing:
+        items = [rf"\item {latex(cell.text)}" for cell in missing]
+        head = [rf"\paragraph{{{NOT_IN_TABLES}}}", r"\begin{itemize}"]
+        parts += [*head, *items, r"\end{itemize}", ""]
     return "\n".join(parts)
 
 
-def to_csv(tables: Sequence[Table]) -> str:
-    """One line per arm and task, everything that is known, without rounding."""
-    return _csv([_flat(table, row) for table in tables for row in table.rows])
+def to_csv(tables: Sequence[Table], missing: Sequence[Missing] = ()) -> str:
+    """One line per arm and task, everything that is known, without rounding.
+
+    What is missing has a line too: no samples, and why in the column ``missing``.
+    """
+    rows = [_flat(table, row) for table in tables for row in table.rows]
+    gone = [
+        {"model": cell.model, "task": cell.task, "label": cell.label,
+         "seeds": " ".join(map(str, cell.seeds)), "n": 0, "missing": cell.why}
+        for cell in missing
+    ]  # fmt: skip
+    return _csv([*rows, *gone])
 
 
 def to_kinds_csv(tables: Sequence[Table]) -> str:

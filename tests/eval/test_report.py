@@ -19,6 +19,7 @@ import pytest
 from tests.eval.made_results import made_results
 from visprune.cli import commands as cli
 from visprune.errors import ConfigError
+from visprune.eval.evaluate import summarize
 from visprune.eval.records.folder import ResultsFolder, write_json
 from visprune.eval.records.record import Cell, Record
 from visprune.eval.report import estimate, write_report
@@ -26,6 +27,7 @@ from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
 from visprune.eval.report.cost import FLOP_PARTS
 from visprune.eval.report.formats import csv_text, figure, html_json, latex, markdown
+from visprune.eval.report.missing import missing_cells
 from visprune.eval.report.papers import attach_published
 from visprune.eval.report.read import read_results
 from visprune.eval.report.rows import Table
@@ -727,3 +729,27 @@ def test_what_cannot_be_reported_is_said(folder: ResultsFolder, break_it: str) -
     message, options = cases[break_it]
     with pytest.raises(ConfigError, match=message):
         write_report(**{"results": folder.path, **options})
+
+
+def test_every_format_says_which_cells_have_no_records(folder: ResultsFolder) -> None:
+    whole, later = cell(), [cell("todre", 8, seed=seed) for seed in (0, 7)]
+    refused = cell("fastv", 8, refused="The model shows no attention.")
+    fill(folder, whole, [record(whole, i, cluster=f"p{i}") for i in range(4)])
+    folder.add_cells([*later, refused])
+    written = write_report(folder.path, folder.path / "report", samples=0, resamples=100)
+    texts = {kind: path.read_text(encoding="utf-8") for kind, path in written.items()}
+    said = ("todre 8 on m, t, seed 0, 7: no records yet", "fastv 8 on m, t: The model shows no att")
+    for kind in ("markdown", "latex"):
+        assert texts[kind].count("Not in the tables") == 1
+        assert all(text in texts[kind] for text in said), kind
+    names = ("label", "n", "seeds", "missing")
+    rows = [[row[name] for name in names] for row in csv.DictReader(io.StringIO(texts["csv"]))]
+    assert rows[0] == ["untouched", "4", "0", ""]
+    assert sorted(rows[1:]) == [
+        ["fastv 8", "0", "0", "The model shows no attention."],
+        ["todre 8", "0", "0 7", "no records yet"],
+    ]
+    assert "no records yet" in texts["page"]
+    assert all(text in summarize(folder)[1] for text in said)
+    fill(folder, refused, [record(refused, 0)])
+    assert [gone.label for gone in missing_cells(read_results(folder.path).empty)] == ["todre 8"]
