@@ -84,10 +84,11 @@ def _sign(found: re.Match[str]) -> str:
 def lost_signs(text: str) -> tuple[str, ...]:
     """Return what :func:`plain_text` leaves out that may have told two answers apart.
 
-    Articles in the middle ("vitamin A") and signs that are no punctuation of a sentence.
+    An article at the end ("vitamin A" is no article) and signs that are no punctuation of a
+    sentence.
     """
-    words = text.casefold().split()
-    articles = [word for word in words[1:] if word.strip(".,;:!?'\"()") in _ARTICLES]
+    last = text.casefold().split()[1:][-1:]
+    articles = [word for word in last if word.strip(".,;:!?'\"()") in _ARTICLES]
     folded = unicodedata.normalize("NFC", text.replace("\u2212", "-"))
     folded = _LOOSE.sub("", _THOUSANDS.sub("", folded))
     signs = [m[0] for m in _SIGNS.finditer(folded) if m["blank"] and not _sentence(m[0])]

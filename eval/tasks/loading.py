@@ -68,7 +68,8 @@ def as_stored(picture: Callable[[], Image.Image]) -> Callable[[], Image.Image]:
     """
     if isinstance(picture, ImageFile):
         return dataclasses.replace(picture, orient=False)
-    return functools.partial(picture, orient=False)
+    takes_orient: Callable[..., Image.Image] = picture
+    return functools.partial(takes_orient, orient=False)
 
 
 def open_image(path: Path, owner: str = "", orient: bool = True) -> Image.Image:

@@ -116,6 +116,7 @@ def test_signs_that_carry_meaning_are_not_blanks(tmp_path: Path) -> None:
 def test_answers_that_become_one_are_said_before_the_run(tmp_path: Path) -> None:
     row = {"image": "a.png", "question": "?"}
     told = ["vitamin A", "Vitamin.", "the cat", "cat!", "2", "two", "t-shirt", "t shirt", "#1", "1"]
+    told += ["On the street.", "on street"]
     dump_lines(tmp_path / "x.jsonl", [{**row, "answers": text} for text in told])
     study = build_study({"models": "embedded", "tasks": {"task": "folder", "path": str(tmp_path)}})
     vitamins, numbers = study.notes
