@@ -148,8 +148,8 @@ def _shown(progress: bool) -> Any:
 
 def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
     """Rows for programs and a table for people, from the records alone."""
-    from visprune.eval.report.average import averages
     from visprune.eval.report.build import build_tables
+    from visprune.eval.report.groups import all_averages
     from visprune.eval.report.missing import missing_cells
     from visprune.eval.report.read import read_results
     from visprune.eval.report.tables import floor_list, to_markdown
@@ -174,10 +174,7 @@ def summarize(folder: ResultsFolder) -> tuple[list[dict[str, Any]], str]:
                     "floors": dict(floor_list(table)),
                 }
             )  # fmt: skip
-    models = dict.fromkeys(table.model for table in tables)
-    means = {model: averages([t for t in tables if t.model == model]) for model in models}
-    means = {model: found for model, found in means.items() if found}
-    return rows, to_markdown(tables, means, missing_cells(read.empty))
+    return rows, to_markdown(tables, all_averages(tables), missing_cells(read.empty))
 
 
 def run_command(

@@ -11,6 +11,7 @@ from visprune.errors import ConfigError
 from visprune.eval.environment import writable_folder
 from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
+from visprune.eval.report.groups import all_averages
 from visprune.eval.report.missing import missing_cells
 from visprune.eval.report.page import build_page, payload
 from visprune.eval.report.papers import attach_published
@@ -53,7 +54,7 @@ def write_report(
     data = payload(read, tables, means, published, samples=samples, resamples=resamples, made=made)
     texts = {
         "page": ("report.html", build_page(data)),
-        "markdown": ("tables.md", to_markdown(tables, means, missing)),
+        "markdown": ("tables.md", to_markdown(tables, all_averages(tables), missing)),
         "csv": ("tables.csv", to_csv(tables, missing)),
         "kinds": ("kinds.csv", to_kinds_csv(tables)),
         "latex": ("tables.tex", to_latex(tables, missing)),

@@ -18,6 +18,7 @@ from visprune.eval.tasks import TABLE
 from visprune.eval.tasks.scored import Scored
 
 __all__ = [
+    "READING",
     "STYLES",
     "Parsed",
     "PromptStyle",
@@ -34,6 +35,10 @@ __all__ = [
 
 PromptStyle = Literal["llava15", "chat", "plain"]
 STYLES: tuple[PromptStyle, ...] = ("llava15", "chat", "plain")
+
+
+READING = "reading and grounding"
+"""The ``GROUP`` of tasks that ask for one place of a picture: a word, a number, a box, a line."""
 
 
 class SampleError(VispruneError):
@@ -113,6 +118,7 @@ class Task:
     unit: ClassVar[str] = "%"  # of the score, or "points"
     max_new_tokens: ClassVar[int] = 16
     generates: ClassVar[bool] = True
+    GROUP: ClassVar[str] = ""  # of tasks whose average stands in reports beside that of all
 
     limit: int | None = None
     seed: int = 0

@@ -11,7 +11,7 @@ from typing import ClassVar
 from visprune.errors import ConfigError
 from visprune.eval.metrics.reading import READING_VARIANTS, relaxed_match
 from visprune.eval.tasks import prompts
-from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, SampleError, check_option
+from visprune.eval.tasks.base import READING, Parsed, PromptStyle, Sample, SampleError, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, read_rows
 from visprune.eval.tasks.rows import FileRows, HubRows, Rows
@@ -37,6 +37,7 @@ class ChartQA(DataTask):
     name: ClassVar[str] = "chartqa"
     VERSION: ClassVar[int] = 1
     max_new_tokens: ClassVar[int] = 16
+    GROUP: ClassVar[str] = READING
     HUB: ClassVar[str] = "lmms-lab-encoder/ChartQA"
     SPLITS: ClassVar[Mapping[str, str]] = {"test": "test"}
     COLUMNS: ClassVar[Sequence[str]] = ("type", "question", "answer")

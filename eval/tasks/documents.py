@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from visprune.eval.metrics.reading import READING_VARIANTS, anls
 from visprune.eval.tasks import prompts
-from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored, check_option
+from visprune.eval.tasks.base import READING, Parsed, PromptStyle, Sample, Scored, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, read_rows
 from visprune.eval.tasks.rows import FileRows, Rows
@@ -29,6 +29,7 @@ class _DocumentTask(DataTask):
     """
 
     max_new_tokens: ClassVar[int] = 32
+    GROUP: ClassVar[str] = READING
     HUB: ClassVar[str] = "lmms-lab-encoder/DocVQA"
     SPLITS: ClassVar[Mapping[str, str]] = {"val": "validation", "test": "test"}
     UNSCORED: ClassVar[Sequence[str]] = ("test",)

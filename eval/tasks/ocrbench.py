@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from visprune.eval.metrics.reading import READING_VARIANTS, contains_answer
 from visprune.eval.tasks import prompts
-from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Scored, check_option
+from visprune.eval.tasks.base import READING, Parsed, PromptStyle, Sample, Scored, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, read_rows
 from visprune.eval.tasks.rows import FileRows, Rows
@@ -40,6 +40,7 @@ class OCRBench(DataTask):
     name: ClassVar[str] = "ocrbench"
     VERSION: ClassVar[int] = 1
     max_new_tokens: ClassVar[int] = 128
+    GROUP: ClassVar[str] = READING
     HUB: ClassVar[str] = "echo840/OCRBench"
     SPLITS: ClassVar[Mapping[str, str]] = {"test": "test"}
     COLUMNS: ClassVar[Sequence[str]] = ("dataset", "question", "question_type", "answer")

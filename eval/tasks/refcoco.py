@@ -23,7 +23,15 @@ from visprune.eval.metrics.boxes import (
     seen_size,
 )
 from visprune.eval.tasks import prompts
-from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, SampleError, Scored, check_option
+from visprune.eval.tasks.base import (
+    READING,
+    Parsed,
+    PromptStyle,
+    Sample,
+    SampleError,
+    Scored,
+    check_option,
+)
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, jsonl_lines
 from visprune.eval.tasks.rows import FileRows, HubRows, Picture, Rows
@@ -109,6 +117,7 @@ class RefCOCO(DataTask):
     name: ClassVar[str] = "refcoco_rec"
     metric_name: ClassVar[str] = "rec_acc@0.5"
     max_new_tokens: ClassVar[int] = 48
+    GROUP: ClassVar[str] = READING
     SPLITS: ClassVar[Mapping[str, str]] = {n: n for n in ("val", "test", "testA", "testB")}
     COLUMNS: ClassVar[Sequence[str]] = ("question_id", "answer", "bbox")
     TEXTS: ClassVar[Sequence[str]] = ("answer",)

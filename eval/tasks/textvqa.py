@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from visprune.errors import ConfigError
 from visprune.eval.tasks import prompts
-from visprune.eval.tasks.base import PromptStyle, Sample
+from visprune.eval.tasks.base import READING, PromptStyle, Sample
 from visprune.eval.tasks.loading import find_file, jsonl_lines, read_rows
 from visprune.eval.tasks.rows import FileRows, Rows
 from visprune.eval.tasks.vqa import VQATask, answers_of
@@ -36,6 +36,7 @@ class TextVQA(VQATask):
     name: ClassVar[str] = "textvqa"
     VERSION: ClassVar[int] = 1
     max_new_tokens: ClassVar[int] = 16
+    GROUP: ClassVar[str] = READING
     HUB: ClassVar[str] = "lmms-lab-encoder/textvqa"
     SPLITS: ClassVar[Mapping[str, str]] = {"val": "validation"}
     COLUMNS: ClassVar[Sequence[str]] = ("question_id", "question", "answers", "image_id")

@@ -22,7 +22,7 @@ from PIL import Image
 from visprune.errors import ConfigError
 from visprune.eval.metrics.letters import LETTER_PARSERS, parse_letter
 from visprune.eval.tasks import prompts
-from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, Task, check_option
+from visprune.eval.tasks.base import READING, Parsed, PromptStyle, Sample, Task, check_option
 from visprune.eval.tasks.folder import class_folders, in_turn
 from visprune.eval.tasks.loading import ImageFile, LazySamples
 from visprune.eval.tasks.scoring import score_letter
@@ -72,6 +72,7 @@ class Topology(Task):
     VERSION: ClassVar[int] = 1
     metric_name: ClassVar[str] = "letter_match"
     max_new_tokens: ClassVar[int] = 16
+    GROUP: ClassVar[str] = READING
 
     data: str | None = None
     size: int = 29

@@ -27,6 +27,7 @@ from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
 from visprune.eval.report.cost import FLOP_PARTS
 from visprune.eval.report.formats import csv_text, figure, html_json, latex, markdown
+from visprune.eval.report.groups import all_averages
 from visprune.eval.report.missing import missing_cells
 from visprune.eval.report.papers import attach_published
 from visprune.eval.report.read import read_results
@@ -34,7 +35,7 @@ from visprune.eval.report.rows import Table
 from visprune.eval.report.samples import choose, pictures, read_samples
 from visprune.eval.report.tables import to_csv, to_latex, to_markdown
 from visprune.eval.stats import paired_bootstrap, wilson
-from visprune.eval.tasks.base import Parsed, Sample, Task, get_task
+from visprune.eval.tasks.base import Parsed, Sample, Task, get_task, list_tasks, tasks
 
 HOSTILE = '</script><img src=x onerror="alert(1)">|$&_%{}\\\n=cmd()\u2028\ud800'
 
@@ -753,3 +754,25 @@ def test_every_format_says_which_cells_have_no_records(folder: ResultsFolder) ->
     assert all(text in summarize(folder)[1] for text in said)
     fill(folder, refused, [record(refused, 0)])
     assert [gone.label for gone in missing_cells(read_results(folder.path).empty)] == ["todre 8"]
+
+
+def test_reading_and_grounding_have_an_average_of_their_own(folder: ResultsFolder) -> None:
+    """Pruning halves what is read and leaves the rest: the average over all hides it."""
+    kept = {"textvqa": 0.5, "chartqa": 0.5, "gqa": 1.0, "pope": 1.0}
+    for name, share in kept.items():
+        for method, score in (("none", 1.0), ("todre", share)):
+            of = cell(method, task={"task": name, "version": 0})  # of no version: the plain mean
+            fill(folder, of, [record(of, i, score=score, cluster=f"p{i}") for i in range(4)])
+    found = all_averages(tables(folder))
+    assert list(found) == ["m", "m, reading and grounding"]
+    scores = {name: {r["arm"].label: r["score"][0] for r in rows} for name, rows in found.items()}
+    assert scores["m"]["todre"] == pytest.approx(75.0)
+    assert scores["m, reading and grounding"]["todre"] == pytest.approx(50.0)
+    text = to_markdown(tables(folder), found)
+    assert "## m, reading and grounding: mean over tasks, % of the untouched model" in text
+    reading = [name for name in list_tasks() if tasks.get(name).GROUP]
+    assert reading == ["textvqa", "ocrbench", "docvqa", "infovqa", "chartqa", "refcoco_rec",
+                       "topology"]  # fmt: skip
+    # Of nothing but such tasks it would be the average over all, said twice.
+    alone = [table for table in tables(folder) if table.task in ("textvqa", "chartqa")]
+    assert list(all_averages(alone)) == ["m"]
