@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from visprune.eval.records.folder import ResultsFolder
@@ -12,6 +13,7 @@ from visprune.eval.records.folder import ResultsFolder
 __all__ = ["Failures", "commonest_failure"]
 
 _LONGEST = 300
+_NONE = ("", "")
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,16 @@ class Failures:
     Attributes:
         failed: how many records hold an error.
         records: how many there are.
-        reason: the commonest error, its type and message.
-        times: how many records hold that one.
+        kind: the commonest type of error; messages name files and so differ.
+        times: how many records hold one of that type.
+        message: the commonest message of that type.
     """
 
     failed: int
     records: int
-    reason: str
+    kind: str
     times: int
+    message: str
 
     @property
     def every(self) -> bool:
@@ -38,24 +42,31 @@ class Failures:
     @property
     def text(self) -> str:
         """A sentence for the terminal."""
-        what = "Every sample failed" if self.every else f"{self.failed} samples failed"
-        rest = "." if self.times == self.failed else f" ({self.times} times; the report lists all)."
-        return f"{what}, of {self.records}. The commonest reason: {self.reason}{rest}"
+        what = f"{'Every sample' if self.every else self.failed} failed, of {self.records} samples."
+        share = "" if self.times == self.failed else f", {self.times} times"
+        return f"{what} The commonest reason{share}: {self.kind}: {self.message}."
 
 
 def commonest_failure(folder: ResultsFolder) -> Failures | None:
     """Return what failed, ``None`` where nothing did."""
-    found: dict[tuple[str, str], str] = {}  # of each sample; "" where some record has no error
+    # Of each sample; the empty one where some record has no error.
+    found: dict[tuple[str, str], tuple[str, str]] = {}
     for line in folder.lines():
         name = (str(line.get("cell")), str(line.get("sample")))
         error = line.get("error")
         if not error:
-            found[name] = ""
+            found[name] = _NONE
         elif name not in found:
             message = " ".join(str(error.get("message", "")).split())[:_LONGEST]
-            found[name] = sys.intern(f"{error.get('type')}: {message.rstrip('.')}")
-    reasons = Counter(reason for reason in found.values() if reason)
-    if not reasons:
+            found[name] = sys.intern(str(error.get("type"))), sys.intern(message.rstrip("."))
+    failed = [reason for reason in found.values() if reason != _NONE]
+    if not failed:
         return None
-    reason, times = min(reasons.items(), key=lambda item: (-item[1], item[0]))
-    return Failures(reasons.total(), len(found), reason, times)
+    kind, times = _commonest(kind for kind, _ in failed)
+    message, _ = _commonest(message for of, message in failed if of == kind)
+    return Failures(len(failed), len(found), kind, times, message)
+
+
+def _commonest(texts: Iterable[str]) -> tuple[str, int]:
+    """Return the commonest text (of those that tie, the first by name) and how often it is."""
+    return min(Counter(texts).items(), key=lambda item: (-item[1], item[0]))
