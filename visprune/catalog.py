@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from visprune.backbones.encoders import TABLE as ENCODERS
 from visprune.backbones.vlm import TABLE as ADAPTERS
 from visprune.core.checked import check_parameters
-from visprune.core.method import PruningMethod
+from visprune.core.numeric import plain
 from visprune.core.registry import Registry
 from visprune.errors import ConfigError
 from visprune.methods import TABLE as METHODS
+
+if TYPE_CHECKING:
+    from visprune.core.method import PruningMethod
 
 methods = Registry("method", METHODS, group="visprune.methods")
 adapters = Registry("model family", ADAPTERS, group="visprune.adapters")
@@ -40,11 +43,15 @@ def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
         ConfigError: unknown name or parameter (with a suggestion), or a value of another type or
             out of range.
     """
+    from visprune.core.method import PruningMethod  # PyTorch: not for a list of names
+
     if isinstance(method, PruningMethod):
         if params:
             raise ConfigError(
                 f"{method.name} is already built; set {', '.join(params)} on it, or pass its name."
             )
+        for key, value in vars(method).items():
+            object.__setattr__(method, key, plain(value))
         check_parameters(type(method), vars(method))
         return method
     if not isinstance(method, str):
@@ -52,7 +59,7 @@ def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
             f"A method is a name or a PruningMethod instance, got {type(method).__name__}. "
             f"Names: {', '.join(list_methods())}."
         )
-    kind = methods.get(method)
+    kind, params = methods.get(method), {key: plain(value) for key, value in params.items()}
     try:
         built: PruningMethod = kind.from_params(**params)
     except TypeError:  # a range is checked by comparing, which not every type can

@@ -19,9 +19,10 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from visprune import ops
-from visprune.backbones.vit.refusals import refuse_mask
+from visprune.backbones.vit.refusals import refuse_mask, refuse_pruned
 from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
+from visprune.core.numeric import plain
 from visprune.core.registry import did_you_mean
 from visprune.errors import ConfigError, UnsupportedModel
 
@@ -80,6 +81,7 @@ def with_attention(
             f"with_attention needs a ViT with blocks, num_prefix_tokens and a patch_embed that "
             f"knows its grid; {type(vit).__name__} is none."
         )
+    refuse_pruned(model)
     chosen = _chosen(blocks, len(model.blocks))
     made = {}  # all before the first is put in place: a refusal leaves the model as it was
     grid, size = _grid(model), _fixed_size(model.patch_embed)
@@ -99,7 +101,7 @@ def _chosen(blocks: Any, count: int) -> list[int]:
     """The numbers of the blocks to change, of ``count``."""
     if blocks is None:
         return list(range(count))
-    chosen = list(blocks) if isinstance(blocks, Iterable) else None
+    chosen = [plain(i) for i in blocks] if isinstance(blocks, Iterable) else None
     if chosen is None or any(not isinstance(i, int) for i in chosen):
         raise ConfigError(f"blocks must be numbers of blocks, such as [0, 1]; got {blocks!r}.")
     if any(not 0 <= i < count for i in chosen):
@@ -299,7 +301,7 @@ class GridNeighborhoodAttention(nn.Module):
 
 def _pair(name: str, value: Any, kind: type) -> Any:
     """One value per axis, of one or of (height, width)."""
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    pair = plain(tuple(value) if isinstance(value, Sequence) else (value, value))
     if len(pair) != 2 or not all(isinstance(x, kind) for x in pair):
         raise ConfigError(f"Neighborhood attention: {name} must be one {kind.__name__} or two, "
                           f"(height, width); got {value!r}.")  # fmt: skip

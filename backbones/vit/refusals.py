@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
 
 
@@ -15,3 +16,16 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
             "This attention has its own pattern, which is its own mask; attn_mask and is_causal "
             "cannot be given."
         )
+
+
+def refuse_pruned(model: nn.Module) -> None:
+    """Raise ``ConfigError`` where a method is in force: its hooks are on the attention there is."""
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            method = getattr(getattr(hook, "__self__", None), "method", None)
+            if isinstance(method, PruningMethod):
+                raise ConfigError(
+                    f"The model is pruned by {method.name!r}, whose hooks are on the attention "
+                    f"that would be replaced. Call run.remove() first; attention on a grid needs "
+                    f"all tokens, so the two cannot be combined."
+                )

@@ -11,6 +11,7 @@ from typing import Any
 from visprune.catalog import get_method
 from visprune.catalog import methods as method_registry
 from visprune.core.method import PruningMethod
+from visprune.core.numeric import plain
 from visprune.errors import BudgetError, ConfigError, did_you_mean
 from visprune.eval.models.base import NO_IMAGE, NONE, Choice
 from visprune.eval.records.record import canonical
@@ -217,6 +218,7 @@ def _build(name: str, options: dict[str, Any], budget: dict[str, Any]) -> Prunin
 def _budget(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(
             f"A budget is a number of tokens (64), a fraction that stays (0.25), or a mapping such "

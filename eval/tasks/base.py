@@ -6,16 +6,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torchmetrics
 from PIL import Image
 
+from visprune.core.numeric import plain
 from visprune.core.registry import Registry
 from visprune.errors import ConfigError, VispruneError, did_you_mean
 from visprune.eval.tasks import TABLE
 from visprune.eval.tasks.scored import Scored
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 __all__ = [
     "READING",
@@ -125,6 +128,8 @@ class Task:
 
     def __post_init__(self) -> None:
         """Reject values outside their range."""
+        object.__setattr__(self, "limit", plain(self.limit))
+        object.__setattr__(self, "seed", plain(self.seed))
         if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
             raise ConfigError(f"limit counts samples and is at least 1, got {self.limit!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -168,7 +173,7 @@ class Task:
         """Return the score of one answer, in [0, 1]."""
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def metric(self) -> torchmetrics.Metric:
+    def metric(self) -> Metric:
         """Return the metric of this task: ``update(texts, samples)``; ``compute()["score"]``."""
         from visprune.eval.metrics.task import TaskMetric
 

@@ -190,3 +190,20 @@ def test_gradient_checkpointing_changes_nothing(
     assert len(found[0]) == len(found[1])
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("size", [None, (2, 2), (1, 3)])
+@torch.no_grad()
+def test_more_pairs_than_half_of_a_picture_are_cut_to_half(size: tuple[int, int] | None) -> None:
+    model = small.shrunk("vit_tiny_patch16_224", depth=4, dynamic_img_size=True)
+    height, width = size or (4, 6)
+    x = torch.randn(1, 3, 16 * height, 16 * width)
+    # As in the official code: r = min(r, patches // 2), layer by layer, whatever the picture.
+    left, want = height * width, []
+    for _ in range(4):
+        left -= min(13, left // 2)
+        want.append(left)
+    with visprune.prune(model, "tome", r=13) as run:
+        assert torch.isfinite(model(x)).all()
+        assert [stage["after"] for stage in run.trace.stages] == want
+        assert run.cost(x).vision > 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprune.core.budget import Budget, is_number
+from visprune.core.budget import Budget, StepBudget
 from visprune.errors import BudgetError
 
 counts = st.integers(1, 5000)
@@ -66,8 +66,10 @@ def test_scaled() -> None:
     assert Budget(num_keep=1).scaled(0.25, "round").num_keep == 1
 
 
-def test_truth_values_are_no_numbers() -> None:
-    assert [is_number(value) for value in (0, 0.5, True, "1", None)] == [True, True, *[False] * 3]
+@given(st.integers(0, 400), st.integers(1, 200), st.integers(0, 200))
+def test_a_step_drops_at_most_half_of_what_enters(r: int, entering: int, before: int) -> None:
+    left = StepBudget(num_drop=r).resolve(entering, entering + before)
+    assert left == entering - min(r, entering // 2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import visprune
 from tests.vit.shrunk import images, stir
 from visprune.backbones.vit import with_attention
 from visprune.errors import ConfigError, UnsupportedModel
@@ -249,3 +250,18 @@ def test_bad_input() -> None:
         model.blocks[0](torch.randn(1, 9, 32))
     with pytest.raises(ConfigError, match="its own pattern"):
         model.forward_features(images(), is_causal=True)
+
+
+@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+@pytest.mark.parametrize("method", ["tome", "evit", "random", "dynamicvit"])
+def test_a_pruned_model_is_refused(kind: str, method: str) -> None:
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    params = {"tome": {"r": 2}}.get(method, {"keep_ratio": 0.5})
+    with visprune.prune(model, method, **params):
+        before = [type(block.attn) for block in model.blocks]
+        with pytest.raises(ConfigError, match=rf"pruned by '{method}'.*run.remove\(\) first"):
+            with_attention(model, kind)
+        assert [type(block.attn) for block in model.blocks] == before
+        model(torch.randn(1, 3, 32, 32))
+    with_attention(model, kind)

@@ -7,16 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from visprune.core.numeric import is_number, is_whole, plain
 from visprune.core.signals.base import Signal
 from visprune.core.site import Site
 from visprune.errors import BudgetError
 
 Rounding = Literal["round", "floor"]
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or a float, and not ``True`` or ``False``."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,7 @@ class Budget:
                 f"that stays); got {given}: num_keep={self.num_keep}, "
                 f"keep_ratio={self.keep_ratio}. Give exactly one."
             )
-        if self.num_keep is not None and (
-            isinstance(self.num_keep, bool) or not isinstance(self.num_keep, int)
-        ):
+        if self.num_keep is not None and not is_whole(self.num_keep):
             raise BudgetError(f"num_keep is a whole number of tokens, got {self.num_keep!r}.")
         if self.num_keep is not None and self.num_keep < 1:
             raise BudgetError(f"num_keep must be at least 1, got {self.num_keep}.")
@@ -56,6 +50,8 @@ class Budget:
                 f"keep_ratio is the fraction of tokens that stays, in (0, 1]; got {ratio!r}. "
                 f"To keep a number of tokens, use num_keep."
             )
+        object.__setattr__(self, "num_keep", plain(self.num_keep))
+        object.__setattr__(self, "keep_ratio", plain(ratio))
 
     def slots(self, entering: int, original: int | None = None) -> int:
         """Return the length after the stage: the tokens kept."""
@@ -135,17 +131,8 @@ class StepBudget:
         return False
 
     def resolve(self, entering: int, original: int, *, strict: bool = False) -> int:
-        """Return the count kept of ``entering`` tokens, at least 1.
-
-        Raises:
-            BudgetError: ``num_drop`` is more than half of the picture's tokens.
-        """
-        if self.num_drop is not None:
-            if self.num_drop > original // 2:
-                raise BudgetError(
-                    f"r={self.num_drop} is too large: at most half of the tokens of a picture can "
-                    f"merge in one layer, {original // 2} of {original} here."
-                )
+        """Return the count kept of ``entering`` tokens, at least 1."""
+        if self.num_drop is not None:  # as in ToMe's code, r is cut to half of what there is
             return entering - min(self.num_drop, entering // 2)
         if self.num_keep is not None:
             wanted = round(original ** (1.0 - self.share) * self.num_keep**self.share)

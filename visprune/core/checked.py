@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from visprune.core.budget import is_number
+from visprune.core.numeric import is_number, is_whole, plain
 from visprune.errors import ConfigError, did_you_mean
 
 __all__ = ["build_section", "check_parameters", "check_values"]
@@ -81,6 +81,7 @@ def _plain(kind: Any, value: Any, where: str) -> Any:
     """Check a plain value's type; whole numbers pass as floats, and ``1e-3`` as YAML reads it."""
     if kind is Any:
         return value
+    value = plain(value)
     parts = {typing.get_origin(option) or option: option for option in _options(kind)}
     options = tuple(parts)
     if float in options and not isinstance(value, bool):
@@ -137,7 +138,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (list, tuple, Sequence) and parts[1:] in ((), (...,)):
         return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
     if hint in (int, float):
-        return is_number(value) and (hint is float or isinstance(value, int))
+        return is_number(value) if hint is float else is_whole(value)
     return hint not in _NAMED or isinstance(value, hint)
 
 

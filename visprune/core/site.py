@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from visprune.core.numeric import is_number, plain
 from visprune.errors import ConfigError
 
 SiteKind = Literal["encoder", "projector", "decoder", "cache"]
@@ -51,8 +52,8 @@ class Site:
         Raises:
             ConfigError: the layer does not exist.
         """
-        layer = self.layer
-        if isinstance(layer, bool) or not isinstance(layer, int | float):
+        layer = plain(self.layer)
+        if not is_number(layer):
             raise ConfigError(f"Site {self} has no layer; give an int or a fraction of the depth.")
         if isinstance(layer, float) and not layer.is_integer():
             if not 0.0 < layer < 1.0:

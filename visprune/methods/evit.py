@@ -20,7 +20,7 @@ from visprune.core import (
     StepBudget,
     VisualTokens,
 )
-from visprune.core.budget import is_number
+from visprune.core.numeric import is_number
 from visprune.core.signals import ClsAttention
 from visprune.errors import BudgetError
 from visprune.methods._depths import DEPTHS, checked_depths, resolved

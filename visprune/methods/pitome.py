@@ -22,7 +22,7 @@ from visprune.core import (
     StepBudget,
     VisualTokens,
 )
-from visprune.core.budget import is_number
+from visprune.core.numeric import is_number
 from visprune.core.signals import EncoderKeys
 from visprune.errors import BudgetError
 

@@ -19,6 +19,7 @@ from visprune.core import (
     StepBudget,
     VisualTokens,
 )
+from visprune.core.numeric import is_whole, plain
 from visprune.core.signals import EncoderKeys
 from visprune.errors import BudgetError, ConfigError
 
@@ -30,7 +31,8 @@ class ToMe(PruningMethod):
     Patches alternate between two sets; each of the first proposes to the one of the second whose
     key (mean over heads) has the largest cosine, and the ``r`` most similar pairs merge into their
     mean, weighted by the patches that each side stands for. At most half of the patches merge in a
-    layer. Attention then adds the logarithm of a key's size (proportional attention).
+    layer: a larger ``r`` is cut to that, as in the official code. Attention then adds the logarithm
+    of a key's size (proportional attention).
 
     Differences from the official code, which patches timm's classes: layer scale, norms of queries
     and keys, gates and rotary embeddings stay (it drops the first two); every prefix token is kept
@@ -54,10 +56,9 @@ class ToMe(PruningMethod):
     def __post_init__(self) -> None:
         """Check ``r``."""
         super().__post_init__()
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
+        object.__setattr__(self, "r", plain(tuple(self.r) if isinstance(self.r, list) else self.r))
         given = self.r if isinstance(self.r, tuple) else (self.r,)
-        if not given or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in given):
+        if not given or any(not is_whole(x) or x < 0 for x in given):
             raise BudgetError(
                 f"r is how many pairs merge in a layer, at least 0: one number, or one per layer; "
                 f"got {self.r!r}."

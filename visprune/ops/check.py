@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ def shape(name: str, key: str, t: Tensor | None, want: tuple[int, ...]) -> None:
 def per_axis(
     name: str, key: str, value: int | bool | Sequence[int | bool], rank: int, kind: type
 ) -> list[int | bool]:
-    """One value for each axis from one value or a sequence of them."""
-    values = [value] * rank if isinstance(value, int) else list(value)
+    """One value for each axis from one value or a sequence of them; integers of NumPy's too."""
+    values = [value] * rank if isinstance(value, int | Integral) else list(value)
+    values = [x if isinstance(x, int) or not isinstance(x, Integral) else int(x) for x in values]
     if len(values) != rank or not all(isinstance(x, kind) for x in values):
         raise ConfigError(
             f"{name}: {key} must be one {kind.__name__} or one for each of {rank} axes; "

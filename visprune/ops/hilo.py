@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
+
 from torch import Tensor
 
 from visprune.errors import ConfigError
@@ -60,7 +63,7 @@ def hilo_attention(
         ConfigError: a wrong shape, dtype or window.
         UnsupportedKernel: ``backend="triton"`` where it cannot run.
     """
-    _check_window(_NAME, window_size)
+    window_size = _window(_NAME, window_size)
     _check_branch("q, k and v", q, k, v, same=True)
     _check_branch("low_q, low_k and low_v", low_q, low_k, low_v, same=False)
     like = q if q is not None else low_q
@@ -103,7 +106,7 @@ def hilo_pool(x: Tensor, window_size: int, masked: bool = False) -> Tensor:
         ConfigError: a wrong shape, dtype or window.
     """
     name = "hilo_pool"
-    _check_window(name, window_size)
+    window_size = _window(name, window_size)
     floating(name, x=x)
     if x.ndim != 4:
         raise ConfigError(f"{name}: x must be [B, H, W, C]; got {list(x.shape)}.")
@@ -150,7 +153,7 @@ def hilo_layer(
         UnsupportedKernel: ``backend="triton"`` where it cannot run.
     """
     name = "hilo_layer"
-    _check_window(name, window_size)
+    window_size = _window(name, window_size)
     floating(name, x=x)
     if x.ndim != 4:
         raise ConfigError(f"{name}: x must be [B, H, W, C]; got {list(x.shape)}.")
@@ -195,11 +198,14 @@ def _check_projections(
             )
 
 
-def _check_window(name: str, window_size: int) -> None:
-    if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
+def _window(name: str, window_size: Any) -> int:
+    """The window's side as an int; refuses what is none."""
+    whole = isinstance(window_size, int | Integral) and not isinstance(window_size, bool)
+    if not whole or window_size < 1:
         raise ConfigError(
             f"{name}: window_size must be an integer of at least 1; got {window_size!r}."
         )
+    return int(window_size)
 
 
 def _check_branch(
