@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.encoders.base import EncoderAdapter
+from visprune.backbones.encoders.base import EncoderAdapter, Instead
 from visprune.core.method import ModelSpec
 from visprune.core.signals.base import EncoderLayer, Signal
 from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
+
+_EXPAND = "_expand_inputs_for_generation"
+_KINDS: tuple[Literal["image", "video"], ...] = ("image", "video")
 
 
 @dataclass
@@ -260,6 +263,59 @@ class VLMAdapter:
         value = getattr(self.config, name, None)
         return value if value is not None else getattr(self.config, f"{kind}_token_index", None)
 
+    def guards(self) -> list[Any]:
+        """Install what refuses a prompt that does not fit its pictures; returns what removes it.
+
+        Before the model's own code meets it: that stops in other ways, or with other words.
+        """
+        handles: list[Any] = [
+            self.core.register_forward_pre_hook(self._check_call, with_kwargs=True)
+        ]
+        # `generate` gives each beam its pictures by counting placeholders, and drops what is left.
+        original = getattr(self.model, _EXPAND, None)
+        if original is not None:
+            handles.append(Instead(self.model, _EXPAND, partial(self._check_expand, original)))
+        return handles
+
+    def _check_expand(self, original: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's ``_expand_inputs_for_generation``."""
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.numel():
+            self.check_placeholders(kwargs)
+        return original(*args, **kwargs)
+
+    def _check_call(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward of ``core``."""
+        named = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        if len(args) < 2 and all(kwargs.get(name) is None for name in named):
+            return  # a step of decoding, or text alone
+        call = self.bind(args, kwargs)
+        if call.get("input_ids") is not None:
+            self.check_placeholders(call)
+
+    def check_placeholders(self, call: dict[str, Any]) -> None:
+        """Compare the placeholders in ``input_ids`` with the pictures of a call.
+
+        Raises:
+            ConfigError: there are more or fewer than the pictures make tokens.
+        """
+        encoded = call.get("mm_encoder_outputs") or {}
+        pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+        for kind in _KINDS:
+            if encoded.get(kind) is not None:
+                counts = [len(features) for features in encoded[kind].pooler_output]
+            elif call.get(pixels[kind]) is not None:
+                counts = self.counts(call, kind)
+            else:
+                continue
+            found = int((call["input_ids"] == self.token_id(kind)).sum())
+            if found != sum(counts):
+                raise mismatch(kind, found, counts, self.token_id(kind))
+
+    def counts(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[int]:
+        """Tokens that each picture of a call becomes, from its pixels and sizes."""
+        return [len(picture.free) for picture in self.pictures(call, kind)]
+
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """The pictures of a call of ``get_image_features`` or ``get_video_features``."""
         raise NotImplementedError  # pragma: no cover - abstract
@@ -273,7 +329,7 @@ class VLMAdapter:
             ConfigError: placeholders and pictures do not match.
         """
         found: list[ImageLayout] = []
-        for kind in ("image", "video"):
+        for kind in _KINDS:
             if pictures.get(kind):
                 found += self._place(call, kind, pictures[kind])
         return found
@@ -283,10 +339,7 @@ class VLMAdapter:
         places = self._placeholders(call, kind).nonzero()
         counts = [len(picture.free) for picture in pictures]
         if sum(counts) != len(places):
-            raise ConfigError(
-                f"The prompt holds {len(places)} {kind} placeholder tokens, its {len(pictures)} "
-                f"{kind}s make {sum(counts)} tokens. Pass the processor's own outputs, whole."
-            )
+            raise mismatch(kind, len(places), counts, self.token_id(kind))
         return [
             ImageLayout(picture=picture, row=int(span[0, 0]), positions=span[:, 1])
             for picture, span in zip(pictures, places.split(counts), strict=True)
@@ -300,3 +353,18 @@ class VLMAdapter:
         embeds = call["inputs_embeds"]
         wanted = self.model.get_input_embeddings()(torch.tensor(token, device=embeds.device))
         return (embeds == wanted).all(-1)
+
+
+def mismatch(kind: str, found: int, counts: Sequence[int], token: int | None) -> ConfigError:
+    """The error of a prompt whose placeholders do not fit its pictures."""
+    few, number = found < sum(counts), len(counts)
+    cause = (
+        "it was cut off, as max_length and truncation=True do, or a picture was passed twice"
+        if few
+        else f"one was typed into its text, or stands there for {kind}s that were not passed"
+    )
+    return ConfigError(
+        f"The prompt holds {found} {kind} placeholder tokens (id {token}), its {number} "
+        f"{kind}{'s' * (number != 1)} make {sum(counts)}: {cause}. Pass the processor's own "
+        f"outputs, whole; a text that quotes the placeholder has to spell it otherwise."
+    )

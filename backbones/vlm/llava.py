@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -17,16 +17,37 @@ from visprune.cost.cost import (
     clip_vision_shape,
     decoder_shape,
     llava_projector_shape,
+    pixtral_vision_shape,
 )
-from visprune.errors import UnsupportedModel
+from visprune.errors import ConfigError, UnsupportedModel
+
+# One square grid for all pictures, with or without a class token.
+SQUARE = ("clip_vision_model", "siglip_vision_model")
+PIXTRAL = "pixtral"
 
 
 class LlavaAdapter(VLMAdapter):
     """Adapter of ``LlavaForConditionalGeneration``.
 
     With ``vision_feature_select_strategy="full"`` the class token is among the visual tokens; it is
-    protected and outside the budget.
+    protected and outside the budget. Pixtral is of this class too: each picture has the grid of its
+    own size, and the tokens that end its rows are text.
+
+    Attributes:
+        towers: ``model_type`` of the image encoders whose tokens it knows the places of.
     """
+
+    towers: ClassVar[tuple[str, ...]] = (*SQUARE, PIXTRAL)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        kind = self.config.vision_config.model_type
+        if kind not in self.towers:
+            raise UnsupportedModel(
+                f"This {self.config.model_type} model sees with a {type(self.tower).__name__} "
+                f"({kind}), and which of its tokens is which patch is not known. Image encoders "
+                f"that {self.config.model_type} is pruned with: {', '.join(self.towers)}."
+            )
 
     @property
     def tower(self) -> nn.Module:
@@ -54,6 +75,10 @@ class LlavaAdapter(VLMAdapter):
         layers = self.config.vision_feature_layer
         if not isinstance(layers, int):
             return f"it joins the outputs of encoder layers {layers}, which would differ in length"
+        if self.own_sizes:
+            return (
+                "its encoder packs all pictures of a call into one sequence, each of its own size"
+            )
         return f"its encoder {type(self.tower).__name__} is not made of CLIP's or SigLIP's layers"
 
     @property
@@ -70,6 +95,11 @@ class LlavaAdapter(VLMAdapter):
         return self.core.multi_modal_projector
 
     @property
+    def own_sizes(self) -> bool:
+        """Whether each picture has a grid of its own size (Pixtral)."""
+        return self.config.vision_config.model_type == PIXTRAL
+
+    @property
     def side(self) -> int:
         """Patches along one side of an encoder picture."""
         vision = self.config.vision_config
@@ -82,6 +112,8 @@ class LlavaAdapter(VLMAdapter):
 
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """One picture per row of ``pixel_values``."""
+        if self.own_sizes:
+            return self._own_sized(call["pixel_values"], call.get("image_sizes"))
         side = self.side
         patches = side * side
         out = []
@@ -96,10 +128,31 @@ class LlavaAdapter(VLMAdapter):
             )  # fmt: skip
         return out
 
+    def _own_sized(self, pixels: Any, sizes: Any) -> list[Picture]:
+        """One picture per row of ``pixels``, each cut out of what pads the batch to one size."""
+        step = self.config.vision_config.patch_size
+        if sizes is None:
+            if len(pixels) > 1:
+                raise ConfigError(
+                    f"{len(pixels)} pictures came without image_sizes, which says what size each "
+                    f"of them has. Pass the processor's own outputs, whole."
+                )
+            sizes = [pixels[0].shape[-2:]]
+        out = []
+        for picture, (height, width) in zip(pixels, torch.as_tensor(sizes).tolist(), strict=True):
+            rows, columns = height // step, width // step
+            out.append(
+                Picture(free=torch.ones(rows * columns, dtype=torch.bool),
+                        pos=grid(1, rows, columns), source=None,
+                        pixels=picture[:, :height, :width], grids=((1, rows, columns),))
+            )  # fmt: skip
+        return out
+
     def cost_shape(self) -> ModelShape:
         """Sizes of encoder, projector and decoder."""
+        read = pixtral_vision_shape if self.own_sizes else clip_vision_shape
         return ModelShape(
             decoder=decoder_shape(self.text_config),
-            vision=clip_vision_shape(self.config.vision_config),
+            vision=read(self.config.vision_config),
             projector=llava_projector_shape(self.config),
         )

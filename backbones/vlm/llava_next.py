@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from visprune.backbones.vlm.base import Picture
-from visprune.backbones.vlm.llava import LlavaAdapter
+from visprune.backbones.vlm.llava import SQUARE, LlavaAdapter
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -19,6 +19,8 @@ class LlavaNextAdapter(LlavaAdapter):
     Newline tokens, one at the end of each row of the full-resolution grid, are protected and
     outside the budget. ``t`` is 0 for the thumbnail and 1 for the grid.
     """
+
+    towers = SQUARE
 
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """One picture per image, its tokens where the model's own packing puts them."""

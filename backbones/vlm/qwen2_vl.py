@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
+from visprune.backbones.encoders.base import Instead
+from visprune.backbones.vlm.base import Picture, VLMAdapter, grid, mismatch
 from visprune.cost.cost import (
     ModelShape,
     decoder_shape,
@@ -39,6 +42,36 @@ class Qwen2VLAdapter(VLMAdapter):
             "its vision encoder packs the patches of all pictures into one sequence, in windows "
             "(Qwen2.5-VL) and in the blocks of 2 x 2 that its merger joins; both need every patch"
         )
+
+    def guards(self) -> list[Any]:
+        """Also before positions are computed, which ``generate`` does first of all."""
+        original = self.core.get_rope_index
+        checked = functools.update_wrapper(
+            functools.partial(self._rope_index, original, inspect.signature(original)), original
+        )
+        return [*super().guards(), Instead(self.core, "get_rope_index", checked)]
+
+    def _rope_index(
+        self, original: Any, signature: inspect.Signature, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the core's ``get_rope_index``."""
+        call = signature.bind_partial(*args, **kwargs).arguments
+        for kind in ("image", "video"):
+            grids = call.get(f"{kind}_grid_thw")
+            found = int((call["input_ids"] == self.token_id(kind)).sum())
+            if found or grids is not None:
+                counts = [] if grids is None else self._counts(grids)
+                if found != sum(counts):
+                    raise mismatch(kind, found, counts, self.token_id(kind))
+        return original(*args, **kwargs)
+
+    def counts(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[int]:
+        """Tokens that each picture of a call becomes."""
+        return self._counts(call[f"{kind}_grid_thw"])
+
+    def _counts(self, grids: Any) -> list[int]:
+        merged = self.config.vision_config.spatial_merge_size**2
+        return [t * h * w // merged for t, h, w in torch.as_tensor(grids).tolist()]
 
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """One picture per row of ``image_grid_thw`` (or ``video_grid_thw``)."""

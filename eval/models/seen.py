@@ -69,8 +69,8 @@ def seen_by_processor(image_processor: Any, family: str, size: tuple[int, int]) 
 
     LLaVA-1.5's processor resizes the shorter edge and cuts the middle out, or pads to a square
     first (``do_pad``). LLaVA-NeXT squeezes the thumbnail and takes the padding of its crops away
-    again, Qwen squeezes to whole patches: their grids cover the picture, also where a processor's
-    settings speak of a crop (LLaVA-NeXT's is one of tiles that have that size already).
+    again, Qwen and Pixtral squeeze to whole patches: their grids cover the picture, also where a
+    processor's settings speak of a crop (LLaVA-NeXT's is one of tiles that have that size already).
 
     Args:
         image_processor: of the model.
@@ -82,6 +82,8 @@ def seen_by_processor(image_processor: Any, family: str, size: tuple[int, int]) 
         ``None``: the grid covers the picture.
     """
     if family != "llava" or image_processor is None:
+        return None
+    if getattr(image_processor, "patch_size", None):  # Pixtral: it pads the batch, not the picture
         return None
     canvas = _Canvas.of(size)
     if getattr(image_processor, "do_pad", False):

@@ -11,7 +11,12 @@ import pytest
 import timm
 from PIL import Image
 from timm.data import create_transform
-from transformers import CLIPImageProcessor, LlavaImageProcessor, LlavaNextImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    LlavaImageProcessor,
+    LlavaNextImageProcessor,
+    PixtralImageProcessor,
+)
 
 import visprune
 from tests import tiny
@@ -143,3 +148,13 @@ def test_boxes_in_pixels_are_read_only_of_the_size_that_the_model_sees() -> None
     assert model.refusal("none", get_task("refcoco_rec")) is None
     other = get_task("refcoco_rec", scale="pixels", min_pixels=3136, max_pixels=1003520)
     assert "processor of q has 3136 to 50176" in (model.refusal("none", other) or "")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixtral_sees_all_of_a_picture(size: tuple[int, int]) -> None:
+    processor = PixtralImageProcessor(size={"longest_edge": 128}, patch_size=16)
+    made = processor(images=ramp(size), **SMALL, return_tensors="np")
+    height, width = made["image_sizes"][0]
+    box = seen_by_processor(processor, "llava", size)
+    assert box is None
+    close(box, made["pixel_values"][0][:, :height, :width])

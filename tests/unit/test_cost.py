@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.encoder_macs import encoder_macs
 from visprune.cost.cost import (
     PARTS,
     Cost,
@@ -20,7 +21,6 @@ from visprune.cost.cost import (
     ProjectorShape,
     VisionShape,
     decode_macs,
-    encoder_macs,
     kv_bytes,
     lm_head_macs,
     prefill_macs,

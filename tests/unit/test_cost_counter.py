@@ -25,6 +25,7 @@ from visprune.cost.cost import (
     decoder_shape,
     llava_projector_shape,
     lm_head_macs,
+    pixtral_vision_shape,
     prefill_macs,
     projected_tokens,
     qwen2_5_vl_vision_shape,
@@ -104,6 +105,27 @@ def llava(select: str = "default", layer: int | list[int] = -2) -> Family:
     )
     pixels = {"pixel_values": torch.randn(2, 3, 28, 28)}
     return Family(model, _llava_shape(model.config), [(1, 4, 4)] * 2, pixels, *LLAVA_PARTS)
+
+
+def pixtral() -> Family:
+    vision = {**CLIP, "model_type": "pixtral", "image_size": 70}
+    model = _build(
+        tf.LlavaConfig,
+        tf.LlavaForConditionalGeneration,
+        vision_config=vision,
+        text_config={"model_type": "mistral", "sliding_window": None, **TEXT},
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    config = model.config
+    shape = ModelShape(
+        decoder_shape(config.text_config),
+        pixtral_vision_shape(config.vision_config),
+        llava_projector_shape(config),
+    )
+    pixels = {"pixel_values": torch.randn(1, 3, 42, 28), "image_sizes": torch.tensor([[42, 28]])}
+    return Family(model, shape, [(1, 6, 4)], pixels, *LLAVA_PARTS)
 
 
 def llava_next() -> Family:
@@ -188,6 +210,7 @@ def _qwen2_5() -> Family:
 FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "llava with CLS, two feature layers": lambda: llava("full", [-2, -3]),
+    "pixtral": pixtral,
     "llava_next": llava_next,
     "qwen2_vl image": lambda: _image(_qwen2(), 6, 10),
     "qwen2_vl video": lambda: _video(_qwen2(), 3, 4, 6),

@@ -18,7 +18,6 @@ from visprune.cost.cost import (
     clip_vision_shape,
     decode_macs,
     decoder_shape,
-    encoder_macs,
     kv_bytes,
     llava_projector_shape,
     lm_head_macs,
@@ -55,12 +54,6 @@ MODEL = ModelShape(DECODER, CLIP, ProjectorShape(((24, 32), (32, 32))))
         (lambda: kv_bytes(DECODER, 1, 0), r"bytes of one element .* at least 1, got 0"),
         (lambda: vision_macs(CLIP, [(4, 4)]), r"\(frames, rows, columns\).*got \[4, 4\]"),
         (lambda: vision_macs(CLIP, [(1, 0, 4)]), r"at least 1, got 0"),
-        (lambda: encoder_macs(CLIP, [1, 2]), r"3 layers, got 2"),
-        (lambda: encoder_macs(CLIP, 2, patches=-1), r"patches .* got -1"),
-        (
-            lambda: encoder_macs(VisionShape(1, 8, 1, 8, 8, 1, window=2, windowed_layers=(0,)), 4),
-            r"use vision_macs for windows",
-        ),
         (
             lambda: projected_tokens(ProjectorShape(((4, 4),), merge=2), [(1, 4, 5)]),
             r"4 by 5 patches cannot be cut .* multiples of 2",

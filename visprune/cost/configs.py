@@ -15,6 +15,8 @@ from visprune.errors import ConfigError, UnsupportedModel
 
 # Families whose MLP has three matrices, whatever activation their config names.
 _GATED = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text"})
+# Image encoders without a class token.
+_NO_CLS = frozenset({"pixtral", "siglip_vision_model"})
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -119,6 +121,24 @@ def clip_vision_shape(config: object) -> VisionShape:
     )
 
 
+def pixtral_vision_shape(config: object) -> VisionShape:
+    """Read the :class:`VisionShape` of Pixtral's tower: each picture attends to itself.
+
+    Raises:
+        ConfigError: A size is missing.
+    """
+    hidden, heads = _read(config, "hidden_size"), _read(config, "num_attention_heads")
+    return VisionShape(
+        num_layers=_read(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        num_heads=heads,
+        head_dim=hidden // heads,
+        ffn_size=_read(config, "intermediate_size"),
+        patch_dim=_patch_dim(config),
+        gated_mlp=True,
+    )
+
+
 def _frames(config: object) -> int:
     """Return how many frames one temporal patch holds."""
     frames = _read(config, "temporal_patch_size")
@@ -166,18 +186,20 @@ def qwen2_5_vl_vision_shape(config: object) -> VisionShape:
 
 
 def llava_projector_shape(config: object) -> ProjectorShape:
-    """Read the :class:`ProjectorShape` of a LLaVA-1.5 or LLaVA-NeXT config: two linear layers.
+    """Read the :class:`ProjectorShape` of a LLaVA-1.5, LLaVA-NeXT or Pixtral config (two layers).
 
     Raises:
         ConfigError: A size is missing.
     """
     taken = _read(config, "vision_feature_layer")
     features = 1 if isinstance(taken, int) else len(taken)
-    inner = _read(_read(config, "vision_config"), "hidden_size") * features
+    vision = _read(config, "vision_config")
+    inner = _read(vision, "hidden_size") * features
+    has_cls = getattr(vision, "model_type", None) not in _NO_CLS
     outer = _read(_read(config, "text_config"), "hidden_size")
     return ProjectorShape(
         layers=((inner, outer), (outer, outer)),
-        keeps_cls=_read(config, "vision_feature_select_strategy") == "full",
+        keeps_cls=has_cls and _read(config, "vision_feature_select_strategy") == "full",
     )
 
 

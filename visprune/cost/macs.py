@@ -180,38 +180,6 @@ def vision_macs(shape: VisionShape, grids: Iterable[Sequence[int]]) -> int:
     return macs
 
 
-def encoder_macs(
-    shape: VisionShape,
-    tokens_per_layer: int | Iterable[int],
-    mlp_tokens_per_layer: int | Iterable[int] | None = None,
-    *,
-    patches: int = 0,
-) -> int:
-    """Multiply-adds of a vision tower that loses tokens on the way (one picture, no windows).
-
-    Args:
-        shape: The tower. Windows are refused: who shares one would depend on positions.
-        tokens_per_layer: Tokens, CLS included, that enter each layer's attention.
-        mlp_tokens_per_layer: Tokens that enter each layer's MLP, where a method drops or merges
-            tokens between the two (ToMe, EViT); ``None``: the same.
-        patches: Patches that were embedded; 0 leaves the patch embedding out.
-
-    Raises:
-        ConfigError: A negative or fractional count, another number of layers, or a tower with
-            windowed layers.
-    """
-    if shape.windowed_layers:
-        raise ConfigError("encoder_macs counts global attention only; use vision_macs for windows.")
-    tokens = per_layer("tokens_per_layer", tokens_per_layer, shape.num_layers)
-    mlp = tokens
-    if mlp_tokens_per_layer is not None:
-        mlp = per_layer("mlp_tokens_per_layer", mlp_tokens_per_layer, shape.num_layers)
-    embedding = as_count("patches", patches) * shape.patch_dim * shape.hidden_size
-    return embedding + sum(
-        _encoder_layer(shape, n, n * n, k) for n, k in zip(tokens, mlp, strict=True)
-    )
-
-
 def projected_tokens(shape: ProjectorShape, grids: Iterable[Sequence[int]]) -> int:
     """Count the tokens that come out of the projector for whole, unpruned pictures.
 

@@ -123,7 +123,7 @@ class DecoderHooks:
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for number in self.plan.watched:
             add(watch(adapter.attention(number), partial(self._wanted, number)))
-        self._handles += self._outputs.install()
+        self._handles += self._outputs.install() + adapter.guards()
         self._tap.install()
         generate = adapter.model.generate
         wrapped = update_wrapper(partial(self._generate, generate), generate)
