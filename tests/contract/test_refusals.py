@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from transformers import (
     CLIPVisionConfig,
     GPT2Config,
@@ -183,6 +184,68 @@ def test_a_family_without_an_adapter() -> None:
     assert "llava_onevision" in message
     assert "has no adapter" in message
     assert FAMILY_LIST in message
+    assert state(model) == before
+
+
+_SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+          "num_attention_heads": 2}  # fmt: skip
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_CODES = {"base_channels": 32, "embed_dim": 4, "channel_multiplier": [1], "num_res_blocks": 1}
+_WHISPER = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1,
+            "decoder_attention_heads": 1, "decoder_start_token_id": 1}  # fmt: skip
+
+
+def _chameleon() -> Any:
+    codes = {**_CODES, "num_embeddings": 4, "resolution": 8, "latent_channels": 4}
+    config = tf.ChameleonConfig(**_SIZES, **_TOKENS, vq_config=codes, vocabulary_map={"<image>": 3})
+    return tf.ChameleonForConditionalGeneration(config)
+
+
+def _emu3() -> Any:
+    codes = {**_CODES, "codebook_size": 4, "latent_channels": 4, "hidden_size": 32,
+             "num_attention_heads": 1, "attn_resolutions": [1]}  # fmt: skip
+    text = {**_SIZES, **_TOKENS, "num_key_value_heads": 2}
+    config = tf.Emu3Config(text_config=text, vq_config=codes, vocabulary_map={"<image>": 3})
+    return tf.Emu3ForConditionalGeneration(config)
+
+
+def _colqwen2() -> Any:
+    config = tf.ColQwen2Config(vlm_config=tiny.build("qwen2_vl").config.to_dict())
+    return tf.ColQwen2ForRetrieval(config)
+
+
+OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "fuyu": (
+        lambda: tf.FuyuForCausalLM(tf.FuyuConfig(text_config=tf.PersimmonConfig(**_SIZES))),
+        r"FuyuForCausalLM \(fuyu\) is not pruned: it has no image encoder",
+    ),
+    "chameleon": (_chameleon, r"\(chameleon\) is not pruned: .*discrete codes"),
+    "emu3": (_emu3, r"\(emu3\) is not pruned: .*discrete codes"),
+    "colqwen2": (_colqwen2, r"\(colqwen2\) is not pruned: it retrieves pages"),
+    "git": (
+        lambda: tf.GitForCausalLM(tf.GitConfig(vision_config={"hidden_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2}, **_SIZES, **_TOKENS)),
+        r"GitForCausalLM \(git\) takes pictures \(pixel_values\) and has no adapter",
+    ),
+    "whisper": (
+        lambda: tf.WhisperForConditionalGeneration(
+            tf.WhisperConfig(vocab_size=40, **_TOKENS, **_WHISPER)
+        ),
+        r"\(whisper\) takes sound \(input_features\) and no pictures",
+    ),
+    "bert": (lambda: tf.BertModel(tf.BertConfig(**_SIZES)), r"\(bert\) is a text-only model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_is_told_what_it_is(kind: str) -> None:
+    build, message = OTHERS[kind]
+    model = build()
+    before = state(model)
+    with pytest.raises(UnsupportedModel, match=message) as caught:
+        visprune.prune(model, "divprune", num_keep=4)
+    assert FAMILY_LIST in str(caught.value)
+    assert ("text-only" in str(caught.value)) == (kind == "bert")
     assert state(model) == before
 
 

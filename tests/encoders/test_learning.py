@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +157,45 @@ def test_average_pooling_leaves_dropped_patches_out() -> None:
         got, kept = model.forward_head(tokens), run.decisions[-1].detach() > 0
     want = torch.stack([rows[own].mean(0) for rows, own in zip(tokens, kept, strict=True)])
     oracle.assert_close(got.detach(), model.head(model.fc_norm(want)).detach())
+
+
+def _warned(run_it: Any) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_it()
+    return sum("pick patches at random" in str(one.message) for one in caught)
+
+
+@torch.no_grad()
+def test_predictors_that_learned_nothing_say_so_once(tmp_path: Path) -> None:
+    model = small.shrunk("vit_tiny_patch16_224", depth=4)
+    x = small.picture(model)
+    with visprune.prune(model, "dynamicvit", keep_ratio=0.6) as run:
+        model.train()
+        assert _warned(lambda: model(x)) == 0  # it is being trained
+        model.eval()
+        assert _warned(lambda: [model(x), model(x)]) == 1
+        folder = visprune.save_pretrained(run, tmp_path / "new")
+    again, back = visprune.load_pretrained(folder)
+    assert back is not None
+    assert _warned(lambda: again(x)) == 1  # saving taught it nothing
+
+
+def test_trained_and_loaded_predictors_say_nothing(tmp_path: Path) -> None:
+    model = small.shrunk("vit_tiny_patch16_224", depth=4)
+    x = small.picture(model)
+    with visprune.prune(model, "dynamicvit", keep_ratio=0.6) as run:
+        model.train()
+        optimizer = torch.optim.SGD(run.learned.parameters(), lr=1e-3)
+        model(x).square().sum().backward()
+        optimizer.step()
+        model.eval()
+        assert _warned(lambda: model(x)) == 0
+        learned = run.learned
+        folder = visprune.save_pretrained(run, tmp_path / "trained")
+    assert _warned(lambda: visprune.load_pretrained(folder)[0](x)) == 0
+    with visprune.prune(model, "dynamicvit", keep_ratio=0.6, learned=learned):
+        assert _warned(lambda: model(x)) == 0
+    for name, params in {"tome": {"r": 2}, "random": {"keep_ratio": 0.6}}.items():
+        with visprune.prune(model, name, **params):
+            assert _warned(lambda: model(x)) == 0

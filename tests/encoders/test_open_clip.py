@@ -178,7 +178,35 @@ def test_zero_shot_still_works(kind: str) -> None:
     assert torch.equal(again, want)
 
 
-def test_the_whole_clip_is_not_the_tower() -> None:
-    model = clip("open_clip")
+def coca() -> Any:
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16,
+              "attentional_pool": True, "attn_pooler_heads": 2}  # fmt: skip
+    text = {**TEXT, "embed_cls": True, "output_tokens": True}
+    decoder = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    return open_clip.CoCa(16, decoder, text, vision).eval()
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "coca"])
+def test_the_whole_clip_is_not_the_tower(kind: str) -> None:
+    model = coca() if kind == "coca" else clip(kind)
     with pytest.raises(UnsupportedModel, match=r"visprune.prune\(model.visual"):
         visprune.prune(model, "tome", r=2)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_tower_of_mixed_precision(precision: str, method: str) -> None:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
+    model = CLIP(16, vision, TEXT, cast_dtype=dtype).eval()
+    open_clip.model.convert_weights_to_lp(model, dtype=dtype)
+    kinds = {parameter.dtype for parameter in model.visual.parameters()}
+    assert kinds == {dtype, torch.float32}
+    x = torch.randn(2, 3, 32, 32).to(dtype)
+    with visprune.prune(model.visual, method, **METHODS[method]) as run:
+        out = model.encode_image(x)
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all()
+        assert run.kept.shape[1] < 16

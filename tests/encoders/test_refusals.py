@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers as tf
 from torch import nn
 from transformers import (
     Dinov2Config,
@@ -26,7 +27,6 @@ from visprune.errors import BudgetError, ConfigError, UnsupportedModel
     ("method", "params", "error", "message"),
     [
         ("tome", {"r": -1}, BudgetError, "at least 0.*got -1"),
-        ("tome", {"r": 13}, BudgetError, "r=13 is too large: at most half.*12 of 24"),
         ("tome", {"r": 2.5}, BudgetError, "got 2.5"),
         ("tome", {"r": [1, 2]}, BudgetError, "2 numbers and the encoder 4 layers"),
         ("tome", {"r": []}, BudgetError, "one number, or one per layer"),
@@ -114,6 +114,38 @@ def test_image_encoders_of_transformers_without_an_adapter() -> None:
         assert "text-only" not in message
         for name in (*visprune.list_models("vit"), *visprune.list_models()):
             assert name in message
+
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CLIPModel", "SiglipModel", "CLIPForImageClassification", "SiglipForImageClassification"],
+)
+def test_a_model_around_an_encoder_names_it(name: str) -> None:
+    kind = name[:4] if name.startswith("CLIP") else "Siglip"
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 40}  # fmt: skip
+    config = getattr(tf, f"{kind}Config")(vision_config=_TOWER, text_config=text)
+    model = getattr(tf, name)(config).eval()
+    with pytest.raises(UnsupportedModel) as caught:
+        visprune.prune(model, "tome", r=2)
+    assert f"{name} ({kind.lower()}) is a model around an image encoder" in str(caught.value)
+    path = str(caught.value).partition("visprune.prune(model.")[2].partition(",")[0]
+    with visprune.prune(model.get_submodule(path), "tome", r=2) as run:
+        model.get_submodule(path)(torch.randn(1, 3, 16, 16))
+        assert run.kept.shape == (1, 12)
+
+
+def test_an_encoder_of_another_family_is_no_text_model() -> None:
+    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
+
+    model = Idefics3VisionTransformer(Idefics3VisionConfig(**_TOWER))
+    with pytest.raises(UnsupportedModel, match=r"\(idefics3_vision\) takes pictures alone"):
+        visprune.prune(model, "tome", r=2)
 
 
 def test_an_attention_that_is_not_known() -> None:

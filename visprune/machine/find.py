@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
 from visprune.backbones.encoders import REFUSED
+from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
 from visprune.catalog import adapters, encoders, list_models
 from visprune.errors import UnsupportedModel
+
+# In the names of what a transformers model's forward takes.
+_PICTURES, _SOUNDS = ("pixel", "image"), ("input_features", "input_values", "audio")
 
 
 def unwrap(model: Any) -> Any:
@@ -55,7 +60,8 @@ def find_encoder(model: Any) -> Any | None:
             raise UnsupportedModel(
                 f"{type(inner).__name__} is not reduced: {REFUSED[name]}. {have}"
             )
-    if _is_a(inner, "open_clip.CLIP") or _is_a(inner, "open_clip.CustomTextCLIP"):
+    of_open_clip = any(name.startswith("open_clip.") for name in lineage)
+    if of_open_clip and isinstance(getattr(inner, "visual", None), nn.Module):
         raise UnsupportedModel(
             f"{type(inner).__name__} holds an image and a text tower; prune its image tower: "
             f"visprune.prune(model.visual, ...)."
@@ -88,19 +94,47 @@ def find_adapter(model: Any) -> Any:
         )
     if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
         return adapters.get(kind)(inner)
-    if getattr(config, "vision_config", None) is None:
-        if getattr(inner, "main_input_name", "") == "pixel_values":
-            raise UnsupportedModel(
-                f"{type(inner).__name__} ({kind}) takes pictures alone, and has no adapter. Vision "
-                f"transformers with one: {', '.join(list_models('vit'))}; families of "
-                f"vision-language models: {', '.join(list_models())}. Take an encoder or a family "
-                f"of those; many others are in timm as a VisionTransformer or Eva."
+    raise UnsupportedModel(f"{type(inner).__name__} ({kind}) {_what_it_is(inner, kind, have)}")
+
+
+def _what_it_is(model: nn.Module, kind: str, have: str) -> str:
+    """Why a transformers model has no adapter, after its name, and what to take instead."""
+    if kind in REFUSED_FAMILIES:
+        return f"is not pruned: {REFUSED_FAMILIES[kind]}. {have}"
+    takes = list(inspect.signature(model.forward).parameters)
+    pictures = [name for name in takes if any(word in name for word in _PICTURES)]
+    sounds = [name for name in takes if any(word in name for word in _SOUNDS)]
+    writes = bool(getattr(model, "can_generate", lambda: False)())
+    if pictures and not writes:
+        path = _encoder_inside(model)
+        # What merges pictures into a text takes that as `inputs_embeds`: the inside of a VLM.
+        if path is not None and "inputs_embeds" not in takes:
+            return (
+                f"is a model around an image encoder, which is what is pruned: "
+                f"visprune.prune(model.{path}, ...). Whatever reads the encoder's tokens one by "
+                f"one, or their plain mean, then reads those that are left."
             )
-        raise UnsupportedModel(
-            f"{type(inner).__name__} ({kind}) is a text-only model: there are no visual tokens to "
-            f"prune. {have}"
+        if "input_ids" not in takes:
+            return (
+                f"takes pictures alone, and has no adapter. Vision transformers with one: "
+                f"{', '.join(list_models('vit'))}; families of vision-language models: "
+                f"{', '.join(list_models())}. Take an encoder or a family of those; many others "
+                f"are in timm as a VisionTransformer or Eva."
+            )
+        return (
+            f"takes pictures ({', '.join(pictures)}) and generates no text, and has no adapter, "
+            f"or is not the ...ForConditionalGeneration class. {have}"
         )
-    raise UnsupportedModel(
-        f"{type(inner).__name__} ({kind}) has no adapter, or is not the "
-        f"...ForConditionalGeneration class. {have}"
-    )
+    if pictures:
+        return f"takes pictures ({', '.join(pictures)}) and has no adapter. {have}"
+    if sounds:
+        return f"takes sound ({', '.join(sounds)}) and no pictures. {have}"
+    return f"is a text-only model: there are no visual tokens to prune. {have}"
+
+
+def _encoder_inside(model: nn.Module) -> str | None:
+    """Path of the first image encoder with an adapter in a model."""
+    for path, part in model.named_modules():
+        if path and any(name in encoders for name in _lineage(part)):
+            return path
+    return None

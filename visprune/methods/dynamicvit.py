@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ class Predictor(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.checked = False
         self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         self.out_conv = nn.Sequential(
             nn.Linear(width, width // 2),
@@ -41,9 +43,30 @@ class Predictor(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the first linear layer."""
+        return self.in_conv.get_parameter("1.weight")
+
+    def warn_if_new(self) -> None:
+        """Say once that the predictor has not learned anything, where that is so."""
+        reads_nothing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.checked or reads_nothing or self.weight.is_meta:
+            return
+        self.checked = True
+        # They begin at zero, and the first step of any training moves them.
+        if not any(bool(m.bias.any()) for m in self.modules() if isinstance(m, nn.Linear)):
+            warnings.warn(
+                "dynamicvit's predictors are new and pick patches at random: train run.learned, "
+                "give learned=... trained ones, or load a model that visprune.save_pretrained "
+                "wrote. (method 'random' is the control that means to.)",
+                stacklevel=2,
+            )
+
     def forward(self, x: Tensor, policy: Tensor) -> Tensor:
         """``x`` ``[B, N, D]``, ``policy`` ``[B, N]`` (1: still there) to ``[B, N, 2]``."""
-        x = self.in_conv(x)
+        # An encoder may keep some parameters in fp32 and compute in another (open_clip does).
+        x = self.in_conv(x.to(self.weight.dtype))
         own, shared = x.chunk(2, dim=-1)
         there = policy[..., None].to(x.dtype)
         # A draw in training may leave a picture no patch at all.
@@ -67,11 +90,11 @@ class DynamicViT(BudgetedMethod):
     1e-6; here it does neither. What any kept token sees is the same.
 
     The predictors are new, and have to be trained: ``run.learned``. Without training they pick at
-    random. Training is offered for timm's ``VisionTransformer`` with its plain ``Attention`` and
-    without attention pooling, and refused elsewhere: EVA and all rotary models, open_clip's and
-    transformers' towers, pooling by attention ("map"), differential attention, and blocks whose
-    attention and MLP run side by side. There, and inside a vision-language model's encoder, the
-    predictors pick at random unless ``learned`` brings trained ones.
+    random, with a warning. Training is offered for timm's ``VisionTransformer`` with its plain
+    ``Attention`` and without attention pooling, and refused elsewhere: EVA and all rotary models,
+    open_clip's and transformers' towers, pooling by attention ("map"), differential attention, and
+    blocks whose attention and MLP run side by side. There, and inside a vision-language model's
+    encoder, the predictors pick at random unless ``learned`` brings trained ones.
 
     Args:
         layers: where: 0-based layers, or fractions of the depth.
@@ -113,6 +136,8 @@ class DynamicViT(BudgetedMethod):
         if ctx.num_keep == count:
             return Selection.identity(batch, count, device)
         score = self._scores(tokens, ctx)[..., 0]
+        if ctx.stage == 0 and isinstance(ctx.learned, Predictor):
+            ctx.learned.warn_if_new()
         order = score.argsort(dim=1, descending=True, stable=True)
         return Selection(order[:, : ctx.num_keep], count)
 
