@@ -11,6 +11,7 @@ from visprune.errors import ConfigError
 from visprune.eval.models.base import LIBRARIES, EvalModel, ModelSpec
 from visprune.eval.models.names import check_name
 from visprune.eval.tasks.loading import Unreachable
+from visprune.machine.written import finish
 
 __all__ = ["load_model"]
 
@@ -28,6 +29,7 @@ def load_model(spec: ModelSpec | str, *, local_rank: int = 0) -> EvalModel:
     """
     spec = ModelSpec(spec) if isinstance(spec, str) else spec
     check_name(spec)
+    finish(Path(spec.name))
     try:
         return _load(spec, local_rank)
     except ConfigError as error:

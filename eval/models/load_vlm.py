@@ -12,7 +12,7 @@ from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.eval.environment import quiet_loading
 from visprune.eval.models.base import EMBEDDED, ModelSpec, offline
 from visprune.eval.models.vlm import PLAIN, VLM
-from visprune.machine.saved import read_asked
+from visprune.machine.saved import PROCESSOR_FILES, read_asked
 
 __all__ = ["load"]
 
@@ -60,6 +60,13 @@ def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(spec.name, **common, **spec.processor)
         model = AutoModelForImageTextToText.from_pretrained(spec.name, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        there = {path.name for path in Path(spec.name).iterdir()} if here else set()
+        if "config.json" in there and not there.intersection(PROCESSOR_FILES):
+            raise ConfigError(
+                f"{spec.name!r} holds no processor (tokenizer, picture sizes), so no question can "
+                f"be put to the model in it. Save one beside it: visprune.save_pretrained(run, "
+                f"folder, processor=processor), or processor.save_pretrained(folder)."
+            ) from error
         away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() and not here else ""
         raise ConfigError(
             f"transformers cannot load a vision-language model and its processor from "

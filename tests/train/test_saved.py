@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import signal
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from tests import tiny
 from tests.contract.cases import batch
 from tests.train import small
 from visprune.backbones.vit import with_attention
+from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.machine import saved
+from visprune.eval.models.load import load_model
+from visprune.machine import written
 
 METHODS: dict[str, dict[str, Any]] = {
     "tome": {"r": [2, 2, 1, 0]},
@@ -149,62 +153,173 @@ def test_replaced_attention_that_does_not_fit_says_why(tmp_path: Path) -> None:
         visprune.load_pretrained(folder)
 
 
-@pytest.mark.parametrize("in_one_step", [True, False])
-@pytest.mark.parametrize("moment", [1, 2, 3])
-def test_a_kill_while_a_folder_is_replaced_leaves_one(
-    in_one_step: bool, moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def strangers(folder: Path) -> dict[str, bytes]:
+    """Files that others put into a folder, at the top and below."""
+    found = {"notes.txt": b"my thesis", "my_pretrained_llava.bin": b"precious",
+             "results/r.csv": b"1", ".gitattributes": b"* text", "visprune.txt": b"mine",
+             "README.md": b"my words", "weights-old/model.safetensors": b"older"}  # fmt: skip
+    for name, content in found.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_others_put_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = strangers(tmp_path)
+    for model in (vit(), visprune.prune(vit(), "tome", r=1), vit()):
+        visprune.save_pretrained(model, tmp_path)
+        assert {name: files_of(tmp_path)[name] for name in want} == want
+    assert set(files_of(tmp_path)) == {*want, "config.json", "model.safetensors"}  # no method now
+    inside = tmp_path / "here"
+    inside.mkdir()
+    (inside / "keep.txt").write_text("x")
+    monkeypatch.chdir(inside)
+    visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), ".")
+    _, run = visprune.load_pretrained(".")
+    assert run is not None
+    assert (inside / "keep.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("moment", range(1, 26))
+def test_a_kill_leaves_the_old_files_or_the_new(moment: int, tmp_path: Path) -> None:
+    """Death before the first, second ... of all changes that saving makes to the disk."""
     folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
-    steps = iter(range(1, 99))
-
-    def dying(plain: Any) -> Any:
-        """The same, or death before it: one of the changes that saving makes at the end."""
-
-        def run(*args: Any, **options: Any) -> Any:
-            if next(steps) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain(*args, **options)
-
-        return run
+    theirs = strangers(folder)
+    old = {k: v for k, v in files_of(folder).items() if k not in theirs}
 
     def work(rank: int) -> None:
-        if not in_one_step:
-            monkeypatch.setattr(saved, "_exchange", lambda one, other: False, raising=False)
-        monkeypatch.setattr(os, "replace", dying(os.replace))
-        monkeypatch.setattr(saved.shutil, "rmtree", dying(saved.shutil.rmtree))
-        visprune.save_pretrained(visprune.prune(vit(), "tome", r=2), folder)
+        steps = iter(range(1, 99))
+
+        def dying(plain: Any) -> Any:
+            def run(*args: Any, **options: Any) -> Any:
+                if next(steps) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return plain(*args, **options)
+
+            return run
+
+        for name in ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync"):
+            setattr(os, name, dying(getattr(os, name)))
+        visprune.save_pretrained(visprune.prune(vit(), "evit", keep_ratio=0.5), folder)
 
     (ended,) = small.in_children(work)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    one_step = in_one_step and saved._exchange(tmp_path / "a", tmp_path / "b")
-    assert folder.is_dir() == (one_step or moment != 2)
-    assert ended == (0 if one_step and moment > 1 else -signal.SIGKILL)
-    _, run = visprune.load_pretrained(folder)
+    now = files_of(folder)
+    assert {name: now[name] for name in theirs} == theirs
+    committed = (folder / written._READY).is_dir() or ended == 0
+    if not committed and b"evit" not in now["visprune.json"]:
+        assert {name: now[name] for name in old} == old
+    model, run = visprune.load_pretrained(folder)
     assert run is not None
-    assert run.method.r == (1 if moment == 1 and not one_step else 2)
-    visprune.save_pretrained(visprune.prune(vit(), "tome", r=3), folder)
+    assert run.method.name == ("evit" if committed or b"evit" in now["visprune.json"] else "tome")
+    new = visprune.save_pretrained(visprune.prune(vit(), "evit", keep_ratio=0.5), tmp_path / "new")
+    want = files_of(new) if run.method.name == "evit" else old
+    now = files_of(folder)
+    assert {name: now[name] for name in want} == want
+    assert {name: now[name] for name in theirs} == theirs
+    run.remove()
+    visprune.save_pretrained(visprune.prune(model, "tome", r=3), folder)
     _, run = visprune.load_pretrained(folder)
     assert run is not None
     assert run.method.r == 3
+    assert set(files_of(folder)) == {*old, *theirs}
+    assert not list(folder.glob(".visprune*"))
 
 
-def test_the_next_saving_finishes_what_was_killed(tmp_path: Path) -> None:
+def test_every_moment_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many changes as the kills above go through: the last of them comes after the last."""
     folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
-    fresh = visprune.save_pretrained(visprune.prune(vit(), "tome", r=2), tmp_path / "fresh")
-    folder.rename(tmp_path / ".saved-abcdefgh-old")
-    fresh.rename(tmp_path / ".saved-abcdefgh")
-    visprune.save_pretrained(visprune.prune(vit(), "tome", r=3), folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    count = 0
+    for name in ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync"):
+
+        def counting(plain: Any, *args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            return plain(*args, **options)
+
+        monkeypatch.setattr(os, name, partial(counting, getattr(os, name)))
+    visprune.save_pretrained(visprune.prune(vit(), "evit", keep_ratio=0.5), folder)
+    assert 8 <= count < 25
 
 
-def test_a_link_is_replaced_like_a_folder(tmp_path: Path) -> None:
+def test_an_error_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
+    before = files_of(folder)
+
+    class Bad:
+        def save_pretrained(self, folder: Path) -> None:
+            (Path(folder) / "tokenizer.json").write_text("{")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"No space left on device\. What was there is whole"):
+        visprune.save_pretrained(visprune.prune(vit(), "tome", r=2), folder, processor=Bad())
+    assert files_of(folder) == before
+    with pytest.raises(ConfigError, match="No space left"):
+        visprune.save_pretrained(
+            visprune.prune(vit(), "tome", r=2), tmp_path / "x", processor=Bad()
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_that_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Two processes save into one folder at once: each writes its own, the last one stands."""
+    folder = tmp_path / "saved"
+    inside: list[Path] = []
+
+    class Slow:
+        def save_pretrained(self, fresh: Path) -> None:
+            inside.append(Path(fresh))
+            (ended,) = small.in_children(
+                lambda rank: visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), folder)
+            )
+            assert ended == 0
+            assert Path(fresh).is_dir()
+
+    visprune.save_pretrained(visprune.prune(vit(), "tome", r=2), folder, processor=Slow())
+    _, run = visprune.load_pretrained(folder)
+    assert run is not None
+    assert run.method.r == 2
+    assert not inside[0].exists()
+
+
+def test_what_would_be_read_in_place_of_the_new_model_is_refused(tmp_path: Path) -> None:
+    model = tiny.build("llava")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds a adapter_config\.json.*read in place"):
+        visprune.save_pretrained(model, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json' is a folder"):
+        visprune.save_pretrained(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_behind_a_link_is_written_to(tmp_path: Path) -> None:
     real = visprune.save_pretrained(vit(), tmp_path / "real")
     (tmp_path / "saved").symlink_to(real)
     folder = visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "saved")
-    assert not folder.is_symlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["real", "saved"]
-    assert not (real / "visprune.json").exists()
+    assert folder.is_symlink()
+    assert (real / "visprune.json").is_file()
+
+
+def test_without_a_processor_it_is_said_what_is_missing(tmp_path: Path) -> None:
+    run = visprune.prune(tiny.build("llava"), "todre", num_keep=5)
+    with pytest.warns(UserWarning, match=r"holds no processor.*eval.*processor=\.\.\."):
+        visprune.save_pretrained(run, tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        visprune.save_pretrained(visprune.prune(vit(), "tome", r=1), tmp_path / "vit")
+        model, processor = embedded.load()
+        run.remove()
+        visprune.save_pretrained(model, tmp_path / "whole", processor=processor)
+        visprune.save_pretrained(model, tmp_path / "whole")  # it is there
+    found = load_model(str(tmp_path / "whole"))
+    assert type(found).__name__ == "VLM"
+    with pytest.raises(ConfigError, match=r"save_pretrained.*processor=processor"):
+        load_model(str(tmp_path / "saved"))
 
 
 def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import glob
 import json
-import os
-import shutil
-import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +16,11 @@ from torch import Tensor, nn
 from visprune.backbones.storage import read_model, write_model
 from visprune.errors import ConfigError, first_line
 from visprune.machine.run import Run, prune
+from visprune.machine.written import finish, replace_files
 
 __all__ = [
     "METHOD_FILE",
+    "PROCESSOR_FILES",
     "load_pretrained",
     "read_asked",
     "read_learned",
@@ -32,6 +29,8 @@ __all__ = [
 ]
 
 METHOD_FILE, LEARNED_FILE = "visprune.json", "visprune.safetensors"
+# One of them is there where a processor was saved.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 CONFIG_FILE, ATTENTION = "config.json", "with_attention"
 
 
@@ -53,14 +52,17 @@ def save_pretrained(
     :func:`visprune.backbones.vit.with_attention` replaced is noted in ``config.json``; only
     :func:`load_pretrained` replaces it again.
 
-    An existing folder is replaced once everything is written: in one step where the system can
-    exchange two folders (Linux), else in two, and :func:`load_pretrained` and the next saving
-    finish what was killed between them.
+    In a folder that is there, files of the same names are replaced once all are written, and
+    nothing else is touched: no file that another tool or you put there is removed, and a model card
+    (``README.md``) stays. A kill at any moment leaves the old files or the new: what is half moved
+    :func:`load_pretrained`, ``visprune eval`` and the next saving finish.
 
     Args:
         run: What :func:`visprune.prune` returned, or a model without a method.
         folder: Where to.
-        processor: A processor to save beside it (transformers).
+        processor: A processor to save beside it (transformers); without one in the folder,
+            ``visprune eval``, ``visprune show`` and lmms-eval cannot load a vision-language model
+            from it, and a warning says so.
         model: What to save in place of the run's model, such as the PEFT model around it.
         model_args: What a timm model was created with beside its name (timm before 1.0.31).
         asked: How questions are put to a vision-language model, as ``style`` and ``template`` of
@@ -74,37 +76,46 @@ def save_pretrained(
         ConfigError: The folder cannot be written; what was there before is whole.
     """
     target = Path(folder)
-    _finish_swap(target)
     method = None if isinstance(run, nn.Module) else run.method
     inner = run if isinstance(run, nn.Module) else (model or run.adapter.model)
     learned = getattr(run, "learned", None) if method is not None else None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        fresh.chmod(0o755)
-    except OSError as error:
-        raise ConfigError(f"Cannot write {str(target)!r}: {error.strerror or error}.") from error
-    try:
+    content: dict[str, Any] = {} if method is None else {"method": method.to_dict()}
+    content |= {} if asked is None else {"asked": asked}
+
+    def write(fresh: Path) -> None:
         _write_without(learned, inner, fresh, model_args)
         if processor is not None:
             processor.save_pretrained(fresh)
-        content: dict[str, Any] = {} if method is None else {"method": method.to_dict()}
-        content |= {} if asked is None else {"asked": asked}
         if content:
-            content = {"visprune": version("visprune"), **content}
-            (fresh / METHOD_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps({"visprune": version("visprune"), **content}, indent=2) + "\n"
+            (fresh / METHOD_FILE).write_text(text, encoding="utf-8")
         if learned is not None:
             tensors = {k: v.detach().cpu().contiguous() for k, v in learned.state_dict().items()}
             save_file(tensors, fresh / LEARNED_FILE)
-        _swap(fresh, target)
+
+    try:
+        replace_files(target, write, owned=(METHOD_FILE, LEARNED_FILE))
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"Cannot write {str(target)!r}: {why}. What was there is whole.") from (
             error
         )
-    finally:
-        _remove(fresh)
+    if processor is None:
+        _say_what_is_missing(inner, target)
     return target
+
+
+def _say_what_is_missing(model: nn.Module, folder: Path) -> None:
+    """Warn where a vision-language model was saved and its folder holds no processor."""
+    there = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    if there or hasattr(model, "pretrained_cfg") or not hasattr(model, "generate"):
+        return
+    warnings.warn(
+        f"{str(folder)!r} holds no processor (tokenizer, picture sizes): load_pretrained reads the "
+        f"model, but visprune eval, visprune show and lmms-eval need one. Give processor=... to "
+        f"save_pretrained, or call processor.save_pretrained({str(folder)!r}).",
+        stacklevel=3,
+    )
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> tuple[nn.Module, Run | None]:
@@ -122,7 +133,7 @@ def load_pretrained(folder: str | Path, **options: Any) -> tuple[nn.Module, Run 
         ConfigError: There is no such folder, or what it holds cannot be used.
     """
     path = Path(folder).expanduser()
-    _finish_swap(path)
+    finish(path)
     if not path.is_dir():
         path = _from_hub(str(folder))
     calls = _replaced_attention(path)
@@ -167,6 +178,7 @@ def read_asked(folder: str | Path) -> dict[str, Any] | None:
 
 def _beside(folder: str | Path, key: str) -> dict[str, Any] | None:
     """A section of ``visprune.json``."""
+    finish(Path(folder))
     path = Path(folder) / METHOD_FILE
     if not path.is_file():
         return None
@@ -226,60 +238,6 @@ def _replaced_attention(folder: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8")).get(ATTENTION)
     except (AttributeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged: {error}.") from error
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    """Put a finished folder in the place of another one, which then is at ``fresh``, or gone."""
-    if not os.path.lexists(target):
-        os.replace(fresh, target)
-        return
-    if _exchange(fresh, target):
-        return
-    old = fresh.with_name(f"{fresh.name}-old")
-    os.replace(target, old)
-    try:
-        os.replace(fresh, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    _remove(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where this cannot be done."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    if rename is None:
-        return False
-    done: int = rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
-    return done == 0
-
-
-def _finish_swap(target: Path) -> None:
-    """Put a folder in its place whose saving was killed between the two steps of :func:`_swap`."""
-    if os.path.lexists(target):
-        return
-    pattern = f".{glob.escape(target.name)}-{'?' * 8}-old"  # 8: what mkdtemp adds
-    for old in sorted(target.parent.glob(pattern)):
-        fresh = old.with_name(old.name.removesuffix("-old"))
-        try:
-            os.replace(fresh if fresh.exists() else old, target)
-        except OSError as error:
-            raise ConfigError(
-                f"Saving {str(target)!r} was killed, and {str(fresh)!r}, which is whole, cannot be "
-                f"put in its place: {error.strerror or error}. Rename it by hand."
-            ) from error
-        _remove(old)
-        return
-
-
-def _remove(path: Path) -> None:
-    """Remove what was in the place of a folder; nothing is left to do where that fails."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _from_hub(name: str) -> Path:

@@ -16,6 +16,7 @@ import torch
 from visprune.backbones.vlm.embedded import build_processor
 from visprune.errors import ConfigError
 from visprune.eval.tasks.embedded import words
+from visprune.machine.written import replace_files
 from visprune.train.checkpoint import load_optimizer, load_weights, read_info, save_checkpoint
 from visprune.train.embedded.parts import Parts
 from visprune.train.embedded.recipe import Recipe, StageConfig, read_recipe
@@ -63,8 +64,12 @@ def train(
     folder = out / "weights"
     if rank:
         return {"weights": str(folder)}
-    parts.model.cpu().save_pretrained(folder)
-    build_processor(words()).save_pretrained(folder)
+
+    def write(fresh: Path) -> None:
+        parts.model.cpu().save_pretrained(fresh)
+        build_processor(words()).save_pretrained(fresh)
+
+    replace_files(folder, write)
     result: dict[str, Any] = {"weights": str(folder)}
     if recipe.test_questions:
         result["test"] = score_saved(folder, recipe.test_questions)

@@ -24,6 +24,7 @@ from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import get_task
 from visprune.machine.run import prune
 from visprune.machine.saved import save_pretrained
+from visprune.machine.written import replace_files
 from visprune.train.vlm.learner import prepared, refuse_trained_tower
 from visprune.train.vlm.questions import Collator, EncodedQuestions, GroupedQuestions, Questions
 from visprune.train.vlm.recipe import Recipe, read
@@ -75,7 +76,7 @@ def train(
     with _in_force(model, method):
         trained = fit(model, collator, arguments, out, last)
     if recipe.lora is not None:
-        model.save_pretrained(out / "adapter")
+        replace_files(out / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
     vlm.model = model.eval()
     scores |= {f"{name}_tuned": of for name, of in _scores(vlm, method, recipe).items()}
