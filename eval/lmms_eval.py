@@ -126,11 +126,7 @@ class Visprune(lmms):
             pictures, videos, sounds = messages.extract_media()
             if videos or sounds:
                 raise UnsupportedModel(f"{task} has video or audio; visprune reads pictures here.")
-            texts.append(
-                processor.apply_chat_template(
-                    messages.to_hf_messages(), tokenize=False, add_generation_prompt=True
-                )
-            )
+            texts.append(self.vlm.chat(messages.to_hf_messages()))
             images.append([picture.convert("RGB") for picture in pictures])
         inputs = processor(
             text=texts, images=images if any(images) else None, padding=True,

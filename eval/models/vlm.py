@@ -226,13 +226,17 @@ class VLM:
             template = prompts.VICUNA_V1
         if template is None and getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}] * picture + [{"type": "text", "text": prompt}]
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
+            return self.chat([{"role": "user", "content": content}])
         template = template or PLAIN
         if not picture:
             template = template.replace("<image>\n", "").replace("<image>", "")
         return template.replace("<image>", _image_token(self.processor)).replace("{prompt}", prompt)
+
+    def chat(self, messages: list[dict[str, Any]]) -> str:
+        """Messages in the words of the processor's chat template, up to where the model answers."""
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
 
     def _layouts(self, inputs: Mapping[str, Any]) -> list[Any]:
         if self.adapter is None:

@@ -24,6 +24,7 @@ from typing import Any
 from visprune.errors import ConfigError
 from visprune.eval.environment import writable_folder
 from visprune.eval.records.files import RecordsWriter, read_lines
+from visprune.eval.records.place import check_results
 from visprune.eval.records.record import Cell, Record, canonical, merge
 
 __all__ = ["ResultsFolder", "read_records", "write_json"]
@@ -48,11 +49,8 @@ class ResultsFolder:
             writable_folder(self.path)
             for name in ("cells", "environments", "pictures", "speed"):
                 (self.path / name).mkdir(exist_ok=True)
-        elif not (self.path / "cells").is_dir():
-            what = "no results folder: it has no cells/" if self.path.is_dir() else "not there"
-            raise ConfigError(
-                f"{str(path)!r} is {what}. Give a folder that `visprune eval --out` wrote."
-            )
+        else:
+            check_results(path)
 
     # Reading ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.records.place import named_arm
 from visprune.eval.records.record import Cell, Record, canonical
 from visprune.eval.report.build import arm_label
 
@@ -19,10 +20,8 @@ Records = dict[tuple[int, str], Record]  # by seed and sample
 
 def opened(text: str) -> tuple[ResultsFolder, str]:
     """``RESULTS`` or ``RESULTS:METHOD``: the folder, and the method or nothing."""
-    if Path(text).is_dir():
-        return ResultsFolder(text), ""
-    folder, _, label = text.rpartition(":")
-    return ResultsFolder(folder or text), arm_label(label) if folder else ""
+    folder, label = named_arm(text)
+    return ResultsFolder(folder), arm_label(label) if label else ""
 
 
 def same_folder(left: ResultsFolder, right: ResultsFolder) -> bool:

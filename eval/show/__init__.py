@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from visprune.eval.show.vlm import load_model, open_picture, show
+from visprune.eval.show.vlm import open_picture, show
 
 __all__ = [
-    "load_model",
     "open_picture",
     "show",
 ]

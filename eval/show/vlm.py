@@ -14,17 +14,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from visprune.catalog import get_method
 from visprune.catalog import methods as method_registry
 from visprune.core.method import PruningMethod
-from visprune.errors import ConfigError, did_you_mean, first_line
-from visprune.eval.environment import quiet_loading
+from visprune.errors import ConfigError
+from visprune.eval.models.base import EMBEDDED, ModelSpec, Request
+from visprune.eval.models.load_vlm import load
+from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture
 from visprune.eval.show.kept import KeptMap, kept_of, paint
+from visprune.eval.tasks.base import Sample
 from visprune.machine.plan import inside_only
 from visprune.machine.run import Run, prune
 
-__all__ = ["load_model", "open_picture", "show"]
+__all__ = ["open_picture", "show"]
 
-_EMBEDDED = "embedded"
-_PLAIN_PROMPT = "USER: <image>\n{question} ASSISTANT:"
 _FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
 
@@ -62,11 +63,14 @@ def show(
     target = _target(out)
     image = open_picture(picture)
     chosen = _method(method, num_keep)
-    loaded, processor = load_model(model)
+    vlm = _loaded(model)
+    loaded, processor = vlm.model, vlm.processor
+    prune(loaded, chosen).remove()  # a refusal comes before the first answer
     own_notes: list[str] = []
-    if model is None or model == _EMBEDDED:
+    if model is None or model == EMBEDDED:
         image, own_notes = _squeezed(processor, image, question)
-    inputs = _inputs(loaded, processor, image, question)
+    # "chat": the model's own template, or that of the folder, in place of a benchmark's.
+    inputs = vlm.inputs([Request(Sample("0", question, lambda: image), question, image)], "chat")
     unpruned = _answer(loaded, processor, inputs, max_new_tokens)
     with prune(loaded, chosen) as run:
         answer = _answer(loaded, processor, inputs, max_new_tokens)
@@ -114,40 +118,11 @@ def open_picture(path: str | Path) -> Image.Image:
         ) from error
 
 
-def load_model(model: str | tuple[Any, Any] | None) -> tuple[Any, Any]:
-    """Return (model, processor): the embedded pair, a folder's, the Hub's, or the given one.
-
-    Raises:
-        ConfigError: neither a folder nor a name that transformers can load.
-    """
+def _loaded(model: str | tuple[Any, Any] | None) -> VLM:
+    """The model with its processor: the embedded pair, a folder's, the Hub's, or the given one."""
     if isinstance(model, tuple):
-        return model
-    if model is None or model == _EMBEDDED:
-        from visprune.backbones.vlm import embedded
-
-        with quiet_loading():
-            return embedded.load()
-    here = Path(model).is_dir()
-    if not here and "/" not in model:
-        raise ConfigError(
-            f"There is no folder {model!r}.{did_you_mean(model, [_EMBEDDED])} --model takes a "
-            f"folder with a transformers model, a name on the Hub such as "
-            f"llava-hf/llava-1.5-7b-hf, or {_EMBEDDED!r}."
-        )
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(model, local_files_only=here)
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            model, dtype="auto", local_files_only=here
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"transformers cannot load a vision-language model and its processor from {model!r}: "
-            f"{first_line(error)}."
-        ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return loaded.eval().to(device), processor
+        return VLM(*model)
+    return load(ModelSpec(EMBEDDED if model is None else model))
 
 
 def _target(out: str | Path) -> Path:
@@ -180,19 +155,6 @@ def _method(name: str, num_keep: int) -> PruningMethod:
         )
     fields = {field.name for field in dataclasses.fields(kind)}
     return get_method(name, **({"num_keep": num_keep} if "num_keep" in fields else {}))
-
-
-def _inputs(model: Any, processor: Any, image: Image.Image, question: str) -> dict[str, Any]:
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    else:
-        prompt = _PLAIN_PROMPT.format(question=question)
-    inputs = processor(images=[image], text=[prompt], return_tensors="pt").to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    return dict(inputs)
 
 
 @torch.inference_mode()

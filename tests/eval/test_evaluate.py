@@ -365,7 +365,9 @@ def ended(monkeypatch: pytest.MonkeyPatch, words: str) -> int | str | None:
     return exit_.value.code
 
 
-def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").touch()
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
         "visprune.eval.evaluate.run_command", lambda *args, **options: seen.append((args, options))

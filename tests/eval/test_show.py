@@ -74,7 +74,7 @@ def test_the_embedded_model_sees_the_whole_picture_as_a_square(
     small: tuple[Any, Any], picture: Path, panels: list[Any], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(embedded, "load", lambda: small)
+    monkeypatch.setattr(embedded, "load", lambda dtype: small)
     out = picture.parent / "new" / "kept.png"
     asked = f"{QUESTION} and a zebra"
     result = show(picture, question=asked, method="divprune", num_keep=64, out=out)
@@ -246,7 +246,7 @@ def test_a_picture_cut_short_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_bad_requests_are_refused_before_a_model_is_loaded(
     picture: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "load", lambda: pytest.fail("loaded the model first"))
+    monkeypatch.setattr(embedded, "load", lambda dtype: pytest.fail("loaded the model first"))
     monkeypatch.chdir(picture.parent)
     with pytest.raises(ConfigError, match=message):
         show(**{"picture": picture, "question": QUESTION, "out": "kept.png", **change})

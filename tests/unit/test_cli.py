@@ -65,7 +65,11 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, calls: list
     assert calls == [((), {"out": Path("there"), "limit": 7, "threads": 2})]
 
 
-def test_show_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
+def test_show_passes_its_options_on(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").touch()
     words = ["show", "a.png", "--question", "What?", "--method", "fastv", "--num-keep", "32"]
     assert _run(monkeypatch, *words) == 0
     wanted = {"question": "What?", "method": "fastv", "num_keep": 32, "out": Path("kept.png")}

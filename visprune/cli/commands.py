@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from visprune.cli.checks import check_drawing
 from visprune.cli.study import compare, evaluate
 from visprune.cli.words import overrides_of
 from visprune.core.registry import Registry
@@ -100,6 +101,7 @@ def show(
     ] = None,
 ) -> None:
     """Draw which patches of a picture a model still sees."""
+    check_drawing(picture, method)
     from visprune.eval.show.vlm import show as draw
 
     draw(picture, question=question, method=method, num_keep=num_keep, out=out, model=model)
@@ -120,6 +122,9 @@ def report(
     ] = 60,
 ) -> None:
     """Make tables (Markdown, CSV, LaTeX) and one HTML page from the records of a folder."""
+    from visprune.eval.records.place import check_results
+
+    check_results(results)
     from visprune.eval.report import write_report
 
     for path in write_report(results, out, samples=samples).values():
@@ -213,8 +218,7 @@ def _print_registry(registry: Registry) -> None:
     width = max((len(name) for name in registry), default=0)
     console = Console(highlight=False)
     for name in registry:
-        summary = (registry.get(name).__doc__ or "").strip().partition("\n")[0]
-        row = Text(f"{name:<{width}}  {summary}")
+        row = Text(f"{name:<{width}}  {registry.summary(name)}")
         if console.is_terminal:  # a pipe gets the whole line
             row.truncate(console.width, overflow="ellipsis")
         console.print(row, soft_wrap=True)

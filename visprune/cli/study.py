@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from visprune.cli.checks import check_study
 from visprune.cli.words import overrides_of
 
 __all__ = ["compare", "evaluate"]
@@ -89,10 +90,6 @@ def evaluate(
 
     Flags make a study, or change that of a file: they win over it.
     """
-    # Read once, when PyTorch's OpenMP loads; see `demo`.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    from visprune.eval.evaluate import run_command
-
     options = overrides_of(task_option or [])
     of_models = {"dtype": dtype, "device": device, "attention": attention}
     of_models = {key: value for key, value in of_models.items() if value is not None}
@@ -113,6 +110,11 @@ def evaluate(
         "pictures": pictures,
     }
     changes = {key: value for key, value in changes.items() if value not in (None, [], {})}
+    check_study(study, changes)
+    # Read once, when PyTorch's OpenMP loads; see `demo`.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    from visprune.eval.evaluate import run_command
+
     run_command(
         study, out, changes, dry_run=dry_run, retry_errors=retry_errors, threads=threads,
         answers=answers,
@@ -134,6 +136,10 @@ def compare(
 
     METHOD is what the tables call it, such as "todre 64".
     """
+    from visprune.eval.records.place import check_results, named_arm
+
+    for text in (first, second):
+        check_results(named_arm(text)[0])
     from visprune.eval.report.compare import compare as run_comparison
     from visprune.eval.report.compare import to_text
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -61,13 +64,33 @@ class Registry:
             ConfigError: The name is unknown (the message lists those that are known), or the row
                 points at an attribute that its module does not have.
         """
+        return _load(self.kind, name, self._target(name))
+
+    def check(self, name: str) -> None:
+        """Raise what :meth:`get` raises of an unknown name, without importing anything."""
+        self._target(name)
+
+    def summary(self, name: str) -> str:
+        """The first line of the docstring of what ``name`` stands for.
+
+        It is read from the source, so that a list of names waits for no library; only what is no
+        class or function of its module is imported.
+        """
+        module, _, attribute = self._target(name).partition(":")
+        doc = _docstring(module, attribute)
+        if doc is None:
+            doc = self.get(name).__doc__ or ""
+        return doc.strip().partition("\n")[0]
+
+    def _target(self, name: str) -> str:
+        """The row of a name; raises ``ConfigError`` where there is none."""
         rows = self._rows()
         if name not in rows:
             raise ConfigError(
                 f"Unknown {self.kind} {name!r}.{did_you_mean(name, rows)} "
                 f"Known: {', '.join(rows) or 'none'}."
             )
-        return _load(self.kind, name, rows[name])
+        return rows[name]
 
     def _rows(self) -> dict[str, str]:
         """Return the table and, after it, the rows of installed packages."""
@@ -87,6 +110,19 @@ class Registry:
             _check_target(self.kind, point.name, point.value)
             rows[point.name] = point.value
         return rows
+
+
+def _docstring(module: str, attribute: str) -> str | None:
+    """Docstring of a class or function, from its module's source; ``None`` where it has none."""
+    try:
+        spec = importlib.util.find_spec(module)
+        text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+        body = ast.parse(text).body
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return None
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = [node for node in body if isinstance(node, kinds) and node.name == attribute]
+    return ast.get_docstring(found[-1]) if found else None
 
 
 def _owner(point: EntryPoint) -> str:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command can refuse before it imports what it runs: names and paths.
+
+PyTorch, torchmetrics and transformers take many seconds; a mistyped word should not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from visprune.errors import ConfigError
+
+__all__ = ["check_drawing", "check_study"]
+
+
+def check_study(study: Path | None, changes: Mapping[str, Any]) -> None:
+    """Check the names of tasks and methods that a study's file and the flags give.
+
+    What is not of the form that it should have is left to the reader of studies.
+
+    Args:
+        study: the file.
+        changes: as ``visprune eval`` passes them on.
+
+    Raises:
+        ConfigError: there is no such file, task or method.
+    """
+    from visprune.catalog import methods
+    from visprune.eval.tasks.base import tasks
+
+    raw = {**_read(study), **changes}
+    for name in _names(raw.get("tasks"), "task"):
+        tasks.check(name)
+    for name in _names(raw.get("methods"), "method"):
+        if name not in ("none", "no_image"):  # controls, which are no methods
+            methods.check(name)
+
+
+def _read(study: Path | None) -> dict[str, Any]:
+    import yaml
+
+    if study is None:
+        return {}
+    if not study.is_file():
+        raise ConfigError(f"There is no study {str(study)!r}; give the path of a YAML file.")
+    try:
+        raw = yaml.safe_load(study.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
+
+
+def _names(entries: Any, key: str) -> Iterable[str]:
+    """The names among entries that are names, or mappings with one."""
+    for entry in entries if isinstance(entries, list | tuple) else [entries]:
+        name = entry.get(key) if isinstance(entry, Mapping) else entry
+        if isinstance(name, str):
+            yield name
+
+
+def check_drawing(picture: Path, method: str) -> None:
+    """Check what ``visprune show`` is asked for.
+
+    Raises:
+        ConfigError: there is no such picture or method.
+    """
+    from visprune.catalog import methods
+
+    methods.check(method)
+    if not picture.is_file():
+        what = "a folder" if picture.is_dir() else "not there"
+        raise ConfigError(
+            f"The picture {str(picture)!r} is {what}. Give the path of an image file."
+        )
