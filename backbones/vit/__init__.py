@@ -2,14 +2,17 @@
 """Efficient vision transformers, registered in timm by importing this package.
 
 ``litv2_*`` (HiLo attention), ``nat_*`` and ``dinat_*`` (neighborhood attention),
-``sparsifiner_deit_*`` (learned sparse attention); then ``timm.create_model(name)`` as for any other
-model. The attention modules :class:`HiLo` and :class:`NeighborhoodAttention2d` take and give
-channels-last maps and can be used alone; :func:`with_attention` puts them into any ViT of timm.
+``sparsifiner_deit_*`` (learned sparse attention), ``agent_deit_*`` (agent attention); then
+``timm.create_model(name)`` as for any other model. The attention modules :class:`HiLo` and
+:class:`NeighborhoodAttention2d` take and give channels-last maps and can be used alone;
+:func:`with_attention` puts them, and agents, into any ViT of timm.
 """
 
 from __future__ import annotations
 
 from visprune.backbones.vit import dinat as _dinat  # noqa: F401 - registers its models
+from visprune.backbones.vit.agent import AgentAttention
+from visprune.backbones.vit.agent_deit import AgentViT
 from visprune.backbones.vit.grid_attention import with_attention
 from visprune.backbones.vit.hilo import HiLo
 from visprune.backbones.vit.litv2 import LITv2
@@ -21,6 +24,8 @@ from visprune.backbones.vit.sparsifiner_training import stage_parameters
 
 __all__ = [
     "NAT",
+    "AgentAttention",
+    "AgentViT",
     "HiLo",
     "LITv2",
     "NeighborhoodAttention2d",

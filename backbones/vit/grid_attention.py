@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HiLo and neighborhood attention inside any plain ViT of timm, prefix tokens included.
+"""Other attention inside any plain ViT of timm, prefix tokens included.
 
 The papers have no class token, so the rule for prefix tokens (class, distillation, registers) is
 ours. Neighborhood: every patch sees its neighbours and all prefix tokens, a prefix token sees
 everything. HiLo: the prefix tokens are keys of the low-frequency branch beside the pooled windows,
-and are one window of their own in the high-frequency branch.
+and are one window of their own in the high-frequency branch. Agent: all agents see a prefix token,
+and it sees all agents, under a learned bias each, as the paper has it for one class token.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from visprune import ops
 from visprune.backbones.vit.refusals import refuse_mask, refuse_pruned
+from visprune.backbones.vit.agent import AgentAttention, GridAgentAttention
 from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
 from visprune.core.numeric import plain
 from visprune.core.registry import did_you_mean
 from visprune.errors import ConfigError, UnsupportedModel
 
-KINDS = ("hilo", "neighborhood")
+KINDS = ("agent", "hilo", "neighborhood")
 _ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
 
@@ -37,32 +39,35 @@ def with_attention(
     copy_weights: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Replace the attention of a timm ViT by HiLo or neighborhood attention, in place.
+    """Replace the attention of a timm ViT by HiLo, neighborhood or agent attention, in place.
 
     ``"neighborhood"`` keeps the model's projections, norms and rotary embedding and their names:
     only which keys a patch sees changes, so every checkpoint still loads, and a window as large as
     the grid gives the same output. ``"hilo"`` has projections of its own (``HiLo``'s names); they
     start from the model's: queries, keys and values as they are, the output projection without the
     part that mixes the two branches; norms of queries, keys and outputs are kept. With
-    ``window_size=1`` the output is the same.
+    ``window_size=1`` the output is the same. ``"agent"`` keeps the model's projections and norms
+    too and adds the agents' biases and a convolution that starts at zero; what it computes is not
+    the model's attention for any setting, so it has to be trained.
 
     :func:`visprune.save_pretrained` notes what was replaced, and ``load_pretrained`` replaces it
     again; timm alone loads such a folder as the plain model, or not at all.
 
-    Limits: HiLo takes over timm's ``Attention`` only, so no model with a rotary embedding (EVA,
-    DINOv3) and no gates. For both kinds the attention must be a module of the block: blocks that
-    compute it themselves, in one product with the MLP (``ParallelScalingBlock``), are refused, and
-    so is ``DiffAttention``. Dropout of attention weights is left out.
+    Limits: HiLo and agents take over timm's ``Attention`` only, so no model with a rotary embedding
+    (EVA, DINOv3) and no gates. For all kinds the attention must be a module of the block: blocks
+    that compute it themselves, in one product with the MLP (``ParallelScalingBlock``), are refused,
+    and so is ``DiffAttention``. Dropout of attention weights is left out (agents keep it).
 
     Args:
         vit: a model with ``blocks``, ``patch_embed`` and ``num_prefix_tokens``
             (``VisionTransformer``, ``Eva`` and what derives from them).
-        kind: ``"hilo"`` or ``"neighborhood"``.
+        kind: ``"agent"``, ``"hilo"`` or ``"neighborhood"``.
         blocks: numbers of the blocks, counted from 0; all if None. Call again for others, e.g.
             with another dilation.
         copy_weights: start HiLo from the model's weights.
         options: ``window_size=2``, ``alpha=0.5`` (HiLo); ``kernel_size=7``, ``dilation=1``,
-            ``stride=1``, ``is_causal=False``, ``rel_pos_bias=False`` (neighborhood).
+            ``stride=1``, ``is_causal=False``, ``rel_pos_bias=False`` (neighborhood),
+            ``agent_num=49`` (agent).
 
     Returns:
         ``vit`` itself.
@@ -85,9 +90,11 @@ def with_attention(
     chosen = _chosen(blocks, len(model.blocks))
     made = {}  # all before the first is put in place: a refusal leaves the model as it was
     grid, size = _grid(model), _fixed_size(model.patch_embed)
+    window = tuple(getattr(model.patch_embed, "grid_size", None) or ())
     for index in chosen:
         for parent, name, attn in _attentions(model.blocks[index], index):
-            new = made[parent, name] = _replace(attn, kind, grid, copy_weights, options)
+            new = _replace(attn, kind, (grid, window), copy_weights, options)
+            made[parent, name] = new
             if isinstance(new, GridNeighborhoodAttention) and size is not None:
                 new.check_grid(*size)
     for (parent, name), new in made.items():
@@ -123,7 +130,8 @@ def _fixed_size(embed: Any) -> tuple[int, int] | None:
 
 def _attentions(block: nn.Module, index: int) -> list[tuple[nn.Module, str, Any]]:
     """(parent, name, module) of the attentions of a block that can be replaced."""
-    kinds = (*_ATTENTIONS, GridNeighborhoodAttention, GridHiLo)
+    ours = (GridNeighborhoodAttention, GridHiLo, AgentAttention)
+    kinds = (*_ATTENTIONS, *ours)
     found = [
         (parent, name, child)
         for parent in block.modules()
@@ -131,7 +139,7 @@ def _attentions(block: nn.Module, index: int) -> list[tuple[nn.Module, str, Any]
         for name, child in parent.named_children()
         if isinstance(child, kinds)
     ]
-    again = any(isinstance(child, GridNeighborhoodAttention | GridHiLo) for *_, child in found)
+    again = any(isinstance(child, ours) for *_, child in found)
     if again or not found:
         why = "was replaced before" if again else "has no attention that can be replaced"
         known = ", ".join(kind.__name__ for kind in _ATTENTIONS)
@@ -142,9 +150,14 @@ def _attentions(block: nn.Module, index: int) -> list[tuple[nn.Module, str, Any]
 
 
 def _replace(
-    attn: Any, kind: str, grid: Grid, copy_weights: bool, options: dict[str, Any]
+    attn: Any,
+    kind: str,
+    where: tuple[Grid, tuple[int, ...]],
+    copy_weights: bool,
+    options: dict[str, Any],
 ) -> nn.Module:
     known = {
+        "agent": {"agent_num"},
         "hilo": {"window_size", "alpha"},
         "neighborhood": {"kernel_size", "dilation", "stride", "is_causal", "rel_pos_bias"},
     }[kind]
@@ -154,8 +167,11 @@ def _replace(
                 f"{kind} attention has no option {name!r}.{did_you_mean(name, known)} "
                 f"Known: {', '.join(sorted(known))}."
             )
+    grid, window = where
     if kind == "neighborhood":
         return GridNeighborhoodAttention(attn, grid, **options)
+    if kind == "agent":
+        return GridAgentAttention.like(attn, grid, window, **options)
     return GridHiLo.like(attn, grid, copy_weights, **options)
 
 

@@ -14,9 +14,9 @@ from visprune.errors import ConfigError
 class Grid:
     """The grid of patches of the call that is running; a forward hook on the patch embedding."""
 
-    def __init__(self, num_prefix: int) -> None:
+    def __init__(self, num_prefix: int, size: tuple[int, int] = (0, 0)) -> None:
         self.num_prefix = num_prefix
-        self.size = (0, 0)
+        self.size = size
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Read the grid of the images that the embedding was given."""

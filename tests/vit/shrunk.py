@@ -23,18 +23,23 @@ NAT = [f"nat_{size}" for size in ("mini", "tiny", "small", "base")]
 DINAT = [f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large")]
 DINAT += ["dinat_large_384", "dinat_large_384_11x11"]
 SPARSIFINER = [f"sparsifiner_deit_{size}" for size in ("tiny", "small", "base")]
+AGENT = [f"agent_deit_{size}" for size in ("tiny", "small", "small_448", "base")]
 STAGED = LITV2 + NAT + DINAT
-NAMES = STAGED + SPARSIFINER
+PLAIN = SPARSIFINER + AGENT  # the structure of a ViT
+NAMES = STAGED + PLAIN
 # Small, the sizes of a family are alike; where a test takes long, one per structure will do.
 DISTINCT = ["litv2_s", "nat_mini", "nat_small", "dinat_mini", "sparsifiner_deit_tiny"]
+DISTINCT += ["agent_deit_tiny"]
 
 assert visprune.backbones.vit.LITv2
 
 
 def small_kwargs(name: str) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` that make ``name`` small."""
-    kwargs = _VIT if name.startswith(("sparsifiner", "deit")) else _NAT
+    kwargs: dict[str, Any] = _VIT if name in PLAIN or name.startswith("deit") else _NAT
     kwargs = _LITV2 if name.startswith("litv2") else kwargs
+    if name in AGENT:
+        kwargs = {**kwargs, "agent_num": (4, 4, 4, 4), "agent_layer": 1 if "base" in name else 0}
     return {**kwargs, "img_size": SIZE, "num_classes": 5}
 
 

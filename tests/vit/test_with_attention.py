@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import visprune
 from tests.vit.shrunk import images, stir
-from visprune.backbones.vit import with_attention
+from visprune.backbones.vit import AgentAttention, with_attention
 from visprune.errors import ConfigError, UnsupportedModel
 
 # One per way in which timm's plain ViTs differ.
@@ -29,7 +29,18 @@ VITS = {
     "rotary": ("eva02_tiny_patch14_224", {"patch_size": 16}),
     "rotary, registers": ("vit_small_patch16_dinov3", {}),
 }
-HILO = [n for n in VITS if "rotary" not in n]
+HILO = [n for n in VITS if "rotary" not in n]  # whose attention HiLo and agents take over
+KINDS: dict[str, dict[str, Any]] = {
+    "agent": {"agent_num": 4},
+    "hilo": {},
+    "neighborhood": {"rel_pos_bias": True, "kernel_size": 3},
+}
+# Of the last block, which is read at the class token alone.
+UNUSED = {
+    "agent": ["na_bias", "ha_bias", "wa_bias", "dwc.weight", "dwc.bias"],
+    "hilo": [],
+    "neighborhood": ["rpb"],
+}
 
 
 def build(which: str, **kwargs: Any) -> Any:
@@ -89,10 +100,10 @@ def test_hilo_of_one_window_is_the_model(norms: bool) -> None:
     assert all(fresh.blocks[0].attn.get_parameter(n).std() == 0 for n in norm)
 
 
-@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", ["query and key norms", "registers"])
 def test_autocast(kind: str, which: str) -> None:
-    model, x = with_attention(build(which), kind), images()
+    model, x = with_attention(build(which), kind, **KINDS[kind]), images()
     want = model(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = model(x)
@@ -151,14 +162,50 @@ def test_hilo_with_prefix_tokens_by_hand() -> None:
         torch.testing.assert_close(attn(x), torch.cat((high, low), -1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+@pytest.mark.parametrize("which", HILO)
+def test_agents_by_hand(which: str) -> None:
+    model = build(which)
+    plain = copy.deepcopy(model.blocks[0])
+    with_attention(model, "agent", agent_num=4)
+    attns = [m for m in model.blocks[0].modules() if isinstance(m, AgentAttention)]
+    assert len(attns) == sum(isinstance(m, timm.layers.Attention) for m in plain.modules())
+    attn, first = attns[0], model.num_prefix_tokens
+    with torch.no_grad():
+        model(images())
+        x = torch.randn(2, first + 16, 32)
+        qkv = attn.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        q, k, v = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]
+        quarters = q[:, :, first:].unflatten(2, (2, 2, 2, 2)).mean((3, 5))  # 2 x 2 patches each
+        agents = quarters.flatten(2, 3)
+        to_agents, from_agents = torch.zeros(1, 2, 4, first + 16), torch.zeros(1, 2, first + 16, 4)
+        for n in range(first + 16):
+            if n < first:
+                to_agents[..., n] = attn.ac_bias[..., n]
+                from_agents[..., n, :] = attn.ca_bias[..., n, :]
+                continue
+            i, j = divmod(n - first, 4)
+            sizes = {"size": (4, 4), "mode": "bilinear", "align_corners": False}
+            an, na = (nn.functional.interpolate(t, **sizes) for t in (attn.an_bias, attn.na_bias))
+            to_agents[..., n] = an[:, :, i, j] + attn.ah_bias[..., i, 0] + attn.aw_bias[..., 0, j]
+            from_agents[..., n, :] = (
+                na[:, :, i, j] + attn.ha_bias[:, :, i, 0] + attn.wa_bias[:, :, 0, j]
+            )
+        seen = (agents @ k.mT / 4 + to_agents).softmax(-1) @ v
+        out = ((q @ agents.mT / 4 + from_agents).softmax(-1) @ seen).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attn(x), attn.proj(attn.norm(out)), rtol=1e-4, atol=1e-5)
+        # The convolution started at zero; with the identity in it, it adds the patches' values.
+        attn.dwc.weight[:, :, 1, 1] = 1
+        out[:, first:] += v.transpose(1, 2).flatten(2)[:, first:]
+        torch.testing.assert_close(attn(x), attn.proj(attn.norm(out)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_compiles_copies_and_checkpoints(kind: str) -> None:
-    options = {"rel_pos_bias": True, "kernel_size": 3} if kind == "neighborhood" else {}
+    options = KINDS[kind]
     model, x = with_attention(build("registers"), kind, **options), images()
     model(x).square().sum().backward()
     zero = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # The last block is read at the class token, which sees everything without a bias.
-    assert zero == (["blocks.1.attn.rpb"] if kind == "neighborhood" else [])
+    assert zero == [f"blocks.1.attn.{name}" for name in UNUSED[kind]]
     with torch.no_grad():
         want = model(x)
         assert torch.equal(copy.deepcopy(model)(x), want)
@@ -177,9 +224,9 @@ def test_it_trains_compiles_copies_and_checkpoints(kind: str) -> None:
     assert model(images(1, 96, 64)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("kind", ["hilo", "neighborhood"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_sizes_that_change_from_call_to_call(kind: str) -> None:
-    model = with_attention(build("class token", dynamic_img_size=True), kind)
+    model = with_attention(build("class token", dynamic_img_size=True), kind, **KINDS[kind])
     with torch.no_grad():
         for height, width in ((64, 64), (96, 48), (48, 80), (64, 64)):
             assert model(images(1, height, width)).shape == (1, 5)
@@ -234,6 +281,10 @@ def test_bad_input() -> None:
         with_attention(model, "hilo", alpha=0.1)
     with pytest.raises(UnsupportedModel, match="EvaAttention"):
         with_attention(build("rotary"), "hilo")
+    with pytest.raises(UnsupportedModel, match=r"without rotary .* not EvaAttention"):
+        with_attention(build("rotary"), "agent")
+    with pytest.raises(ConfigError, match="square number such as 49; got 5"):
+        with_attention(model, "agent", agent_num=5)
     with pytest.raises(UnsupportedModel, match="ResNet is none"):
         with_attention(timm.create_model("resnet18"), "hilo")
     fused = timm.create_model("vit_base_patch16_224", embed_dim=32, num_heads=2, depth=2)
