@@ -2,7 +2,8 @@
 """Efficient vision transformers, registered in timm by importing this package.
 
 ``litv2_*`` (HiLo attention), ``nat_*`` and ``dinat_*`` (neighborhood attention),
-``sparsifiner_deit_*`` (learned sparse attention), ``agent_deit_*`` (agent attention); then
+``sparsifiner_deit_*`` (learned sparse attention), ``agent_deit_*`` (agent attention),
+``van_*`` (large kernels); then
 ``timm.create_model(name)`` as for any other model. The attention modules :class:`HiLo` and
 :class:`NeighborhoodAttention2d` take and give channels-last maps and can be used alone;
 :func:`with_attention` puts them, and agents, into any ViT of timm.
@@ -21,13 +22,16 @@ from visprune.backbones.vit.neighborhood import NeighborhoodAttention2d
 from visprune.backbones.vit.sparsifiner import Sparsifiner
 from visprune.backbones.vit.sparsifiner_cost import sparsifiner_cost
 from visprune.backbones.vit.sparsifiner_training import stage_parameters
+from visprune.backbones.vit.van import VAN, LargeKernelAttention
 
 __all__ = [
     "NAT",
+    "VAN",
     "AgentAttention",
     "AgentViT",
     "HiLo",
     "LITv2",
+    "LargeKernelAttention",
     "NeighborhoodAttention2d",
     "Sparsifiner",
     "sparsifiner_cost",

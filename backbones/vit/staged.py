@@ -73,7 +73,7 @@ class StagedViT(nn.Module):
     ) -> None:
         """Set stages, norm and head, then initialise as the official code does."""
         self.num_classes = num_classes
-        self.global_pool = _checked_pool(global_pool)
+        self.global_pool = checked_pool(global_pool)
         self.num_features = self.head_hidden_size = dims[-1]
         self.embed_dim = dims[0]
         setattr(self, self.stages_name, nn.Sequential(*stages))
@@ -198,7 +198,7 @@ class StagedViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes leave the pooled (``""``: unpooled) features."""
         if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool)
+            self.global_pool = checked_pool(global_pool)
         self.num_classes = num_classes
         like = next(self.parameters())
         self.head = self._classifier({"device": like.device, "dtype": like.dtype})
@@ -234,7 +234,8 @@ def record_input_size(model: nn.Module, img_size: Any, patch_size: Any = None) -
     update_model_input_size(model, img_size, patch_size=patch_size)
 
 
-def _checked_pool(global_pool: str) -> str:
+def checked_pool(global_pool: str) -> str:
+    """The kind of pooling, if it is one."""
     if global_pool not in POOLS:
         raise ConfigError(f"global_pool must be one of {', '.join(map(repr, POOLS))}; "
                           f"got {global_pool!r}.")  # fmt: skip
