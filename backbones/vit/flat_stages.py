@@ -25,14 +25,12 @@ class FlatStages(nn.Module):
 
     Attributes:
         stage_parts: of each stage, the names of its modules.
-        stem_part: prefix of the parameters before the first block, for layer-wise learning rates.
         title: name of the architecture, for errors.
         output_fmt: what ``forward_features`` returns, for timm.
         feature_info: channels, stride and last module of each stage.
     """
 
     stage_parts: ClassVar[Sequence[tuple[str, ...]]]
-    stem_part: ClassVar[str]
     title: ClassVar[str]
     output_fmt = "NCHW"
     feature_info: list[dict[str, Any]]
@@ -75,15 +73,17 @@ class FlatStages(nn.Module):
         """What ``forward_features`` returns of what the last stage left."""
         return self.stage_map(state)
 
-    def run_blocks(self, blocks: nn.ModuleList, *state: Any) -> Any:
-        """Blocks in order, each on what the one before it returned."""
+    def run_block(self, block: nn.Module, *args: Tensor) -> Any:
+        """One block, recomputed in the backward pass where that is switched on."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(block, *args)
+        return block(*args)
+
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        """Blocks in order, from a map to a map."""
         for block in blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                got = checkpoint(block, *state)
-            else:
-                got = block(*state)
-            state = got if isinstance(got, tuple) else (got,)
-        return state if len(state) > 1 else state[0]
+            x = self.run_block(block, x)
+        return x
 
     def _start(self, x: Tensor) -> Tensor:
         check_images(x, self.in_chans, self.title)

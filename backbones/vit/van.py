@@ -155,7 +155,6 @@ class VAN(FlatStages):
     """
 
     stage_parts = tuple((f"patch_embed{i}", f"block{i}", f"norm{i}") for i in range(1, 5))
-    stem_part = "patch_embed1"
     title = "VAN"
 
     def __init__(

@@ -32,8 +32,9 @@ def stored(case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def load(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Official weights by their own names: no other key, none left but counters of batch norms."""
     missing, unexpected = module.load_state_dict(weights, strict=False)
-    assert unexpected == []
-    assert [name for name in missing if not name.endswith("num_batches_tracked")] == []
+    assert unexpected == [], unexpected
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    assert missing == [], missing
     return module.eval()
 
 

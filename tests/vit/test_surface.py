@@ -31,7 +31,11 @@ from visprune.errors import ConfigError
 
 # For what takes seconds each.
 FEW = ["litv2_s", "nat_small", "sparsifiner_deit_tiny", "agent_deit_tiny", "van_b0"]
-NODES = {"van_b0": "norm4"}  # the last node that fx shows, where it is not the norm
+FEW += ["overlock_xt"]
+NODES = {
+    "van_b0": "norm4",
+    "overlock_xt": "head.2",
+}  # the last node that fx shows, where it is not the norm
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +60,9 @@ def test_backward_reaches_every_parameter(name: str) -> None:
     if name in AGENT:  # whose last agents tell the patches what the class token does not read
         model.forward_features(images()).square().sum().backward()
     # Sparsifiner's mask is a constant, as published: its predictors learn in a stage of their own.
-    learned = {n: p for n, p in model.named_parameters() if ".mask_predictor." not in n}
+    # The context's head of OverLoCK learns by forward_train.
+    apart = (".mask_predictor.", "aux_head.")
+    learned = {n: p for n, p in model.named_parameters() if not any(a in n for a in apart)}
     assert [n for n, p in learned.items() if p.grad is None] == []
     assert [n for n, p in learned.items() if not p.grad.any()] == []
 
