@@ -19,6 +19,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from visprune import ops
+from visprune.backbones.vit.flat_stages import Pointwise
 from visprune.backbones.vit.overlock_parts import (
     ChannelNorm,
     DilatedReparam,
@@ -235,7 +236,7 @@ class ContextMixer(KernelBias):
             DilatedReparam(dim, kernel_size, deploy, dd), nn.BatchNorm2d(dim, **dd)
         )
         self.se_layer = SqueezeExcite(dim, dd)
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, wide, 1, **dd))
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), Pointwise(dim, wide, **dd))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.dwconv2 = ResidualDWConv(wide, dd)
         self.norm2 = ChannelNorm(wide, dd)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
@@ -18,6 +19,21 @@ from torch import Tensor, nn
 
 from visprune.backbones.vit.staged import checked_pool, record_input_size
 from visprune.errors import ConfigError
+
+
+class Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution as the matrix product that it is on a channels-last map.
+
+    PyTorch's own takes a slow path on a CPU at batch 1.
+    """
+
+    def __init__(self, dim: int, out: int, bias: bool = True, **dd: Any) -> None:
+        super().__init__(dim, out, 1, bias=bias, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, out, H, W]."""
+        x = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return x.permute(0, 3, 1, 2)
 
 
 class FlatStages(nn.Module):

@@ -2,8 +2,8 @@
 """OverLoCK (arXiv 2502.20087): a coarse look at the whole first, which then steers the finer one.
 
 Base-Net (stages 1, 2 and half of 3) and Overview-Net (stage 4 of a small network) give a context
-map; Focus-Net reads both, with kernels made per pixel (see ``contmix``). Module and parameter names are
-those of LMMMEng/OverLoCK at 2c8ab3b, ``models/overlock.py``: the published files load without
+map; Focus-Net reads both, with kernels made per pixel (see ``contmix``). Module and parameter names
+are those of LMMMEng/OverLoCK at 2c8ab3b, ``models/overlock.py``: the published files load without
 renaming, into the training form (``overlock_*``) and the merged one (``overlock_*_reparam``, the
 form that the published counts are of; it takes training files too and merges them).
 ``timm.utils.reparameterize_model`` merges a model.
@@ -30,7 +30,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from visprune.backbones.vit.contmix import ContextMixer
-from visprune.backbones.vit.flat_stages import FlatStages
+from visprune.backbones.vit.flat_stages import FlatStages, Pointwise
 from visprune.backbones.vit.overlock_parts import (
     GRN,
     ChannelNorm,
@@ -82,11 +82,11 @@ class RepConvBlock(nn.Module):
             DilatedReparam(dim, kernel_size, deploy, dd),
             nn.BatchNorm2d(dim, **dd),
             SqueezeExcite(dim, dd),
-            nn.Conv2d(dim, hidden, 1, **dd),
+            Pointwise(dim, hidden, **dd),
             nn.GELU(),
             ResidualDWConv(hidden, dd),
             GRN(hidden, dd),
-            nn.Conv2d(hidden, dim, 1, **dd),
+            Pointwise(hidden, dim, **dd),
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         scaled = layer_scale is not None
@@ -134,7 +134,7 @@ class DynamicConvBlock(ContextMixer):
             nn.Conv2d(wide, wide, 3, padding=1, groups=wide, **dd),
             nn.BatchNorm2d(wide, **dd),
             nn.GELU(),
-            nn.Conv2d(wide, dim, 1, **dd),
+            Pointwise(wide, dim, **dd),
             GRN(dim, dd),
         )
         self.dyconv_proj = nn.Sequential(*conv_norm(dim, dim, dd))
@@ -268,7 +268,7 @@ class OverLoCK(FlatStages):
         self.patch_embed2 = nn.Sequential(*conv_norm(c1, c2, dd, 3, 2))
         self.patch_embed3 = nn.Sequential(*conv_norm(c2, c3, dd, 3, 2))
         self.patch_embed4 = nn.Sequential(*conv_norm(c3, c4, dd, 3, 2))
-        self.high_level_proj = nn.Conv2d(c4, c4 // 4, 1, **dd)
+        self.high_level_proj = Pointwise(c4, c4 // 4, **dd)
         self.patch_embedx = DownsampleBoth(c3, c4, c4 // 4, dd)
         counts = [*depths, *sub_depths]
         rates = torch.linspace(0, drop_path_rate, sum(counts), device="cpu").split(counts)

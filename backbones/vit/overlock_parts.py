@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from visprune.backbones.vit.flat_stages import Pointwise
 from visprune.errors import ConfigError
 
 EPS = 1e-6
@@ -29,15 +31,21 @@ BRANCHES = {
 }
 
 
+@register_notrace_module
 class ResidualDWConv(nn.Conv2d):
-    """A depthwise 3 x 3 convolution with a shortcut."""
+    """A depthwise 3 x 3 convolution with a shortcut.
+
+    In inference the shortcut is added in place: a fresh map of the first stage costs more in page
+    faults than the convolution takes.
+    """
 
     def __init__(self, dim: int, dd: dict[str, Any]) -> None:
         super().__init__(dim, dim, 3, padding=1, groups=dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
-        return x + super().forward(x)
+        out = super().forward(x)
+        return x + out if torch.is_grad_enabled() or out.dtype != x.dtype else out.add_(x)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -74,8 +82,13 @@ class LayerScale(nn.Module):
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, 0])
 
 
+@register_notrace_module
 class GRN(nn.Module):
-    """Global response normalisation (arXiv 2301.00808)."""
+    """Global response normalisation (arXiv 2301.00808).
+
+    PyTorch's norm over the places of a channels-last map takes up to 20 times as long on a CPU as
+    the sum of squares; that has no gradient where a channel is zero, so it is for inference.
+    """
 
     def __init__(self, dim: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -89,7 +102,10 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
-        size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        if torch.is_grad_enabled() or x.dtype != torch.float32:
+            size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        else:
+            size = x.square().sum((2, 3), keepdim=True).sqrt()
         size = size / (size.mean(1, keepdim=True) + EPS)
         return torch.addcmul(self.beta, x, self.gamma * size + 1)
 
@@ -102,9 +118,9 @@ class SqueezeExcite(nn.Module):
         hidden = max(16, dim // 8)
         self.proj = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(dim, hidden, 1, **dd),
+            Pointwise(dim, hidden, **dd),
             nn.GELU(),
-            nn.Conv2d(hidden, dim, 1, **dd),
+            Pointwise(hidden, dim, **dd),
             nn.Sigmoid(),
         )
 
@@ -217,11 +233,11 @@ def _under_norm(
 def mlp(dim: int, hidden: int, dd: dict[str, Any]) -> nn.Sequential:
     """1 x 1, GELU, residual 3 x 3, response norm, 1 x 1."""
     return nn.Sequential(
-        nn.Conv2d(dim, hidden, 1, **dd),
+        Pointwise(dim, hidden, **dd),
         nn.GELU(),
         ResidualDWConv(hidden, dd),
         GRN(hidden, dd),
-        nn.Conv2d(hidden, dim, 1, **dd),
+        Pointwise(hidden, dim, **dd),
     )
 
 
@@ -229,8 +245,10 @@ def conv_norm(
     dim: int, out: int, dd: dict[str, Any], kernel: int = 1, stride: int = 1
 ) -> list[nn.Module]:
     """A convolution without bias and its batch norm."""
-    conv = nn.Conv2d(dim, out, kernel, stride, kernel // 2, bias=False, **dd)
-    return [conv, nn.BatchNorm2d(out, **dd)]
+    norm = nn.BatchNorm2d(out, **dd)
+    if kernel == stride == 1:
+        return [Pointwise(dim, out, bias=False, **dd), norm]
+    return [nn.Conv2d(dim, out, kernel, stride, kernel // 2, bias=False, **dd), norm]
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -18,7 +18,7 @@ from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visprune.backbones.vit.flat_stages import FlatStages
+from visprune.backbones.vit.flat_stages import FlatStages, Pointwise
 from visprune.errors import ConfigError
 
 __all__ = ["VAN", "LargeKernelAttention"]  # register_model appends the names of the models
@@ -43,7 +43,7 @@ class LargeKernelAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.conv_spatial = nn.Conv2d(dim, dim, 7, padding=9, dilation=3, groups=dim, **dd)
-        self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.conv1 = Pointwise(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
@@ -55,10 +55,10 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, dd: dict[str, Any]) -> None:
         super().__init__()
-        self.proj_1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_1 = Pointwise(dim, dim, **dd)
         self.activation = nn.GELU()
         self.spatial_gating_unit = LargeKernelAttention(dim, **dd)
-        self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_2 = Pointwise(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
@@ -82,10 +82,10 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float, dd: dict[str, Any]) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
+        self.fc1 = Pointwise(dim, hidden, **dd)
         self.dwconv = DWConv(hidden, dd)
         self.act = nn.GELU()
-        self.fc2 = nn.Conv2d(hidden, dim, 1, **dd)
+        self.fc2 = Pointwise(hidden, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
