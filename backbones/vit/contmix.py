@@ -147,24 +147,34 @@ class KernelBias(nn.Module):
         logits = torch.baddbmm(bias.type_as(affinity), affinity, weight.type_as(affinity))
         return logits.view(b, height, width, self.groups, -1)
 
-    def mixed(self, logits: Tensor, v: Tensor) -> Tensor:
+    def mixed(
+        self, logits: Tensor, v: Tensor, seen: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Both kernels over their halves of the channels.
 
         Args:
             logits: as :meth:`kernels` gives them.
             v: [B, H, W, C].
+            seen: queries [B, H, W, groups, d], scaled, keys [B, P, groups, d] and values [B, P, C]
+                of tokens that stand in no place: the softmax of the large kernel goes over their
+                scores too.
 
         Returns:
             [B, H, W, C].
         """
-        sides = (self.small, self.large)
-        halves = v.unflatten(-1, (2, self.groups, -1)).unbind(-3)
-        parts = logits.split([side**2 for side in sides], -1)
-        outs = [
-            ops.na_av(part.softmax(-1).type_as(half), half, side)
-            for part, half, side in zip(parts, halves, sides, strict=True)
-        ]
-        return torch.cat(outs, -2).flatten(-2)
+        count = self.large**2
+        near, far = v.unflatten(-1, (2, self.groups, -1)).unbind(-3)
+        small, large = logits.split([self.small**2, count], -1)
+        near = ops.na_av(small.softmax(-1).type_as(v), near, self.small)
+        if seen is not None:
+            scores = torch.einsum("bhwgd,bpgd->bhwgp", seen[0], seen[1])
+            large = torch.cat((large, scores), -1)
+        weights = large.softmax(-1).type_as(v)
+        far = ops.na_av(weights[..., :count], far, self.large)
+        if seen is not None:
+            values = seen[2].unflatten(-1, (2, self.groups, -1))[:, :, 1]
+            far = far + torch.einsum("bhwgp,bpgd->bhwgd", weights[..., count:], values)
+        return torch.cat((near, far), -2).flatten(-2)
 
     def enlarged(self, height: int, width: int) -> tuple[int, int] | None:
         """The size of a map on which the large kernel fits; None where it does already."""

@@ -5,7 +5,8 @@ The papers have no class token, so the rule for prefix tokens (class, distillati
 ours. Neighborhood: every patch sees its neighbours and all prefix tokens, a prefix token sees
 everything. HiLo: the prefix tokens are keys of the low-frequency branch beside the pooled windows,
 and are one window of their own in the high-frequency branch. Agent: all agents see a prefix token,
-and it sees all agents, under a learned bias each, as the paper has it for one class token.
+and it sees all agents, under a learned bias each, as the paper has it for one class token. ContMix:
+the softmax of a patch's large kernel goes over the prefix tokens too, and they see everything.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from visprune import ops
-from visprune.backbones.vit.refusals import refuse_mask, refuse_pruned
 from visprune.backbones.vit.agent import AgentAttention, GridAgentAttention
+from visprune.backbones.vit.refusals import refuse_mask, refuse_pruned
+from visprune.backbones.vit.with_attention_contmix import GridContMix
 from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
 from visprune.core.numeric import plain
 from visprune.core.registry import did_you_mean
 from visprune.errors import ConfigError, UnsupportedModel
 
-KINDS = ("agent", "hilo", "neighborhood")
+KINDS = ("agent", "contmix", "hilo", "neighborhood")
 _ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
 
@@ -39,7 +41,7 @@ def with_attention(
     copy_weights: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Replace the attention of a timm ViT by HiLo, neighborhood or agent attention, in place.
+    """Replace the attention of a timm ViT by another kind, in place.
 
     ``"neighborhood"`` keeps the model's projections, norms and rotary embedding and their names:
     only which keys a patch sees changes, so every checkpoint still loads, and a window as large as
@@ -47,27 +49,28 @@ def with_attention(
     start from the model's: queries, keys and values as they are, the output projection without the
     part that mixes the two branches; norms of queries, keys and outputs are kept. With
     ``window_size=1`` the output is the same. ``"agent"`` keeps the model's projections and norms
-    too and adds the agents' biases and a convolution that starts at zero; what it computes is not
-    the model's attention for any setting, so it has to be trained.
+    too and adds the agents' biases and a convolution that starts at zero; ``"contmix"`` keeps them
+    and adds what turns scores into kernels. What these two compute is not the model's attention for
+    any setting, so they have to be trained.
 
     :func:`visprune.save_pretrained` notes what was replaced, and ``load_pretrained`` replaces it
     again; timm alone loads such a folder as the plain model, or not at all.
 
-    Limits: HiLo and agents take over timm's ``Attention`` only, so no model with a rotary embedding
-    (EVA, DINOv3) and no gates. For all kinds the attention must be a module of the block: blocks
-    that compute it themselves, in one product with the MLP (``ParallelScalingBlock``), are refused,
-    and so is ``DiffAttention``. Dropout of attention weights is left out (agents keep it).
+    Limits: HiLo, agents and ContMix take over timm's ``Attention`` only, so no model with a rotary
+    embedding (EVA, DINOv3) and no gates. For all kinds the attention must be a module of the block:
+    blocks that compute it themselves, in one product with the MLP (``ParallelScalingBlock``), are
+    refused, and so is ``DiffAttention``. Dropout of attention weights is left out (agents keep it).
 
     Args:
         vit: a model with ``blocks``, ``patch_embed`` and ``num_prefix_tokens``
             (``VisionTransformer``, ``Eva`` and what derives from them).
-        kind: ``"agent"``, ``"hilo"`` or ``"neighborhood"``.
+        kind: ``"agent"``, ``"contmix"``, ``"hilo"`` or ``"neighborhood"``.
         blocks: numbers of the blocks, counted from 0; all if None. Call again for others, e.g.
             with another dilation.
         copy_weights: start HiLo from the model's weights.
         options: ``window_size=2``, ``alpha=0.5`` (HiLo); ``kernel_size=7``, ``dilation=1``,
             ``stride=1``, ``is_causal=False``, ``rel_pos_bias=False`` (neighborhood),
-            ``agent_num=49`` (agent).
+            ``agent_num=49`` (agent); ``kernel_size=7``, ``small_kernel_size=5`` (contmix).
 
     Returns:
         ``vit`` itself.
@@ -130,7 +133,7 @@ def _fixed_size(embed: Any) -> tuple[int, int] | None:
 
 def _attentions(block: nn.Module, index: int) -> list[tuple[nn.Module, str, Any]]:
     """(parent, name, module) of the attentions of a block that can be replaced."""
-    ours = (GridNeighborhoodAttention, GridHiLo, AgentAttention)
+    ours = (GridNeighborhoodAttention, GridHiLo, AgentAttention, GridContMix)
     kinds = (*_ATTENTIONS, *ours)
     found = [
         (parent, name, child)
@@ -158,6 +161,7 @@ def _replace(
 ) -> nn.Module:
     known = {
         "agent": {"agent_num"},
+        "contmix": {"kernel_size", "small_kernel_size"},
         "hilo": {"window_size", "alpha"},
         "neighborhood": {"kernel_size", "dilation", "stride", "is_causal", "rel_pos_bias"},
     }[kind]
@@ -170,6 +174,8 @@ def _replace(
     grid, window = where
     if kind == "neighborhood":
         return GridNeighborhoodAttention(attn, grid, **options)
+    if kind == "contmix":
+        return GridContMix.like(attn, grid, **options)
     if kind == "agent":
         return GridAgentAttention.like(attn, grid, window, **options)
     return GridHiLo.like(attn, grid, copy_weights, **options)

@@ -14,6 +14,7 @@ from torch import nn
 
 from visprune.backbones.vit.agent import GridAgentAttention
 from visprune.backbones.vit.grid_attention import GridNeighborhoodAttention, with_attention
+from visprune.backbones.vit.with_attention_contmix import GridContMix
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
 from visprune.errors import ConfigError, first_line
 
@@ -26,7 +27,7 @@ def calls_of(model: nn.Module) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     blocks = getattr(model, "blocks", None)
     for index, block in enumerate(blocks.children() if isinstance(blocks, nn.Module) else ()):
-        kinds = (GridNeighborhoodAttention, GridHiLo, GridAgentAttention)
+        kinds = (GridNeighborhoodAttention, GridHiLo, GridAgentAttention, GridContMix)
         found = next((part for part in block.modules() if isinstance(part, kinds)), None)
         if found is None:
             continue

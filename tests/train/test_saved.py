@@ -103,8 +103,12 @@ def test_without_a_method_there_is_no_run(tmp_path: Path) -> None:
 def replaced(kind: str) -> torch.nn.Module:
     """A ViT with attention replaced in two ways, and weights that are not the first ones."""
     model = vit()
-    options = {"hilo": {"alpha": 0.5}, "neighborhood": {"kernel_size": (2, 3)},
-               "agent": {"agent_num": 4}}[kind]  # fmt: skip
+    options: dict[str, Any] = {
+        "agent": {"agent_num": 4},
+        "contmix": {"kernel_size": 3, "small_kernel_size": 2},
+        "hilo": {"alpha": 0.5},
+        "neighborhood": {"kernel_size": (2, 3)},
+    }[kind]
     with_attention(model, kind, blocks=[0, 3], **options)
     with_attention(model, "neighborhood", blocks=[1], dilation=2, rel_pos_bias=True)
     with torch.no_grad():
@@ -113,7 +117,7 @@ def replaced(kind: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["agent", "hilo", "neighborhood"])
+@pytest.mark.parametrize("kind", ["agent", "contmix", "hilo", "neighborhood"])
 def test_replaced_attention_comes_back(kind: str, tmp_path: Path) -> None:
     model, pixels = replaced(kind), torch.randn(2, 3, 32, 32)
     folder = visprune.save_pretrained(model, tmp_path / "saved")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import visprune
 from tests.vit.shrunk import images, stir
 from visprune.backbones.vit import AgentAttention, with_attention
+from visprune.backbones.vit.with_attention_contmix import GridContMix
 from visprune.errors import ConfigError, UnsupportedModel
 
 # One per way in which timm's plain ViTs differ.
@@ -32,12 +33,14 @@ VITS = {
 HILO = [n for n in VITS if "rotary" not in n]  # whose attention HiLo and agents take over
 KINDS: dict[str, dict[str, Any]] = {
     "agent": {"agent_num": 4},
+    "contmix": {"kernel_size": 3, "small_kernel_size": 2},
     "hilo": {},
     "neighborhood": {"rel_pos_bias": True, "kernel_size": 3},
 }
 # Of the last block, which is read at the class token alone.
 UNUSED = {
     "agent": ["na_bias", "ha_bias", "wa_bias", "dwc.weight", "dwc.bias"],
+    "contmix": ["weight_proj.weight", "weight_proj.bias", "rpb1", "rpb2"],
     "hilo": [],
     "neighborhood": ["rpb"],
 }
@@ -199,13 +202,74 @@ def test_agents_by_hand(which: str) -> None:
         torch.testing.assert_close(attn(x), attn.proj(attn.norm(out)), rtol=1e-4, atol=1e-5)
 
 
+def places(i: int, side: int) -> list[int]:
+    """The patches of a 4 x 4 grid in the window of one of them."""
+    rows, columns = (
+        range(first, first + side)
+        for first in (min(max(p - side // 2, 0), 4 - side) for p in divmod(i, 4))
+    )
+    return [4 * r + c for r in rows for c in columns]
+
+
+@pytest.mark.parametrize("which", HILO)
+def test_context_mixing_by_hand(which: str) -> None:
+    model = with_attention(build(which), "contmix", kernel_size=3, small_kernel_size=2)
+    attn = next(m for m in model.modules() if isinstance(m, GridContMix))
+    first = model.num_prefix_tokens
+    with torch.no_grad():
+        for parameter in (attn.weight_proj.weight, attn.weight_proj.bias, attn.rpb1, attn.rpb2):
+            parameter.normal_()
+        model(images())
+        x = torch.randn(2, first + 16, 32)
+        q, k, v = attn.qkv(x).unflatten(-1, (3, 2, 16)).unbind(2)
+        q, k = attn.q_norm(q) / 4, attn.k_norm(k)
+        pooled = nn.functional.adaptive_avg_pool2d(
+            k[:, first:].flatten(2).unflatten(1, (4, 4)).permute(0, 3, 1, 2), 7
+        )
+        context = pooled.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (2, 16))
+        whole = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)
+        want = whole.transpose(1, 2).flatten(2)  # right for the prefix tokens
+        for i in range(16):
+            at = first + i
+            affinity = torch.einsum("bgd,bpgd->bgp", q[:, at], context)
+            logits = affinity @ attn.weight_proj.weight.flatten(1).t() + attn.weight_proj.bias
+            for side, channels, rpb in (
+                (2, slice(0, 16), attn.rpb1),
+                (3, slice(16, 32), attn.rpb2),
+            ):
+                seen = places(i, side)
+                part = logits[..., :4] if side == 2 else logits[..., 4:]
+                bias = [rpb[:, j // 4 - i // 4 + side - 1, j % 4 - i % 4 + side - 1] for j in seen]
+                part = part + torch.stack(bias, -1)
+                tokens = [first + j for j in seen]
+                if side == 3:  # the large kernel sees the prefix tokens too
+                    scores = torch.einsum("bgd,bpgd->bgp", q[:, at], k[:, :first])
+                    part, tokens = torch.cat((part, scores), -1), tokens + list(range(first))
+                values = v.flatten(2)[:, tokens, channels].unflatten(-1, (2, 8))
+                mixed = torch.einsum("bgp,bpgd->bgd", part.softmax(-1), values)
+                want[:, at, channels] = mixed.flatten(1)
+        torch.testing.assert_close(attn(x), attn.proj(attn.norm(want)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [3, 7])  # the second is larger than the grid
+def test_context_mixing_of_one_patch_everywhere_is_that_patch(kernel: int) -> None:
+    model = build("average pooling, no prefix")
+    with_attention(model, "contmix", kernel_size=kernel, small_kernel_size=3)
+    attn = model.blocks[0].attn
+    with torch.no_grad():
+        model(images(1, 64, 64))
+        x = torch.randn(1, 1, 32).expand(1, 16, 32)
+        want = attn.proj(attn.qkv(x)[..., 64:])
+        torch.testing.assert_close(attn(x), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_compiles_copies_and_checkpoints(kind: str) -> None:
     options = KINDS[kind]
     model, x = with_attention(build("registers"), kind, **options), images()
     model(x).square().sum().backward()
     zero = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert zero == [f"blocks.1.attn.{name}" for name in UNUSED[kind]]
+    assert set(zero) == {f"blocks.1.attn.{name}" for name in UNUSED[kind]}
     with torch.no_grad():
         want = model(x)
         assert torch.equal(copy.deepcopy(model)(x), want)
@@ -285,6 +349,10 @@ def test_bad_input() -> None:
         with_attention(build("rotary"), "agent")
     with pytest.raises(ConfigError, match="square number such as 49; got 5"):
         with_attention(model, "agent", agent_num=5)
+    with pytest.raises(UnsupportedModel, match=r"without gates, not EvaAttention"):
+        with_attention(build("rotary"), "contmix")
+    with pytest.raises(ConfigError, match="2 to kernel_size, both whole numbers; got 5 and 3"):
+        with_attention(model, "contmix", kernel_size=3)
     with pytest.raises(UnsupportedModel, match="ResNet is none"):
         with_attention(timm.create_model("resnet18"), "hilo")
     fused = timm.create_model("vit_base_patch16_224", embed_dim=32, num_heads=2, depth=2)
