@@ -6,12 +6,14 @@
 ``van_*`` (large kernels), ``overlock_*`` (kernels made per pixel); then
 ``timm.create_model(name)`` as for any other model. The attention modules :class:`HiLo` and
 :class:`NeighborhoodAttention2d` take and give channels-last maps and can be used alone;
-:func:`with_attention` puts them, and agents, into any ViT of timm.
+:func:`with_attention` puts them, agents and kernels made per pixel into any ViT of timm.
+:mod:`~visprune.backbones.vit.heads` reads all tokens of a frozen encoder.
 """
 
 from __future__ import annotations
 
 from visprune.backbones.vit import dinat as _dinat  # noqa: F401 - registers its models
+from visprune.backbones.vit import heads
 from visprune.backbones.vit.agent import AgentAttention
 from visprune.backbones.vit.agent_deit import AgentViT
 from visprune.backbones.vit.contmix import ContMixBlock
@@ -38,6 +40,7 @@ __all__ = [
     "NeighborhoodAttention2d",
     "OverLoCK",
     "Sparsifiner",
+    "heads",
     "sparsifiner_cost",
     "stage_parameters",
     "with_attention",

@@ -173,15 +173,15 @@ class AgentAttention(nn.Module):
     def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Biases of the two scores: [1, heads, agents, N] and [1, heads, N, agents]."""
         own: Any = self
-        kind = (1, self.num_heads, self.agent_num)
+        agents, (height, width) = (1, self.num_heads, self.agent_num), size
         to_agents = _resized(own.an_bias, size)
-        to_agents = to_agents + resample_bias(own.ah_bias, (*kind, size[0], 1))
-        to_agents = (to_agents + resample_bias(own.aw_bias, (*kind, 1, size[1]))).flatten(3)
+        to_agents = to_agents + resample_bias(own.ah_bias, (*agents, height, 1))
+        to_agents = (to_agents + resample_bias(own.aw_bias, (*agents, 1, width))).flatten(3)
         from_agents = _resized(own.na_bias, size).movedim(2, -1)
-        kind = (1, self.num_heads)
-        from_agents = from_agents + resample_bias(own.ha_bias, (*kind, size[0], 1, self.agent_num))
-        rows = resample_bias(own.wa_bias, (*kind, 1, size[1], self.agent_num))
-        from_agents = (from_agents + rows).flatten(2, 3)
+        places = (1, self.num_heads)
+        from_agents = from_agents + resample_bias(own.ha_bias, (*places, height, 1, self.agent_num))
+        columns = resample_bias(own.wa_bias, (*places, 1, width, self.agent_num))
+        from_agents = (from_agents + columns).flatten(2, 3)
         if not self.grid.num_prefix:
             return to_agents, from_agents
         return (

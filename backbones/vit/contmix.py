@@ -251,9 +251,10 @@ class ContextMixer(KernelBias):
         self.dwconv2 = ResidualDWConv(wide, dd)
         self.norm2 = ChannelNorm(wide, dd)
         self.mlp = mlp(wide, int(dim * mlp_ratio), dd)
-        for name in ("ls1", "ls2"):
-            scale = nn.Identity() if layer_scale is None else LayerScale(wide, layer_scale, dd)
-            setattr(self, name, scale)
+        self.ls1, self.ls2 = (
+            nn.Identity() if layer_scale is None else LayerScale(wide, layer_scale, dd)
+            for _ in range(2)
+        )
 
     def mix(self, q_from: Tensor, k_from: Tensor, v: Tensor) -> Tensor:
         """Context mixing of ``v`` [B, dim, H, W], with what queries and keys are made of."""

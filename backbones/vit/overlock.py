@@ -89,8 +89,7 @@ class RepConvBlock(nn.Module):
             Pointwise(hidden, dim, **dd),
         )
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        scaled = layer_scale is not None
-        self.ls = LayerScale(dim, layer_scale, dd) if scaled else nn.Identity()
+        self.ls = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same."""
@@ -227,6 +226,10 @@ class OverLoCK(FlatStages):
         ("patch_embedx", "sub_blocks4"),
     )
     title = "OverLoCK"
+    blocks3: nn.ModuleList
+    blocks4: nn.ModuleList
+    sub_blocks3: nn.ModuleList
+    sub_blocks4: nn.ModuleList
 
     def __init__(
         self,
@@ -399,10 +402,11 @@ class OverLoCK(FlatStages):
         if self.num_classes <= 0:
             self.aux_head = None
             return
-        old: Any = self.aux_head[2]  # type: ignore[index]
+        aux: Any = self.aux_head
+        old = aux[2]
         dd = {"device": old.weight.device, "dtype": old.weight.dtype}
         new = nn.Conv2d(old.in_channels, self.num_classes, 1, **dd)
-        self.aux_head[2] = new.train(self.training)  # type: ignore[index, operator]
+        aux[2] = new.train(self.training)
 
     def _new_classifier(self, dd: dict[str, Any]) -> nn.Module:
         return nn.Conv2d(self.head_hidden_size, self.num_classes, 1, **dd)

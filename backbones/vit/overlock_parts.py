@@ -6,7 +6,7 @@ Names and shapes of parameters are those of LMMMEng/OverLoCK at 2c8ab3b, ``model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -251,6 +251,6 @@ def conv_norm(
     return [nn.Conv2d(dim, out, kernel, stride, kernel // 2, bias=False, **dd), norm]
 
 
-def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, as the official code resizes everywhere."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return F.interpolate(x, (size[0], size[1]), mode="bilinear", align_corners=False)

@@ -204,8 +204,9 @@ class VAN(FlatStages):
                 nn.init.ones_(module.weight)
             else:
                 getattr(module, "init_own_weights", lambda: None)()
-            if isinstance(getattr(module, "bias", None), Tensor):
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                nn.init.zeros_(bias)
 
     def run_stage(self, index: int, state: Any) -> Tensor:
         """[B, C, H, W] -> the map after the norm of the stage."""

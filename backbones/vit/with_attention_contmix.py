@@ -30,6 +30,8 @@ class GridContMix(KernelBias):
     """
 
     grid: Grid
+    num_heads: int
+    scale: float
 
     @classmethod
     def like(

@@ -32,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "nat_mini": {"embed_dim": 32, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
     "dinat_mini": {"embed_dim": 32, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
     "sparsifiner_deit_tiny": {"embed_dim": 64, "depth": 3, "num_heads": 2},
+    "agent_deit_tiny": {"embed_dim": 64, "depth": 3, "num_heads": 2},
+    "van_b0": {"depths": [1, 1, 1, 1]},
+    "overlock_xt": {"depths": [1, 1, 1, 1], "sub_depths": [2, 1]},
 }
 
 
