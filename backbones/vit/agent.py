@@ -165,10 +165,11 @@ class AgentAttention(nn.Module):
 
     def _agents(self, q: Tensor, size: tuple[int, int]) -> Tensor:
         """Queries of the patches [B, heads, H W, d], averaged: [B, heads, agents, d]."""
+        # As a channels-last map, which pools fast and leaves heads that fused attention takes.
         side = math.isqrt(self.agent_num)
-        maps = q.transpose(2, 3).unflatten(-1, size).flatten(0, 1)
-        pooled = F.adaptive_avg_pool2d(maps, (side, side)).flatten(2).transpose(1, 2)
-        return pooled.unflatten(0, q.shape[:2])
+        maps = q.transpose(1, 2).flatten(2).unflatten(1, size).permute(0, 3, 1, 2)
+        pooled = F.adaptive_avg_pool2d(maps, (side, side)).permute(0, 2, 3, 1).flatten(1, 2)
+        return pooled.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def biases(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Biases of the two scores: [1, heads, agents, N] and [1, heads, N, agents]."""
