@@ -13,7 +13,10 @@ from visprune.errors import ConfigError, did_you_mean
 
 __all__ = ["TASKS", "train"]
 
-TASKS = ("embedded", "image_classification", "image_budgets", "vlm_lora", "vlm_finetune")
+TASKS = (
+    *("embedded", "image_classification", "image_budgets", "image_probe"),
+    *("vlm_lora", "vlm_finetune"),
+)
 
 
 def train(
@@ -26,7 +29,8 @@ def train(
 
     The recipe's key ``task`` says what it trains: ``image_classification``
     (:mod:`visprune.train.image`), ``image_budgets`` (nothing: it compares trained models,
-    :mod:`visprune.train.image.budgets`), ``vlm_lora`` or ``vlm_finetune``
+    :mod:`visprune.train.image.budgets`), ``image_probe`` (heads on frozen encoders,
+    :mod:`visprune.train.image.probe`), ``vlm_lora`` or ``vlm_finetune``
     (:mod:`visprune.train.vlm`), or without it the embedded model
     (:mod:`visprune.train.embedded.runner`).
 
@@ -57,6 +61,10 @@ def train(
 
         rows = measure(with_overrides(raw, overrides or {}), out, str(config_path))
         return {"rows": rows}
+    if task == "image_probe":
+        from visprune.train.image.probe import probe
+
+        return {"rows": probe(with_overrides(raw, overrides or {}), out, str(config_path))}
     if task in ("vlm_lora", "vlm_finetune"):
         from visprune.train.vlm import train as tune
 

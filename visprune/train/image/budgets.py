@@ -28,7 +28,9 @@ from visprune.train.image.recipe import Recipe as TrainRecipe
 from visprune.train.image.student import count_macs
 from visprune.train.sections import build_section
 
-__all__ = ["BudgetsRecipe", "RowConfig", "measure"]
+__all__ = [
+    "BudgetsRecipe", "Row", "RowConfig", "all_pictures", "budget_words", "measure", "open_row",
+]  # fmt: skip
 
 
 @dataclass
@@ -76,7 +78,9 @@ class BudgetsRecipe:
 
 
 @dataclass
-class _Row:
+class Row:
+    """A row's model, and the method that its folder names."""
+
     config: RowConfig
     model: Any
     run: Any
@@ -111,8 +115,8 @@ def measure(
     folder = writable_folder(out)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    rows = [_open(config, recipe.device) for config in configs]
-    images, labels = _pictures(recipe, rows[0].model)
+    rows = [open_row(config, recipe.device) for config in configs]
+    images, labels = all_pictures(recipe.data, rows[0].model, recipe.batch, recipe.seed)
     found = [_score(row, images, labels, recipe.batch) for row in rows]
     seconds = _time(rows, images[: recipe.batch].to(recipe.device), recipe)
     table = _table(found, seconds, recipe.batch)
@@ -132,23 +136,25 @@ def measure(
     return table
 
 
-def _open(config: RowConfig, device: str) -> _Row:
+def open_row(config: RowConfig, device: str) -> Row:
+    """Load a row's model, without the folder's method where the row names another."""
     model, run = load_pretrained(config.weights)
     if config.method is not None and run is not None:
         run.remove()
         run = None
-    return _Row(config, model.to(device), run)
+    return Row(config, model.to(device), run)
 
 
-def _pictures(recipe: BudgetsRecipe, model: Any) -> tuple[Tensor, Tensor]:
+def all_pictures(data: DataConfig, model: Any, batch: int, seed: int) -> tuple[Tensor, Tensor]:
     """All validation pictures as the model wants them ``[N, 3, H, W]``, and labels ``[N]``."""
-    plain = TrainRecipe(recipe.data, ModelConfig("unused"), batch=1, seed=recipe.seed)
-    data = ImageData(plain, data_config(model))
-    if len(data.classes) != model.num_classes:
+    found = ImageData(
+        TrainRecipe(data, ModelConfig("unused"), batch=1, seed=seed), data_config(model)
+    )
+    if len(found.classes) != model.num_classes:
         raise ConfigError(
-            f"{recipe.data.path} has {len(data.classes)} classes, the model {model.num_classes}."
+            f"{data.path} has {len(found.classes)} classes, the model {model.num_classes}."
         )
-    batches = list(data.val_loader(recipe.batch, 0, 1))
+    batches = list(found.val_loader(batch, 0, 1))
     broken = [name for batch in batches for name in batch.broken]
     if broken:
         print(f"skipped: {'; '.join(broken)}", flush=True)
@@ -157,7 +163,7 @@ def _pictures(recipe: BudgetsRecipe, model: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def _score(row: _Row, images: Tensor, labels: Tensor, batch: int) -> dict[str, Any]:
+def _score(row: Row, images: Tensor, labels: Tensor, batch: int) -> dict[str, Any]:
     """Which pictures a row gets right, and what one costs."""
     device = next(row.model.parameters()).device
     with row.around() as run:
@@ -166,7 +172,7 @@ def _score(row: _Row, images: Tensor, labels: Tensor, batch: int) -> dict[str, A
         method = None if run is None else run.method.to_dict()
     right = torch.cat(logits).argmax(-1) == labels
     config = row.config
-    label = config.name if method is None else f"{config.name} {_budget(method)}".strip()
+    label = config.name if method is None else f"{config.name} {budget_words(method)}".strip()
     print(f"{label}: {float(right.float().mean()):.4f}, {macs / 1e6:.1f} MMACs", flush=True)
     return {
         "name": config.name,
@@ -179,7 +185,8 @@ def _score(row: _Row, images: Tensor, labels: Tensor, batch: int) -> dict[str, A
     }
 
 
-def _budget(method: Mapping[str, Any]) -> str:
+def budget_words(method: Mapping[str, Any]) -> str:
+    """A method's budget, for the name of a row."""
     for key in ("r", "keep_ratio", "num_keep"):
         if method.get(key) is not None:
             return f"{key}={method[key]}"
@@ -187,7 +194,7 @@ def _budget(method: Mapping[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def _time(rows: list[_Row], images: Tensor, recipe: BudgetsRecipe) -> list[dict[str, float]]:
+def _time(rows: list[Row], images: Tensor, recipe: BudgetsRecipe) -> list[dict[str, float]]:
     """Images per second of each row, and its speed over the first row's, round by round."""
     cases = [
         Case(str(number), partial(_forward, row.model, images), row.around)
