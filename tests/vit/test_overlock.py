@@ -18,7 +18,8 @@ from tests.vit.shrunk import build, images
 from visprune import ops
 from visprune.backbones.vit import ContMixBlock, OverLoCK
 from visprune.backbones.vit.contmix import KernelBias, offset_bias
-from visprune.backbones.vit.overlock import DynamicConvBlock, checkpoint_filter_fn
+from visprune.backbones.vit.overlock import checkpoint_filter_fn
+from visprune.backbones.vit.overlock_blocks import DynamicConvBlock
 from visprune.backbones.vit.overlock_parts import LayerScale
 from visprune.errors import ConfigError
 
