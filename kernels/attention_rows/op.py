@@ -3,43 +3,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common import requirements
+from visprune.kernels.common.precision import operator, uncast, wide
+
 from . import torch_impl
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
 
 def why_not(q: Tensor, k: Tensor, *others: Tensor | None) -> list[str]:
     """Reasons why the Triton kernel cannot run on these inputs; empty if it can."""
-    reasons = []
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if q.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"q is on {q.device.type}, Triton needs a CUDA device")
-    if any(t is not None and t.device != q.device for t in (k, *others)):
-        reasons.append("the tensors are on different devices")
-    if q.dtype not in DTYPES or k.dtype != q.dtype:
-        reasons.append(
-            f"q is {q.dtype} and k is {k.dtype}, "
-            "the kernel takes both as float32, bfloat16 or float16"
-        )
-    if q.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}")
-    return reasons
+    return requirements.why_not(q, k, *others, head_dim=q.shape[-1], max_head_dim=MAX_HEAD_DIM)
 
 
-@torch.library.custom_op("visprune::attention_rows", mutates_args=())
+@operator("visprune::attention_rows")
 def attention_rows(
     q: Tensor,
     k: Tensor,
@@ -58,7 +41,7 @@ def attention_rows(
     return torch_impl.attention_rows(q, k, scale, mask, row_pos, reduce, softcap)
 
 
-@torch.library.custom_op("visprune::column_sums", mutates_args=())
+@operator("visprune::column_sums")
 def column_sums(
     q: Tensor,
     k: Tensor,
@@ -119,10 +102,11 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(q, k, mask, row_pos)
 
 
+@uncast
 def _backward_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Recompute the few rows; a head maximum sends its gradient evenly to the heads that tie."""
     q, k, mask, row_pos = ctx.saved_tensors
-    qw, kw = torch_impl.wide(q), torch_impl.wide(k)
+    qw, kw = wide(q), wide(k)
     if 0 in (*q.shape[:3], k.shape[2]):
         return (torch.zeros_like(q), torch.zeros_like(k), *[None] * 6)
     s = torch_impl.logits(qw, kw, ctx.scale, ctx.softcap)
@@ -141,10 +125,11 @@ def _setup_columns(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(q, k, mask, weight)
 
 
+@uncast
 def _backward_columns(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Blocks of rows again: every row of a block sees the same gradient, times its weight."""
     q, k, mask, weight = ctx.saved_tensors
-    qw, kw = torch_impl.wide(q), torch_impl.wide(k)
+    qw, kw = wide(q), wide(k)
     rows, n = q.shape[2], k.shape[2]
     if ctx.reduce != "none":
         grad = (grad / (q.shape[1] if ctx.reduce == "mean" else 1))[:, None]

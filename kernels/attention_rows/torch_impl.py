@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from visprune.kernels.common.precision import wide
+
 MAX_SCORES = 1 << 24  # scores held at once (fp32: 64 MiB)
 
 
@@ -47,11 +49,6 @@ def rows_of(t: Tensor | None, start: int, stop: int, dim: int) -> Tensor | None:
     if t is None or t.shape[dim] == 1:
         return t
     return t.narrow(dim, start, stop - start)
-
-
-def wide(t: Tensor) -> Tensor:
-    """fp32 for half types, so that products accumulate in fp32; fp64 stays."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def attention_rows(

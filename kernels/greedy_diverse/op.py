@@ -3,38 +3,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common import requirements
+from visprune.kernels.common.precision import operator
+
 from . import torch_impl
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_TOKENS = 16384
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(x: Tensor) -> list[str]:
     """Reasons why the Triton kernel cannot run on ``x`` [B, N, D]; empty if it can."""
-    reasons = []
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if x.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"x is on {x.device.type}, Triton needs a CUDA device")
-    if x.dtype not in DTYPES:
-        reasons.append(f"x is {x.dtype}, the kernel takes float32, bfloat16 and float16")
+    reasons = requirements.why_not(x)
     if x.shape[-2] > MAX_TOKENS:
         reasons.append(f"{x.shape[-2]} tokens are above {MAX_TOKENS}, what one program holds")
     return reasons
 
 
-@torch.library.custom_op("visprune::greedy_diverse", mutates_args=())
+@operator("visprune::greedy_diverse")
 def greedy_diverse(
     x: Tensor,
     keep: Tensor | None,

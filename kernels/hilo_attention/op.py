@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -12,14 +10,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common import requirements
 from visprune.kernels.common.autograd import differentiable
+from visprune.kernels.common.precision import uncast
 
 from . import torch_impl
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 Linear = tuple[Tensor, Tensor | None]  # weight [out, in] and bias
 MAX_WINDOW = 8  # 64 tokens: a window is one tile of the kernel
@@ -27,19 +23,10 @@ MAX_WINDOW = 8  # 64 tokens: a window is one tile of the kernel
 
 def why_not(window_size: int, *tensors: Tensor | None) -> list[str]:
     """Reasons why the Triton kernels cannot run on these inputs; empty if they can."""
-    reasons = []
-    given = [t for t in tensors if t is not None]
-    first = given[0]
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if first.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"the tensors are on {first.device.type}, Triton needs a CUDA device")
-    if any(t.device != first.device for t in given):
-        reasons.append("the tensors are on different devices")
-    if first.dtype not in DTYPES:
-        reasons.append(f"they are {first.dtype}, the kernel takes float32, bfloat16 and float16")
-    if first.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"head dim {first.shape[-1]} is above {MAX_HEAD_DIM}")
+    first, *rest = [t for t in tensors if t is not None]
+    reasons = requirements.why_not(
+        first, *rest, head_dim=first.shape[-1], max_head_dim=MAX_HEAD_DIM
+    )
     if window_size > MAX_WINDOW and tensors[0] is not None:
         reasons.append(f"window_size {window_size} is above {MAX_WINDOW}")
     return reasons
@@ -69,6 +56,7 @@ def _impl(backend: str) -> Any:
 
 
 @torch.library.impl("visprune::hilo_attention", ("cpu", "cuda"))
+@uncast
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """[B, H, W, Hh + Hl, d] and what the backward of the low branch keeps (log-sum-exp)."""
     *inputs, backend = args
@@ -77,6 +65,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("visprune::hilo_attention_backward", ("cpu", "cuda"))
+@uncast
 def _backward_impl(
     grad: Tensor, out: Tensor, lse: Tensor,
     q: Tensor | None, k: Tensor | None, v: Tensor | None,

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from visprune.kernels.common.precision import wide
+
 # Up to this many keys two products and a softmax are faster than PyTorch's fused CPU kernel, as
 # long as the scores stay in cache: 1.1 to 1.3 times at 49 keys and 49 or 196 queries (two AVX2
 # threads, torch 2.14). Over 784 queries and more the fused kernel is 1.1 to 1.4 times as fast from
@@ -15,11 +17,6 @@ MAX_SCORES = 1 << 18  # scores held at once (fp32: 1 MiB)
 # Softmax over short rows costs more than both products of a small window; along a dimension that
 # is not the last one it is vectorised across queries, so few keys come first.
 KEYS_FIRST = 32
-
-
-def wide(t: Tensor) -> Tensor:
-    """fp32 for half types, so that products accumulate in fp32; fp64 stays."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def fused(keys: int, like: Tensor) -> bool:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,33 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common import requirements
 from visprune.kernels.common.autograd import differentiable
+from visprune.kernels.common.precision import operator, uncast
 
 from . import axis, bands, torch_impl
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 128
 
 
 def why_not(q: Tensor, *others: Tensor | None) -> list[str]:
     """Reasons why the Triton kernels cannot run on these inputs; empty if they can."""
-    reasons = []
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if q.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"the tensors are on {q.device.type}, Triton needs a CUDA device")
     given = [t for t in others if t is not None]
-    if any(t.device != q.device for t in given):
-        reasons.append("the tensors are on different devices")
-    if q.dtype not in DTYPES:
-        reasons.append(f"the dtype is {q.dtype}, the kernel takes float32, bfloat16 and float16")
     widest = max(t.shape[-1] for t in (q, *given[:2]))
-    if widest > MAX_HEAD_DIM:
-        reasons.append(f"head dim {widest} is above {MAX_HEAD_DIM}")
-    return reasons
+    return requirements.why_not(q, *given, head_dim=widest, max_head_dim=MAX_HEAD_DIM)
 
 
 def _impl(backend: str) -> Any:
@@ -72,6 +57,7 @@ neighborhood_attention_backward = torch.ops.visprune.neighborhood_attention_back
 
 
 @torch.library.impl("visprune::neighborhood_attention", ("cpu", "cuda"))
+@uncast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -104,6 +90,7 @@ def _forward(
 
 
 @torch.library.impl("visprune::neighborhood_attention_backward", ("cpu", "cuda"))
+@uncast
 def _backward_impl(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -232,7 +219,7 @@ def _watched() -> bool:
 # --- unfused --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("visprune::na_qk", mutates_args=())
+@operator("visprune::na_qk")
 def na_qk(
     q: Tensor,
     k: Tensor,
@@ -249,7 +236,7 @@ def na_qk(
     return _impl(backend).qk(q, k, rpb, layout, scale)
 
 
-@torch.library.custom_op("visprune::na_av", mutates_args=())
+@operator("visprune::na_av")
 def na_av(
     attn: Tensor,
     v: Tensor,
@@ -264,7 +251,7 @@ def na_av(
     return _impl(backend).av(attn, v, layout)
 
 
-@torch.library.custom_op("visprune::na_spread", mutates_args=())
+@operator("visprune::na_spread")
 def na_spread(
     attn: Tensor,
     x: Tensor,
@@ -279,7 +266,7 @@ def na_spread(
     return _impl(backend).spread(attn, x, layout)
 
 
-@torch.library.custom_op("visprune::na_bias_grad", mutates_args=())
+@operator("visprune::na_bias_grad")
 def na_bias_grad(
     grad: Tensor,
     kernel_size: Sequence[int],

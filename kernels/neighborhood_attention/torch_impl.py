@@ -16,14 +16,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from visprune.kernels.common.precision import wide
+
 from . import bands, tiles
 from .axis import Layout, product
 from .tiles import Part, Scratch
-
-
-def wide(t: Tensor) -> Tensor:
-    """fp32 for half types, so that products accumulate in fp32; fp64 stays."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _plan(t: Tensor, layout: Layout, dim: int) -> tuple:

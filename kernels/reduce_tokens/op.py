@@ -3,37 +3,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import torch_impl
+from visprune.kernels.common import requirements
+from visprune.kernels.common.precision import operator, wide
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from . import torch_impl
 
 
 def why_not(x: Tensor, *others: Tensor | None) -> list[str]:
     """Reasons why the Triton kernels cannot run on ``x`` (and index tensors); empty if they can."""
-    reasons = []
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if x.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"x is on {x.device.type}, Triton needs a CUDA device")
-    if any(t is not None and t.device != x.device for t in others):
-        reasons.append("the tensors are on different devices")
-    if x.dtype not in DTYPES:
-        reasons.append(f"x is {x.dtype}, the kernel takes float32, bfloat16 and float16")
-    return reasons
+    return requirements.why_not(x, *others)
 
 
-@torch.library.custom_op("visprune::reduce_tokens", mutates_args=())
+@operator("visprune::reduce_tokens")
 def reduce_tokens(
     x: Tensor,
     source: Tensor | None,
@@ -70,7 +57,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if weight is not None and ctx.needs_input_grad[3]:
         at_slot = _rows(grad, slot, ctx.backend)
         at_token = _rows(x, source, ctx.backend)
-        product = torch_impl.wide(at_slot) * torch_impl.wide(at_token)
+        product = wide(at_slot) * wide(at_token)
         grad_w = product.sum(-1).to(weight.dtype)
     return grad_x, None, None, grad_w, None, None
 
@@ -84,7 +71,7 @@ def _rows(x: Tensor, index: Tensor | None, backend: str) -> Tensor:
 reduce_tokens.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("visprune::bipartite_match", mutates_args=())
+@operator("visprune::bipartite_match")
 def bipartite_match(
     metric: Tensor, r: int, class_token: bool, distill_token: bool, backend: str
 ) -> Tensor:

@@ -6,10 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def wide(t: Tensor) -> Tensor:
-    """fp32 for half types, so that sums accumulate in fp32; fp64 stays."""
-    return t if t.dtype == torch.float64 else t.float()
+from visprune.kernels.common.precision import wide
 
 
 def pick_rows(x: Tensor, index: Tensor | None) -> Tensor:

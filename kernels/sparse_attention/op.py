@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -12,34 +10,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common import requirements
+from visprune.kernels.common.precision import operator
+
 from . import blocks as block_impl
 from . import torch_impl
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 MAX_COLUMNS = 16384  # a row of scores stays in one program's registers
 
 
 def why_not(first: Tensor, *others: Tensor | None) -> list[str]:
     """Reasons why the Triton kernels cannot run on these inputs; empty if they can."""
-    reasons = []
     given = [t for t in (first, *others) if t is not None]
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if first.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"the tensors are on {first.device.type}, Triton needs a CUDA device")
-    if any(t.device != first.device for t in given):
-        reasons.append("the tensors are on different devices")
     floats = [t for t in given if t.is_floating_point()]
-    if first.dtype not in DTYPES:
-        reasons.append(f"they are {first.dtype}, the kernel takes float32, bfloat16 and float16")
-    wide = max(t.shape[-1] for t in floats) if first.ndim == 4 else 0
-    if wide > MAX_HEAD_DIM:
-        reasons.append(f"head dim {wide} is above {MAX_HEAD_DIM}")
-    return reasons
+    widest = max(t.shape[-1] for t in floats) if first.ndim == 4 else 0
+    return requirements.why_not(*given, head_dim=widest, max_head_dim=MAX_HEAD_DIM)
 
 
 def why_not_topk(coef: Tensor, basis: Tensor, mask: Tensor | None) -> list[str]:
@@ -50,7 +36,7 @@ def why_not_topk(coef: Tensor, basis: Tensor, mask: Tensor | None) -> list[str]:
     return reasons
 
 
-@torch.library.custom_op("visprune::sparse_attention", mutates_args=())
+@operator("visprune::sparse_attention")
 def sparse_forward(
     q: Tensor, k: Tensor, v: Tensor, idx: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -62,7 +48,7 @@ def sparse_forward(
     return torch_impl.sparse_attention(q, k, v, idx, scale)
 
 
-@torch.library.custom_op("visprune::sparse_attention_backward", mutates_args=())
+@operator("visprune::sparse_attention_backward")
 def sparse_backward(
     grad: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, idx: Tensor,
     scale: float, backend: str,
@@ -75,7 +61,7 @@ def sparse_backward(
     return torch_impl.sparse_backward(grad, kept, q, k, v, idx, scale)
 
 
-@torch.library.custom_op("visprune::block_sparse_attention", mutates_args=())
+@operator("visprune::block_sparse_attention")
 def block_forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_q: int, block_k: int,
     scale: float, backend: str,
@@ -88,7 +74,7 @@ def block_forward(
     return block_impl.block_sparse_attention(q, k, v, blocks, block_q, block_k, scale)
 
 
-@torch.library.custom_op("visprune::block_sparse_attention_backward", mutates_args=())
+@operator("visprune::block_sparse_attention_backward")
 def block_backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor,
     block_q: int, block_k: int, scale: float, backend: str,
@@ -102,7 +88,7 @@ def block_backward(
     return block_impl.block_backward(*args)
 
 
-@torch.library.custom_op("visprune::lowrank_topk", mutates_args=())
+@operator("visprune::lowrank_topk")
 def lowrank_topk(
     coef: Tensor,
     basis: Tensor,

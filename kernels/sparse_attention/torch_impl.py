@@ -6,16 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from visprune.kernels.common.precision import wide
+
 # Measured on two AVX-512 threads (README): a dense score costs 1.5 ns and a gathered one 12, so
 # keys are gathered where a query names less than one in eight of them.
 GATHER_BELOW = 8
 MAX_SCORES = 1 << 20  # dense scores held at once (fp32: 4 MiB)
 MAX_GATHERED = 1 << 20  # numbers of gathered keys held at once
-
-
-def wide(t: Tensor) -> Tensor:
-    """fp32 for half types, so that products accumulate in fp32; fp64 stays."""
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def flat(t: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.kernels.test_kernels import CASES, DTYPES, NAMES, run
+from visprune.kernels.common import requirements
 
-OPS = [importlib.import_module(f"visprune.kernels.{name}.op") for name in NAMES]
 IMPLS = [importlib.import_module(f"visprune.kernels.{name}.triton_impl") for name in NAMES]
 TYPES = {
     torch.float32: "*fp32",
@@ -69,8 +69,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]
     def take(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         found.append((kernel, args, options))
 
-    for module in OPS:
-        monkeypatch.setattr(module, "INTERPRET", True)
+    monkeypatch.setattr(requirements, "INTERPRET", True)
     for module in IMPLS:
         monkeypatch.setattr(module, "launch", take)
     return found

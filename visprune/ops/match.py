@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from visprune.errors import BudgetError, ConfigError
+from visprune.kernels.common.precision import outside_autocast, wide
 from visprune.ops.check import floating
 
 
@@ -55,9 +56,10 @@ def bipartite_pairs(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Te
 
 def _best_partners(metric: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     """For each even token its best cosine to an odd one, and that one's rank -> [B, evens]."""
-    metric = metric if metric.dtype == torch.float64 else metric.float()
-    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-    unit = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # zeros stay zeros
-    scores = unit[:, shift::2] @ unit[:, 1 - shift :: 2].transpose(1, 2)
-    value, partner = scores.max(dim=-1)
+    with outside_autocast(metric.device.type):
+        metric = wide(metric)
+        norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+        unit = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # zeros stay zeros
+        scores = unit[:, shift::2] @ unit[:, 1 - shift :: 2].transpose(1, 2)
+        value, partner = scores.max(dim=-1)
     return value, partner
