@@ -82,7 +82,8 @@ class DWMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> the same."""
         free = x.is_cpu and not self.training and not torch.is_grad_enabled()
-        if not free or torch.compiler.is_compiling():
+        # What records the calls would fix the number of images, too.
+        if not free or torch.compiler.is_compiling() or torch.jit.is_tracing():
             x = self.drop(self.act(self.dwconv(self.fc1(x))))
             return self.drop(self.fc2(x))
         images = self._images_at_once(x)
@@ -191,10 +192,12 @@ class LITv2(StagedViT):
         self.in_chans = in_chans
         self.window_sizes = tuple(window_sizes)
         self.dynamic_img_pad = dynamic_img_pad
+        # It may always pad: `_check_input` refuses before it what needs padding, and timm's own
+        # refusal writes the size into a text, which makes a compiled graph for every size.
         self.patch_embed = PatchEmbed(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
             norm_layer=nn.LayerNorm, output_fmt="NHWC", strict_img_size=False,
-            dynamic_img_pad=dynamic_img_pad, **dd,
+            dynamic_img_pad=True, **dd,
         )  # fmt: skip
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))

@@ -233,7 +233,8 @@ def side_by_side(high: Tensor, h_proj: Linear, low: Tensor, l_proj: Linear) -> T
     kind = high.device.type
     # `meta` and its like know no autocast.
     cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-    if cast or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if cast or watched or torch.is_grad_enabled():
         return torch.cat([linear(x, *pair) for x, pair in pairs], 1)
     # Into its place at once: the copy is 3 % of a layer on two CPU threads.
     split = h_proj[0].shape[0]

@@ -55,11 +55,11 @@ def layout(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Layout:
     """The axes of a tensor [B, *space, H, D]."""
     per_axis = zip(shape[1:-2], kernel_size, stride, dilation, is_causal, strict=True)
-    return tuple(Axis(*args) for args in per_axis)
+    return tuple(Axis(*args, causal=bool(flag)) for *args, flag in per_axis)
 
 
 @lru_cache(maxsize=256)

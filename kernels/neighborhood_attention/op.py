@@ -41,8 +41,9 @@ def _impl(backend: str) -> Any:
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
 )
-_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal, float scale"
-# Defined by schema for the time of a call: see `common.autograd`.
+_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, int[] is_causal, float scale"
+# Defined by schema for the time of a call: see `common.autograd`. `is_causal` is a list of integers
+# because `torch.jit.trace` knows no list of booleans.
 torch.library.define(
     "visprune::neighborhood_attention",
     f"({_TENSORS}, {_WINDOW}, bool with_lse, str backend) -> (Tensor out, Tensor lse)",
@@ -68,7 +69,7 @@ def _forward(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     with_lse: bool,
     backend: str,
@@ -105,7 +106,7 @@ def _backward_impl(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     rpb_grad: bool,
     backend: str,
@@ -185,7 +186,7 @@ def attend(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     with_lse: bool,
     backend: str,
@@ -213,7 +214,7 @@ def attend(
 def _watched() -> bool:
     """Whether somebody traces, counts or casts the operators."""
     seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return seen or torch.is_autocast_enabled("cpu")
+    return seen or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
 
 
 # --- unfused --------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def na_qk(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     scale: float,
     backend: str,
 ) -> Tensor:
@@ -243,7 +244,7 @@ def na_av(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     backend: str,
 ) -> Tensor:
     """Weights [B, *space, H, K] times the values of the neighbours -> [B, *space, H, Dv]."""
@@ -258,7 +259,7 @@ def na_spread(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
     backend: str,
 ) -> Tensor:
     """The transpose of ``na_av``: every query's row of ``x``, weighted, added to its neighbours."""
@@ -272,7 +273,7 @@ def na_bias_grad(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    is_causal: Sequence[bool],
+    is_causal: Sequence[int],
 ) -> Tensor:
     """Sum of ``grad`` [B, *space, H, K] over all pairs of one offset -> [H, 2k - 1, ...]."""
     layout = axis.layout((*grad.shape[:-1], 1), kernel_size, stride, dilation, is_causal)

@@ -13,6 +13,7 @@ import torch
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.vit.shrunk import (
     AGENT,
@@ -250,6 +251,28 @@ def test_compiles_without_a_break(name: str) -> None:
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     compiled(x).sum().backward()
     assert model.get_classifier().weight.grad is not None
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+def test_traces_with_a_free_batch(name: str) -> None:
+    model = build(name)
+    traced = torch.jit.trace(model, images())  # which itself compares it, without gradients
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images(5)), model(images(5)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["litv2_s", "nat_mini", "dinat_mini"])
+def test_graphs_do_not_grow_with_the_sizes(name: str) -> None:
+    """From a size on where PyTorch has no other convolution for small maps."""
+    model = build(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for side in range(288, 480, 32):
+            compiled(images(1, side, side + 32))
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("name", FEW)

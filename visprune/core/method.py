@@ -124,7 +124,13 @@ class PruningMethod:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        """Reject values outside their range."""
+        """Take numpy's numbers as Python's, and reject values outside their range."""
+        for name, value in vars(self).items():
+            if _is_scalar(value):
+                object.__setattr__(self, name, value.item())
+            elif isinstance(value, list | tuple) and any(map(_is_scalar, value)):
+                plain = type(value)(x.item() if _is_scalar(x) else x for x in value)
+                object.__setattr__(self, name, plain)
         if self.positions not in (None, "original", "compact"):
             raise ConfigError(
                 f"positions is 'original' or 'compact', got {self.positions!r}."
@@ -235,3 +241,9 @@ class BudgetedMethod(PruningMethod):
     def budget(self) -> Budget:
         """The budget of the last selection stage."""
         return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
+
+
+def _is_scalar(value: object) -> bool:
+    """Whether ``value`` is one number of numpy; this layer knows no numpy."""
+    kind = type(value)
+    return kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0

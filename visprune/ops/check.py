@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from numbers import Integral
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,15 +55,40 @@ def shape(name: str, key: str, t: Tensor | None, want: tuple[int, ...]) -> None:
         raise ConfigError(f"{name}: {key} must have shape {list(want)}; got {list(t.shape)}.")
 
 
-def per_axis(
-    name: str, key: str, value: int | bool | Sequence[int | bool], rank: int, kind: type
-) -> list[int | bool]:
-    """One value for each axis from one value or a sequence of them; integers of NumPy's too."""
-    values = [value] * rank if isinstance(value, int | Integral) else list(value)
-    values = [x if isinstance(x, int) or not isinstance(x, Integral) else int(x) for x in values]
-    if len(values) != rank or not all(isinstance(x, kind) for x in values):
+def integer(value: Any) -> int | None:
+    """The integer that ``value`` is, one of numpy's too; None where it is something else."""
+    if isinstance(value, int | torch.SymInt):
+        return value  # a symbol stays one
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # an array
+        return None
+
+
+def per_axis(name: str, key: str, value: int | Sequence[int], rank: int) -> list[int]:
+    """One integer for each axis from one or a sequence of them."""
+    given = value if isinstance(value, Iterable) else [value] * rank
+    found = [integer(x) for x in given]
+    values = [x for x in found if x is not None]
+    if len(values) != rank or len(found) != rank:
         raise ConfigError(
-            f"{name}: {key} must be one {kind.__name__} or one for each of {rank} axes; "
-            f"got {value!r}."
+            f"{name}: {key} must be one int or one for each of {rank} axes; got {value!r}."
         )
     return values
+
+
+def flag_per_axis(name: str, key: str, value: bool | Sequence[bool], rank: int) -> list[bool]:
+    """One truth value for each axis from one or a sequence of them."""
+    given = list(value) if isinstance(value, Iterable) else [value] * rank
+    if len(given) != rank or not all(_is_flag(x) for x in given):
+        raise ConfigError(
+            f"{name}: {key} must be one bool or one for each of {rank} axes; got {value!r}."
+        )
+    return [bool(x) for x in given]
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether ``value`` is a truth value, Python's or numpy's (which has no base in common)."""
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visprune.errors import ConfigError
 from visprune.kernels.hilo_attention import op as hilo_op
-from visprune.ops.check import choose, floating, shape
+from visprune.ops.check import choose, floating, integer, shape
 
 _NAME = "hilo_attention"
 Linear = hilo_op.Linear  # (weight [out, in], bias or None)
@@ -198,14 +198,14 @@ def _check_projections(
             )
 
 
-def _window(name: str, window_size: Any) -> int:
-    """The window's side as an int; refuses what is none."""
-    whole = isinstance(window_size, int | Integral) and not isinstance(window_size, bool)
-    if not whole or window_size < 1:
+def _window(name: str, window_size: int) -> int:
+    """The window as a checked integer."""
+    size = None if isinstance(window_size, bool) else integer(window_size)
+    if size is None or size < 1:
         raise ConfigError(
             f"{name}: window_size must be an integer of at least 1; got {window_size!r}."
         )
-    return int(window_size)
+    return size
 
 
 def _check_branch(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visprune.errors import ConfigError
 from visprune.kernels.neighborhood_attention import op as na_op
-from visprune.ops.check import choose, floating, per_axis, shape
+from visprune.ops.check import choose, flag_per_axis, floating, per_axis, shape
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -184,23 +184,30 @@ def _window(
         raise ConfigError(
             f"{name}: {key} must be {_LAYOUT}, at least one head and feature; got {list(t.shape)}."
         )
-    kernels = [int(x) for x in per_axis(name, "kernel_size", kernel, len(space), int)]
-    strides = [int(x) for x in per_axis(name, "stride", stride, len(space), int)]
-    dilations = [int(x) for x in per_axis(name, "dilation", dilation, len(space), int)]
-    flags = [bool(x) for x in per_axis(name, "is_causal", causal, len(space), bool)]
+    kernels = per_axis(name, "kernel_size", kernel, len(space))
+    strides = per_axis(name, "stride", stride, len(space))
+    dilations = per_axis(name, "dilation", dilation, len(space))
+    flags = flag_per_axis(name, "is_causal", causal, len(space))
     for at, (length, ks, st, di) in enumerate(zip(space, kernels, strides, dilations, strict=True)):
-        where = f"on axis {at} of {key} with {length} tokens"
+        # A length may be a symbol of a compiled graph. Only a refusal writes it into a text: that
+        # would fix the symbol, and make a graph for every size.
         if not (2 <= ks <= length or ks == length == 1):
             allowed = f"2 to {length}" if length > 1 else "1"
-            raise ConfigError(f"{name}: kernel_size must be {allowed} {where}; got {ks}.")
+            raise ConfigError(
+                f"{name}: kernel_size must be {allowed} {_where(key, at, length)}; got {ks}."
+            )
         if not 1 <= st <= ks:
             raise ConfigError(f"{name}: stride must be 1 to kernel_size = {ks}; got {st}.")
         if not 1 <= di <= length // ks:
             raise ConfigError(
-                f"{name}: kernel_size * dilation must fit {where}: with kernel_size {ks}, "
-                f"dilation must be 1 to {length // ks}; got {di}."
+                f"{name}: kernel_size * dilation must fit {_where(key, at, length)}: with "
+                f"kernel_size {ks}, dilation must be 1 to {length // ks}; got {di}."
             )
     return kernels, strides, dilations, flags
+
+
+def _where(key: str, at: int, length: int) -> str:
+    return f"on axis {at} of {key} with {length} tokens"
 
 
 def _dtypes(name: str, **tensors: Tensor) -> None:

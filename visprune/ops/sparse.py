@@ -8,7 +8,7 @@ from torch import Tensor
 
 from visprune.errors import BudgetError, ConfigError
 from visprune.kernels.sparse_attention import op as sparse_op
-from visprune.ops.check import choose, floating, shape
+from visprune.ops.check import choose, floating, per_axis, shape
 
 
 def sparse_attention(
@@ -180,7 +180,7 @@ def _blocks(
     name: str, q: Tensor, k: Tensor, block_mask: Tensor, size: int | tuple[int, int]
 ) -> tuple[int, int]:
     """Check the block mask; the rows and columns of a block."""
-    rows, cols = (size, size) if isinstance(size, int) else size
+    rows, cols = per_axis(name, "block_size", size, 2)
     if rows < 1 or cols < 1:
         raise ConfigError(f"{name}: block_size must be at least 1; got {size}.")
     want = (-(-q.shape[2] // rows), -(-k.shape[2] // cols))
