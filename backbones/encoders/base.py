@@ -197,8 +197,8 @@ class EncoderAdapter:
     def weigh_keys(self, number: int, policy: Callable[[], Tensor | None]) -> list[Any]:
         """Let keys count as ``policy()`` ``[B, N]`` says, with gradients, in training.
 
-        A patch of weight 0 is no key; the others share its part. Where it is ``None``, nothing
-        changes. Here: training is refused.
+        A patch of weight 0 is no key, but to itself; the others share its part. Where it is
+        ``None``, nothing changes. Here: training is refused.
         """
         layer = self.layers[number]
         hook = partial(self._refuse_training, policy, type(layer.attention).__name__)

@@ -55,7 +55,13 @@ class Branches(Hooks):
 
 
 class Weighing(Hooks):
-    """The hooks of ``TimmViT.weigh_keys`` on one attention module."""
+    """The hooks of ``TimmViT.weigh_keys`` on one attention module.
+
+    With a the plain probabilities and p the policy a token gets ``(sum_j p_j a_ij v_j + own_i v_i)
+    / (sum_j p_j a_ij + own_i)``, ``own_i = (1 - p_i) a_ii``: its own key always counts, as in the
+    official training. Else a token would learn of its decision how well it does without itself,
+    which no token does that is really dropped.
+    """
 
     def __init__(self, attention: Any, prefix: int, policy: Callable[[], Tensor | None]) -> None:
         super().__init__()
@@ -78,16 +84,23 @@ class Weighing(Hooks):
         if weight is None:
             return None
         q, k, v = output.chunk(3, dim=-1)
+        self.held = [v]
         return torch.cat([q, k, v * weight[..., None].to(v.dtype)], dim=-1)
 
     def _add_up(self, q: Tensor, k: Tensor, scale: float) -> None:
         weight = self._whole()
         if weight is not None:
-            value = weight[:, None, :, None].to(q.dtype).expand(-1, q.shape[1], -1, 1)
-            self.held = [nn.functional.scaled_dot_product_attention(q, k, value, scale=scale)]
+            # [B, H, T, T], as the official code has it: the sums are exact only if the diagonal is.
+            plain = ((q * scale) @ k.transpose(-2, -1)).float().softmax(dim=-1)
+            weight = weight[:, None].float()
+            own = (1 - weight) * plain.diagonal(dim1=-2, dim2=-1)
+            total = (plain @ weight[..., None])[..., 0] + own
+            self.held += [own.transpose(1, 2)[..., None], total.transpose(1, 2)[..., None]]
 
     def _divide(self, module: nn.Module, args: Any) -> Any:
-        if not self.held:
+        if len(self.held) < 3:
             return None
-        heads = args[0].unflatten(-1, (self.attention.num_heads, -1))
-        return ((heads / self.held.pop().transpose(1, 2)).flatten(-2),)
+        value, own, total = self.held
+        self.held = []
+        heads, values = (t.unflatten(-1, (self.attention.num_heads, -1)) for t in (args[0], value))
+        return (((heads + own * values) / total).flatten(-2).to(args[0].dtype),)

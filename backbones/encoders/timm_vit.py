@@ -135,7 +135,7 @@ class TimmViT(EncoderAdapter):
         """Scale the values by the policy, and divide by what attention then sums to.
 
         ``sum_j p_j e_ij v_j / sum_j p_j e_ij`` is the attention that sees key j with weight p_j,
-        and differentiable in p also where it is 0; both sums are fused attentions.
+        and differentiable in p also where it is 0; a token's own key keeps its whole weight.
         """
         attention: Any = self.layers[number].attention
         if type(attention) is not Attention or self.model.attn_pool is not None:

@@ -58,15 +58,21 @@ def test_a_picture_without_any_patch_is_finite() -> None:
 
 
 def by_hand(model: Any, x: Tensor, policy: Tensor, first: int) -> Tensor:
-    """Attention that weighs keys by ``policy`` from block ``first`` on, written out."""
+    """The official attention of training from block ``first`` on, written out.
+
+    raoyongming/DynamicViT 1322e62, ``softmax_with_policy``: a token always sees itself, a dropped
+    one too, and its own row says nothing of its decision; 1e-6 keeps the sum from zero.
+    """
     y = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     for number, block in enumerate(model.blocks):
         rows, attn = block.norm1(y), block.attn
         q, k, v = attn.qkv(rows).reshape(*y.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        scores = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).exp()
+        scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
+        weight, eps, count = (scores - scores.amax(-1, keepdim=True)).exp(), 1e-6, y.shape[1]
         if number >= first:
-            scores = scores * torch.nn.functional.pad(policy, (1, 0), value=1.0)[:, None, None]
-        out = (scores / scores.sum(-1, keepdim=True)) @ v
+            there = torch.nn.functional.pad(policy, (1, 0), value=1.0)[:, None, None]
+            weight = weight * (there + (1 - there) * torch.eye(count))
+        out = ((weight + eps / count) / (weight.sum(-1, keepdim=True) + eps)) @ v
         y = y + block.ls1(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
         y = y + block.ls2(block.mlp(block.norm2(y)))
     return model.forward_head(model.norm(y))

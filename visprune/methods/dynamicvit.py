@@ -82,12 +82,12 @@ class DynamicViT(BudgetedMethod):
     On entering layers 3, 6 and 9 of 12, ``int(keep_ratio ** s * n)`` of a picture's n patches stay
     after the s-th stage, by the predictor's log-probability, in falling order of it as in the
     official code. In training no patch leaves: a patch is kept or dropped by a straight-through
-    Gumbel draw, a dropped one is no key of any later layer, and gradients reach the predictors
-    through attention. ``run.decisions`` has the draws and ``run.ratios`` what their means should
-    be, for the ratio loss.
+    Gumbel draw, a dropped one is no key of any later layer but to itself, and gradients reach the
+    predictors through attention, the official ones: a patch's own row says nothing of its decision.
+    ``run.decisions`` has the draws and ``run.ratios`` what their means should be, for the ratio
+    loss.
 
-    Difference: the official attention in training lets a dropped patch attend to itself and adds
-    1e-6; here it does neither. What any kept token sees is the same.
+    Difference: the official attention in training adds 1e-6 to every sum, which no row needs here.
 
     The predictors are new, and have to be trained: ``run.learned``. Without training they pick at
     random, with a warning. Training is offered for timm's ``VisionTransformer`` with its plain
