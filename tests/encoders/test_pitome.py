@@ -9,11 +9,13 @@ layers as in ToMe, the other half between the tokens of high energy alone.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 import visprune
+from tests.encoders import small
 from visprune.core.method import Context
 from visprune.core.signals import EncoderKeys
 from visprune.core.tokens import VisualTokens
@@ -74,6 +76,23 @@ def test_the_rule_token_by_token(layer: int, count: int, ratio: float) -> None:
         for slot, members in enumerate(groups):
             expected = torch.tensor(want[members], dtype=torch.float64)
             torch.testing.assert_close(got[row, slot], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{}, {"prop_attn": True}])
+def test_attention_knows_sizes_only_on_request(given: dict[str, bool]) -> None:
+    """The official ViT: plain attention over the merged tokens, block by block."""
+    model = small.small(small.KINDS["plain"], 2)
+    x, biases = small.picture(model), []
+
+    def watch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        biases.append(kwargs.get("attn_mask"))
+
+    with visprune.prune(model, "pitome", keep_ratio=0.7, **given) as run, torch.no_grad():
+        for block in model.blocks:  # after the method's own hooks, which give the bias
+            block.register_forward_pre_hook(watch, with_kwargs=True)
+        model(x)
+        assert run.trace.mlp_tokens_per_layer[0][0] < 24
+    assert all(bias is None for bias in biases) == (not given)
 
 
 @pytest.mark.parametrize("ratio", [0.925, 0.8])

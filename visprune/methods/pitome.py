@@ -36,14 +36,18 @@ class PiToMe(PruningMethod):
     the margin falls from layer to layer, ``margin (1 - l / L)``. In the first half of the layers,
     patches in falling order of energy alternate between two sets that are matched as in ToMe. In
     the second half only the 2 r of highest energy take part: alternately they go into the best
-    match or stay to receive, and all others are protected. Means are weighted by size and attention
-    adds the logarithm of a key's size. All as in the official code (which calls the switch
-    ``use_bsm_pitome``); ties keep the lower index, and prefix tokens take no part.
+    match or stay to receive, and all others are protected. Means are weighted by size. All as in
+    the official code (which calls the switch ``use_bsm_pitome``); ties keep the lower index, and
+    prefix tokens take no part.
+
+    Attention adds the logarithm of a key's size only on request: the official patch of ViTs
+    (hchautran/PiToMe 550b5de) has ``prop_attn=False`` and gives its attention no sizes; only that
+    of BLIP-2 adds them.
 
     Args:
         keep_ratio: fraction of the patches kept in each layer, in [0.5, 1].
         margin: of the first layer; the code has 0.75.
-        prop_attn: whether attention adds the logarithm of sizes.
+        prop_attn: whether attention adds the logarithm of sizes (proportional attention).
     """
 
     name: ClassVar[str] = "pitome"
@@ -51,7 +55,7 @@ class PiToMe(PruningMethod):
 
     keep_ratio: float
     margin: float = 0.75
-    prop_attn: bool = True
+    prop_attn: bool = False
 
     def __post_init__(self) -> None:
         """Check the ratio."""
