@@ -8,11 +8,13 @@ differentiated here, 15 us and 160 us (one AVX2 thread, an operator that does no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .precision import outside_autocast, wide
 
 
 def differentiable(
@@ -50,3 +52,44 @@ def differentiable(
         return below(args)
 
     torch.library.impl(name, "Autograd", call)
+
+
+def gradients_of(
+    plain: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, for a backward with ``create_graph=True``.
+
+    An operator that computes the gradients has none of its own. The same function written in
+    operators of PyTorch has all orders, at the cost of what it writes out.
+
+    Args:
+        plain: that function.
+        inputs: its arguments, as they were saved.
+        grads: the gradient of each of its outputs; None for none.
+
+    Returns:
+        One gradient for each input; None where none is wanted.
+    """
+    with torch.enable_grad():
+        # Apart, as one tensor may be several arguments.
+        own = [t.view_as(t) if _wants_gradient(t) else t for t in inputs]
+        with outside_autocast(next(t.device.type for t in own if isinstance(t, Tensor))):
+            found = plain(*(_wide(t) for t in own))
+        outs = found if isinstance(found, tuple) else (found,)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
+        wanted = [t for t in own if _wants_gradient(t)]
+        parts = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g.to(o.dtype) for o, g in pairs],
+            create_graph=True, materialize_grads=True,
+        )  # fmt: skip
+    left = iter(parts)
+    return [next(left) if _wants_gradient(t) else None for t in own]
+
+
+def _wide(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return wide(value) if floating else value
+
+
+def _wants_gradient(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad

@@ -11,10 +11,10 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
-from visprune.kernels.common.autograd import differentiable
+from visprune.kernels.common.autograd import differentiable, gradients_of
 from visprune.kernels.common.precision import uncast
 
-from . import torch_impl
+from . import reference, torch_impl
 
 MAX_HEAD_DIM = 256
 Linear = tuple[Tensor, Tensor | None]  # weight [out, in] and bias
@@ -132,6 +132,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        again = gradients_of(reference.hilo_attention, (*tensors, *ctx.rest[:-1]), (grad,))
+        return (*again, None)
     got = hilo_backward(grad, out, lse, *tensors, *ctx.rest)
     found = [None if t is None else g for t, g in zip(tensors, got, strict=True)]
     return (*found, *[None] * 4)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
-from visprune.kernels.common.autograd import differentiable
+from visprune.kernels.common.autograd import differentiable, gradients_of
 from visprune.kernels.common.precision import operator, uncast
 
-from . import axis, bands, torch_impl
+from . import axis, bands, reference, torch_impl
 
 MAX_HEAD_DIM = 128
 
@@ -163,6 +164,10 @@ def _backward(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = (*tensors[:6], ctx.kernel, ctx.stride, ctx.dilation, ctx.causal, ctx.scale)
+        again = gradients_of(reference.neighborhood_attention, inputs, (grad_out, grad_lse))
+        return (*again, None, None)
     if grad_out is None:
         grad_out = torch.zeros_like(tensors[6])
     rpb_grad = tensors[3] is not None and ctx.needs_input_grad[3]
@@ -204,11 +209,18 @@ def attend(
         window = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
         band = bands.alone(q.shape, *window, grad)
         if band is not None:
-            return bands.attend(q, k, v, band, scale), None
+            found = bands.attend(q, k, v, band, scale)
+            if band.mask is None or _transformed() or math.isfinite(found.detach().sum().item()):
+                return found, None  # else the operator finds out, see `gathered`
     tensors = (q, k, v, rpb, additional_keys, additional_values)
     args = (scale, with_lse, backend)
     out, lse = neighborhood_attention(*tensors, kernel_size, stride, dilation, is_causal, *args)
     return out, lse
+
+
+def _transformed() -> bool:
+    """Whether ``torch.func`` maps or differentiates: then there are no values to look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _watched() -> bool:
@@ -335,6 +347,33 @@ def _backward_av(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_attn, grad_v, *[None] * 5
 
 
+def _setup_spread(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    attn, x, *ctx.window, ctx.backend = inputs
+    ctx.save_for_backward(attn, x)
+
+
+def _backward_spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """For gradients of gradients."""
+    attn, x = ctx.saved_tensors
+    scores = na_qk(x, grad, None, *ctx.window, 1.0, ctx.backend)
+    grad_x = na_av(attn, grad, *ctx.window, ctx.backend)
+    return scores.masked_fill(scores.isneginf(), 0.0), grad_x, *[None] * 5
+
+
+def _setup_bias_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, *ctx.window = inputs
+    ctx.shape = (*grad.shape[:-1], 1)
+
+
+def _backward_bias_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The scores of tokens that are zero are their biases."""
+    none = grad.new_zeros(ctx.shape)
+    scores = na_qk(none, none, grad, *ctx.window, 1.0, "torch")
+    return scores.masked_fill(scores.isneginf(), 0.0), *[None] * 4
+
+
+na_spread.register_autograd(_backward_spread, setup_context=_setup_spread)
+na_bias_grad.register_autograd(_backward_bias_grad, setup_context=_setup_bias_grad)
 na_qk.register_autograd(_backward_qk, setup_context=_setup_qk)
 na_av.register_autograd(_backward_av, setup_context=_setup_av)
 

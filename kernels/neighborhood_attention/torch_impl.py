@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visprune.kernels.common.precision import wide
 
-from . import bands, tiles
+from . import bands, gathered, tiles
 from .axis import Layout, product
 from .tiles import Part, Scratch
 
@@ -84,10 +84,20 @@ def forward(
 
     Without ``with_lse``, where computing it is work, the second is zeros.
     """
+    out, lse = _forward(q, k, v, rpb, layout, scale, out_dtype, with_lse)
+    if gathered.spoiled(layout, out):
+        out, lse = gathered.forward(q, k, v, rpb, layout, scale)
+    return out.to(out_dtype), lse
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, layout: Layout, scale: float,
+    out_dtype: torch.dtype, with_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     count = band_count(q, v, layout, rpb is not None)
     if count:
         out, lse = bands.forward(q, k, v, rpb, layout, scale, count)
-        return out.to(out_dtype), lse
+        return out, lse
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=out_dtype, device=q.device)
     lse = (torch.empty if with_lse else torch.zeros)(q.shape[:-1], dtype=dtype, device=q.device)
@@ -122,6 +132,20 @@ def backward(
 
     ``shared``: the softmax was over additional keys too, so it is less than one over neighbours.
     """
+    args = (grad_out, grad_lse, q, k, v, rpb, out, lse, layout, scale, rpb_grad)
+    grads = _backward(*args, shared)
+    if gathered.spoiled(layout, *grads[:3]):
+        if not shared:  # the stored one may be zeros
+            args = (*args[:7], gathered.forward(q, k, v, rpb, layout, scale)[1], *args[8:])
+        return gathered.backward(*args)
+    return grads
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    rpb: Tensor | None, out: Tensor, lse: Tensor, layout: Layout, scale: float, rpb_grad: bool,
+    shared: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     # The fused kernel takes no gradient of the log-sum-exp and gives none of the bias; it works
     # with the stored output, which half types have rounded.
     plain = not shared and grad_lse is None and not rpb_grad and q.dtype.itemsize >= 4
@@ -210,7 +234,7 @@ def av(attn: Tensor, v: Tensor, layout: Layout) -> Tensor:
         near, there = (t.to(v.device) for t in tiles.near(chosen))
         for part in parts:
             part.store(out, _dense(part, attn, near, there, dtype) @ part.keys(v, dtype))
-    return out
+    return gathered.av(attn, v, layout) if gathered.spoiled(layout, out) else out
 
 
 def spread(attn: Tensor, x: Tensor, layout: Layout) -> Tensor:
@@ -222,7 +246,8 @@ def spread(attn: Tensor, x: Tensor, layout: Layout) -> Tensor:
         for part in parts:
             weights = _dense(part, attn, near, there, dtype)
             part.fold((out,), weights.mT @ part.queries(x, dtype))
-    return out.to(x.dtype)
+    out = out.to(x.dtype)
+    return gathered.spread(attn, x, layout) if gathered.spoiled(layout, out) else out
 
 
 def bias_grad(grad: Tensor, layout: Layout) -> Tensor:

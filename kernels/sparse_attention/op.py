@@ -11,10 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
+from visprune.kernels.common.autograd import gradients_of
 from visprune.kernels.common.precision import operator
 
 from . import blocks as block_impl
-from . import torch_impl
+from . import reference, torch_impl
 
 MAX_HEAD_DIM = 256
 MAX_COLUMNS = 16384  # a row of scores stays in one program's registers
@@ -138,6 +139,9 @@ def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward_sparse(ctx: Any, grad: Tensor, _kept: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        inputs = (*ctx.saved_tensors[2:], ctx.scale)
+        return (*gradients_of(reference.sparse_attention, inputs, (grad,)), None)
     got = sparse_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend)
     return (*got, None, None, None)
 
@@ -148,6 +152,9 @@ def _setup_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _backward_block(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        inputs = (*ctx.saved_tensors[2:], *ctx.rest[:-1])
+        return (*gradients_of(reference.block_sparse_attention, inputs, (grad,)), None)
     return (*block_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 5)
 
 

@@ -145,6 +145,24 @@ def test_gradcheck(case: Case) -> None:
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
+@by_id(SMOOTH)
+def test_gradients_of_gradients(case: Case) -> None:
+    """A gradient penalty, a Hessian: the gradients have all orders."""
+    inputs = case.inputs(torch.float64)
+    names = [n for n in case.grads if inputs[n] is not None]
+    leaves = [inputs[n].requires_grad_() for n in names]
+
+    def call(*values: Tensor) -> Tensor:
+        return case.op(**{**inputs, **dict(zip(names, values, strict=True))}, backend="torch")
+
+    if sum(leaf.numel() for leaf in leaves):
+        first = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+        again = torch.autograd.grad(call(*leaves).square().sum(), leaves, create_graph=True)
+        for a, b in zip(again, first, strict=True):
+            torch.testing.assert_close(a.detach(), b, rtol=1e-9, atol=1e-9)
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
 OPCHECKED = (
     "greedy_diverse-k_center_ragged",
     "greedy_diverse-dpp",
