@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
-from visprune.kernels.common.precision import operator, uncast, wide
+from visprune.kernels.common.precision import operator, uncast, wide, wide_or_other
 
-from . import torch_impl
+from . import reference, torch_impl
 
 MAX_HEAD_DIM = 256
 
@@ -61,6 +61,14 @@ def column_sums(
         return triton_impl.column_sums(q, k, scale, mask, causal, row_weight, reduce, softcap)
     args = (q, k, scale, mask, causal, row_weight, reduce, block, softcap)
     return torch_impl.column_sums(*args)
+
+
+def rows_in_plain_operators(*args: Any) -> Tensor:
+    """``visprune::attention_rows`` for a runtime that does not know it."""
+    return reference.attention_rows(*(wide_or_other(a) for a in args[:-1]))
+
+
+PLAIN = {torch.ops.visprune.attention_rows.default: rows_in_plain_operators}
 
 
 def _out_dtype(q: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .precision import outside_autocast, wide
+from .precision import outside_autocast, wide_or_other
 
 
 def differentiable(
@@ -74,7 +74,7 @@ def gradients_of(
         # Apart, as one tensor may be several arguments.
         own = [t.view_as(t) if _wants_gradient(t) else t for t in inputs]
         with outside_autocast(next(t.device.type for t in own if isinstance(t, Tensor))):
-            found = plain(*(_wide(t) for t in own))
+            found = plain(*(wide_or_other(t) for t in own))
         outs = found if isinstance(found, tuple) else (found,)
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None]
         wanted = [t for t in own if _wants_gradient(t)]
@@ -84,11 +84,6 @@ def gradients_of(
         )  # fmt: skip
     left = iter(parts)
     return [next(left) if _wants_gradient(t) else None for t in own]
-
-
-def _wide(value: Any) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return wide(value) if floating else value
 
 
 def _wants_gradient(t: Any) -> bool:

@@ -19,6 +19,12 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def wide_or_other(value: Any) -> Any:
+    """:func:`wide` of a floating-point tensor; anything else as it is."""
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return wide(value) if floating else value
+
+
 def outside_autocast(kind: str) -> AbstractContextManager[Any]:
     """A block that autocast on the device type ``kind`` does not reach into.
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
 from visprune.kernels.common.autograd import differentiable, gradients_of
-from visprune.kernels.common.precision import uncast
+from visprune.kernels.common.precision import uncast, wide_or_other
 
-from . import reference, torch_impl
+from . import dense, torch_impl
 
 MAX_HEAD_DIM = 256
 Linear = tuple[Tensor, Tensor | None]  # weight [out, in] and bias
@@ -133,7 +133,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
-        again = gradients_of(reference.hilo_attention, (*tensors, *ctx.rest[:-1]), (grad,))
+        again = gradients_of(dense.hilo_attention, (*tensors, *ctx.rest[:-1]), (grad,))
         return (*again, None)
     got = hilo_backward(grad, out, lse, *tensors, *ctx.rest)
     found = [None if t is None else g for t, g in zip(tensors, got, strict=True)]
@@ -141,6 +141,17 @@ def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]
 
 
 differentiable("visprune::hilo_attention", _setup, _backward)
+
+
+def in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
+    """``visprune::hilo_attention`` for a runtime that does not know it; nobody reads the second."""
+    *given, _backend = args
+    like = next(a for a in given if isinstance(a, Tensor))
+    out = dense.hilo_attention(*(wide_or_other(a) for a in given)).to(like.dtype)
+    return out, out.new_empty(0)
+
+
+PLAIN = {hilo_forward: in_plain_operators}
 
 
 def hilo_attention(

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
 from visprune.kernels.common.autograd import differentiable, gradients_of
-from visprune.kernels.common.precision import operator, uncast
+from visprune.kernels.common.precision import operator, uncast, wide_or_other
 
-from . import axis, bands, reference, torch_impl
+from . import axis, bands, dense, torch_impl
 
 MAX_HEAD_DIM = 128
 
@@ -166,7 +166,7 @@ def _backward(
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
         inputs = (*tensors[:6], ctx.kernel, ctx.stride, ctx.dilation, ctx.causal, ctx.scale)
-        again = gradients_of(reference.neighborhood_attention, inputs, (grad_out, grad_lse))
+        again = gradients_of(dense.neighborhood_attention, inputs, (grad_out, grad_lse))
         return (*again, None, None)
     if grad_out is None:
         grad_out = torch.zeros_like(tensors[6])
@@ -179,6 +179,16 @@ def _backward(
 
 
 differentiable("visprune::neighborhood_attention", _setup, _backward)
+
+
+def in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
+    """``visprune::neighborhood_attention`` for a runtime that does not know it."""
+    *given, _with_lse, _backend = args
+    out, lse = dense.neighborhood_attention(*(wide_or_other(a) for a in given))
+    return out.to(args[0].dtype), lse
+
+
+PLAIN = {neighborhood_attention: in_plain_operators}
 
 
 def attend(

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
 from visprune.kernels.common.autograd import gradients_of
-from visprune.kernels.common.precision import operator
+from visprune.kernels.common.precision import operator, wide, wide_or_other
 
 from . import blocks as block_impl
 from . import reference, torch_impl
@@ -160,6 +160,39 @@ def _backward_block(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None
 
 sparse_forward.register_autograd(_backward_sparse, setup_context=_setup_sparse)
 block_forward.register_autograd(_backward_block, setup_context=_setup_block)
+
+
+def sparse_in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
+    """``visprune::sparse_attention`` for a runtime that does not know it."""
+    *given, _backend = args
+    out = reference.sparse_attention(*(wide_or_other(a) for a in given))
+    return out.to(args[2].dtype), out.new_empty(0)  # nobody reads the second
+
+
+def block_in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
+    """``visprune::block_sparse_attention`` for a runtime that does not know it."""
+    *given, _backend = args
+    out = reference.block_sparse_attention(*(wide_or_other(a) for a in given))
+    return out.to(args[2].dtype), out.new_empty(0)
+
+
+def topk_in_plain_operators(
+    coef: Tensor,
+    basis: Tensor,
+    num_keep: int,
+    threshold: float | None,
+    mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """``visprune::lowrank_topk`` for a runtime that does not know it."""
+    return reference.lowrank_topk(wide(coef), wide(basis), num_keep, threshold, mask)
+
+
+PLAIN = {
+    torch.ops.visprune.sparse_attention.default: sparse_in_plain_operators,
+    torch.ops.visprune.block_sparse_attention.default: block_in_plain_operators,
+    torch.ops.visprune.lowrank_topk.default: topk_in_plain_operators,
+}
 
 
 def sparse_attention(

@@ -26,7 +26,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, scale: float)
     batch, heads, n, keys = *q.shape[:3], k.shape[2]
     count = torch.zeros(batch, heads, n, keys + 1, dtype=torch.long, device=q.device)
     at = torch.where(idx < 0, keys, idx).long()
-    count.scatter_add_(3, at, torch.ones_like(at))
+    count = count.scatter_add(3, at, torch.ones_like(at))
     if keys == 0:
         return v.new_zeros(batch, heads, n, v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
     return attend(q, k, v, count[..., :keys], scale)

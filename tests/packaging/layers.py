@@ -22,6 +22,7 @@ LAYERS = {
     "visprune.eval": "eval",
     "visprune.machine": "machine",
     "visprune.methods": "methods",
+    "visprune.onnx": "onnx",
     "visprune.ops": "ops",
     "visprune.train": "train",
     "visprune.backbones": "backbones",
@@ -36,6 +37,7 @@ ALLOWED = {
     "kernels.common": {"kernels.common"},
     "kernels": {"kernels.common"},  # and their own folder
     "ops": {"ops", "kernels", "kernels.common", "errors"},  # kernels: op.py alone, _edge_allowed
+    "onnx": {"onnx", "ops", "errors"},
     "core": {"core", "ops", "errors"},
     "cost": {"cost", "errors"},
     "methods": {"methods", "core", "ops", "errors"},  # one from another: `_` files alone
@@ -63,6 +65,8 @@ OWNERS = {
     "torchmetrics": {"eval", "train"},
     "rich": {"cli", "eval", "train"},
     "typer": {"cli"},
+    "onnx": {"onnx"},
+    "onnxscript": {"onnx"},
     "triton": set(),  # only kernels/*/triton_*.py, see violations
 }
 
