@@ -72,6 +72,17 @@ class Hooks:
         return {**vars(self), "held": []}
 
 
+def refuse_proxy(pixels: Any, model: nn.Module) -> None:
+    """Raise ``UnsupportedModel`` where ``torch.fx`` traces a reduced encoder by a stand-in."""
+    if isinstance(pixels, torch.fx.Proxy):
+        raise UnsupportedModel(
+            f"torch.fx traces this {type(model).__name__} without pixels, and how many tokens "
+            f"leave depends on their number. Take features by hooks (timm: method='hook', "
+            f"forward_intermediates), export with torch.export, or trace before visprune.prune or "
+            f"after run.remove()."
+        )
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of an encoder, seen from its residual stream.

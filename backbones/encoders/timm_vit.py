@@ -28,6 +28,7 @@ from visprune.backbones.encoders.base import (
     Reduction,
     matrix_weights,
     no_mask,
+    refuse_proxy,
     weighted_mean,
 )
 from visprune.backbones.encoders.macs import embedding_macs, head_macs
@@ -95,6 +96,7 @@ class TimmViT(EncoderAdapter):
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         """Patches along height and width."""
+        refuse_proxy(pixels, self.model)
         height, width = self.model.patch_embed.dynamic_feat_size(pixels.shape[-2:])
         return int(height), int(width)
 

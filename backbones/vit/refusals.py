@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from visprune.core.method import PruningMethod
@@ -10,7 +13,16 @@ from visprune.errors import ConfigError
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raise ``ConfigError`` where timm's callers give a mask."""
+    """Raise ``ConfigError`` where timm's callers give a mask.
+
+    ``torch.fx`` traces with stand-ins for every argument, the optional ones too: then the graph
+    refuses, when it is called.
+    """
+    given: tuple[Any, ...] = (attn_mask, is_causal)
+    for argument in given:
+        if isinstance(argument, torch.fx.Proxy):
+            argument.tracer.create_proxy("call_function", refuse_mask, given, {})
+            return
     if attn_mask is not None or is_causal:
         raise ConfigError(
             "This attention has its own pattern, which is its own mask; attn_mask and is_causal "

@@ -74,6 +74,9 @@ class _Run(NamedTuple):
 class Sparsifiner(VisionTransformer):
     """A timm ``VisionTransformer`` with predicted sparse attention.
 
+    The mask is a constant, as published, so a loss on the output gives the predictors no gradient:
+    ``sparsifiner_training.stage_parameters`` says what each stage trains, also to DDP.
+
     Args:
         args: of ``VisionTransformer``.
         attn_keep_rate: share of the keys that a query keeps.
@@ -162,9 +165,11 @@ class Sparsifiner(VisionTransformer):
         """One block, and the pruning after it: tokens, their positions, reconstruction."""
         block: Any = self.blocks[index]
         budget = None if reconstruct else self.token_budgets().get(index)
-        got: AttentionOutput = block.attn.full(
-            block.norm1(x), kept, reconstruct, class_scores=budget is not None
-        )
+        y = block.norm1(x)
+        if kept is None and budget is None and not reconstruct:
+            got = AttentionOutput(block.attn(y))  # as a module, which torch.fx need not look into
+        else:
+            got = block.attn.full(y, kept, reconstruct, class_scores=budget is not None)
         x = x + block.drop_path1(block.ls1(got.x))
         x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         if budget is None or got.class_scores is None:

@@ -102,6 +102,9 @@ def stage_parameters(student: Sparsifiner, stage: Stage) -> list[nn.Parameter]:
 
     Reconstruction trains the predictors, classification the rest, as the official code does by
     its two optimisers. With ``mask_gradient="straight_through"`` classification trains both.
+
+    Call it before ``DistributedDataParallel`` wraps the student: what the other stage trains gets
+    no gradient at all, and DDP waits for a gradient of everything that requires one.
     """
     check_stage(stage)
     rule = student.predictors[0].sparsity

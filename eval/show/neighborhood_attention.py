@@ -152,7 +152,7 @@ def main() -> int:
         raise ConfigError(f"--size takes one to three numbers; got {list(size)}.")
     rank = len(size)
     numbers = {
-        name: tuple(per_axis("--draw", name, value[0] if len(value) == 1 else value, rank, int))
+        name: tuple(per_axis("--draw", name, value[0] if len(value) == 1 else value, rank))
         for name, value in (
             ("kernel_size", args.kernel_size), ("stride", args.stride), ("dilation", args.dilation)
         )

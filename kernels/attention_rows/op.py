@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def rows_in_plain_operators(*args: Any) -> Tensor:
     return reference.attention_rows(*(wide_or_other(a) for a in args[:-1]))
 
 
-PLAIN = {torch.ops.visprune.attention_rows.default: rows_in_plain_operators}
+PLAIN: dict[Any, Callable[..., Any]] = {
+    torch.ops.visprune.attention_rows.default: rows_in_plain_operators
+}
 
 
 def _out_dtype(q: Tensor) -> torch.dtype:

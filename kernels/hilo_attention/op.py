@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
     return out, out.new_empty(0)
 
 
-PLAIN = {hilo_forward: in_plain_operators}
+PLAIN: dict[Any, Callable[..., Any]] = {hilo_forward: in_plain_operators}
 
 
 def hilo_attention(

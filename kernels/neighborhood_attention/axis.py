@@ -59,7 +59,7 @@ def layout(
 ) -> Layout:
     """The axes of a tensor [B, *space, H, D]."""
     per_axis = zip(shape[1:-2], kernel_size, stride, dilation, is_causal, strict=True)
-    return tuple(Axis(*args, causal=bool(flag)) for *args, flag in per_axis)
+    return tuple(Axis(n, k, s, d, bool(causal)) for n, k, s, d, causal in per_axis)
 
 
 @lru_cache(maxsize=256)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,7 @@ def in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
     return out.to(args[0].dtype), lse
 
 
-PLAIN = {neighborhood_attention: in_plain_operators}
+PLAIN: dict[Any, Callable[..., Any]] = {neighborhood_attention: in_plain_operators}
 
 
 def attend(

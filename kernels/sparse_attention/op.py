@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,7 +189,7 @@ def topk_in_plain_operators(
     return reference.lowrank_topk(wide(coef), wide(basis), num_keep, threshold, mask)
 
 
-PLAIN = {
+PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.visprune.sparse_attention.default: sparse_in_plain_operators,
     torch.ops.visprune.block_sparse_attention.default: block_in_plain_operators,
     torch.ops.visprune.lowrank_topk.default: topk_in_plain_operators,

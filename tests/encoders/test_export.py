@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from timm.utils import AttentionExtract
 
 import visprune
 from tests.encoders import oracle, small
+from visprune.errors import UnsupportedModel
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,12 @@ def test_the_batch_is_free(kind: str, method: str, params: dict[str, Any]) -> No
         program = torch.export.export(model, (small.picture(model),), dynamic_shapes=shapes)
         five = small.picture(model, batch=5)
         oracle.assert_close(program.module()(five), model(five))
+
+
+def test_fx_is_refused_in_a_sentence() -> None:
+    model = small.small(small.KINDS["plain"], 2)
+    with visprune.prune(model, "tome", r=3):
+        with pytest.raises(UnsupportedModel, match=r"torch.fx traces .* run\.remove\(\)"):
+            torch.fx.symbolic_trace(model)
+        with pytest.raises(UnsupportedModel, match="method='hook'"):
+            AttentionExtract(model, method="fx")

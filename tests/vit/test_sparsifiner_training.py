@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,26 @@ def test_bad_input() -> None:
         reconstruction_loss([torch.zeros(1, 2, 4, 5)], [torch.zeros(1, 2, 5, 5)] * 2)
     with pytest.raises(ConfigError, match="same heads and tokens"):
         reconstruction_loss([torch.zeros(1, 2, 4, 5)], [torch.zeros(1, 3, 5, 5)])
+
+
+@pytest.mark.parametrize("stage", ["reconstruct", "classify"])
+def test_a_stage_runs_under_ddp(stage: Any, tmp_path: Path) -> None:
+    """DDP waits for a gradient of everything that requires one, and says so in the second step."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+    )
+    try:
+        student, teacher = pair()
+        stage_parameters(student, stage)
+        student.forward = partial(student.forward_train, reconstruct=stage == "reconstruct")
+        spread = torch.nn.parallel.DistributedDataParallel(student)
+        for _ in range(2):
+            output = spread(images())
+            target = teacher_outputs(teacher, images(), attention=stage == "reconstruct")
+            if stage == "reconstruct":
+                loss = reconstruction_loss(output.predicted, target.attention)
+            else:
+                loss = F.mse_loss(output.logits, target.logits)
+            loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
+from timm.models import get_notrace_functions, get_notrace_modules, group_parameters
 from timm.models._features import FeatureGetterNet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from tests.vit.shrunk import (
     AGENT,
@@ -281,6 +282,31 @@ def test_exports(name: str) -> None:
     program = torch.export.export(model, (x,))
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_fx_traces_it_with_our_modules_as_leaves(name: str) -> None:
+    leaves = {"leaf_modules": list(get_notrace_modules()),
+              "autowrap_functions": list(get_notrace_functions())}  # fmt: skip
+    model, x = build(name), images()
+    last = get_graph_node_names(model, tracer_kwargs=leaves)[1][-1]
+    traced = create_feature_extractor(model, [last], tracer_kwargs=leaves)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x)[last], model(x))
+
+
+def test_a_traced_sparsifiner_refuses_masks() -> None:
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, path: str) -> bool:
+            return type(m) in get_notrace_modules() or super().is_leaf_module(m, path)
+
+    model = build("sparsifiner_deit_tiny")
+    tracer = Tracer(autowrap_functions=tuple(get_notrace_functions()))
+    graph = torch.fx.GraphModule(model, tracer.trace(model))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(images()), model(images()))
+        with pytest.raises(ConfigError, match="its own mask"):
+            graph(images(), attn_mask=torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("name", [n for n in FEW if n != "sparsifiner_deit_tiny"])

@@ -70,7 +70,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ConfigError: onnxscript is not installed.
     """
     _check_installed()
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def shape(name: str, key: str, t: Tensor | None, want: tuple[int, ...]) -> None:
 def integer(value: Any) -> int | None:
     """The integer that ``value`` is, one of numpy's too; None where it is something else."""
     if isinstance(value, int | torch.SymInt):
-        return value  # a symbol stays one
+        return cast(int, value)  # a symbol stays one
     if isinstance(value, Tensor) or not hasattr(value, "__index__"):
         return None
     try:
