@@ -209,4 +209,4 @@ def test_a_tower_of_mixed_precision(precision: str, method: str) -> None:
         out = model.encode_image(x)
         assert out.dtype == dtype
         assert torch.isfinite(out).all()
-        assert run.kept.shape[1] < 16
+        assert len(run.kept[0]) < 16

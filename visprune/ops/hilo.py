@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-from typing import Any
-
 from torch import Tensor
 
 from visprune.errors import ConfigError
