@@ -88,8 +88,8 @@ def test_attention_knows_sizes_only_on_request(given: dict[str, bool]) -> None:
         biases.append(kwargs.get("attn_mask"))
 
     with visprune.prune(model, "pitome", keep_ratio=0.7, **given) as run, torch.no_grad():
-        for block in model.blocks:  # after the method's own hooks, which give the bias
-            block.register_forward_pre_hook(watch, with_kwargs=True)
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(watch, with_kwargs=True)
         model(x)
         assert run.trace.mlp_tokens_per_layer[0][0] < 24
     assert all(bias is None for bias in biases) == (not given)
