@@ -258,9 +258,9 @@ def test_compiles_without_a_break(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
 def test_traces_with_a_free_batch(name: str) -> None:
     model = build(name)
-    model(images())  # OverLoCK keeps biases per size, and makes them in its first forward
-    traced = torch.jit.trace(model, images())  # which itself compares it, without gradients
     with torch.no_grad():
+        model(images())  # OverLoCK keeps biases per size, and makes them in its first forward
+        traced = torch.jit.trace(model, images())  # which itself compares it
         torch.testing.assert_close(traced(images(5)), model(images(5)), rtol=1e-4, atol=1e-5)
 
 
