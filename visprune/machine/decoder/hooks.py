@@ -21,7 +21,7 @@ from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
 from visprune.core.signals.base import DecoderSignal
 from visprune.core.trace import Trace
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.choose import Observer, now
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
@@ -159,6 +159,12 @@ class DecoderHooks:
     def _told(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the model: what it is told of the end of the prompt."""
         self.gate.enter()
+        if torch.compiler.is_exporting():
+            raise UnsupportedModel(
+                f"torch.export cannot follow {self.method.name}: where the pictures stand, and how "
+                f"many tokens stay, depends on the values of a prompt. Call run.remove() before "
+                f"exporting; a pruned image encoder alone exports (visprune.prune on it)."
+            )
         kwargs = dict(kwargs)
         told = kwargs.pop(_PROMPT, None)
         labels = kwargs.get("labels")
