@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visprune.core.method import ModelSpec
+from visprune.cost.layers import EncoderLayer
 from visprune.errors import UnsupportedModel
 
 Record = Callable[[Tensor, Tensor, float], None]
@@ -112,6 +113,12 @@ class Layer:
     mlp_weights: int
     attention_width: int
     head_width: int
+
+    @property
+    def cost(self) -> EncoderLayer:
+        """What it costs by token and by pair."""
+        pair = 2 * self.attention_width
+        return EncoderLayer(self.attention_weights, self.mlp_weights, pair)
 
 
 class Reduction(Protocol):
@@ -245,12 +252,6 @@ def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     """Mean over tokens ``[B, N, D]``, each as often as the patches it stands for ``[B, N]``."""
     share = size / size.sum(1, keepdim=True)
     return (x * share[..., None].to(x.dtype)).sum(1)
-
-
-def matrix_weights(module: nn.Module) -> int:
-    """Multiply-adds per token of the linear layers in ``module``."""
-    linear = (m for m in module.modules() if isinstance(m, nn.Linear))
-    return sum(m.in_features * m.out_features for m in linear)
 
 
 def no_mask(mask: Any, causal: Any) -> None:

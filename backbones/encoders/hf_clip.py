@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visprune.backbones.cost.matrices import matrix_weights
 from visprune.backbones.encoders.base import (
     EncoderAdapter,
     Layer,
     Record,
     Reduction,
-    matrix_weights,
     no_mask,
 )
 from visprune.backbones.hf.probe import Attended, Wanted, watch

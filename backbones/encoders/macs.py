@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visprune.backbones.encoders.base import matrix_weights
+from visprune.backbones.cost.matrices import matrix_weights
 
 
 def embedding_macs(embed: Any, grid: tuple[int, int]) -> int:

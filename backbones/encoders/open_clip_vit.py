@@ -16,13 +16,13 @@ from open_clip.transformer import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from visprune.backbones.cost.matrices import matrix_weights
 from visprune.backbones.encoders.base import (
     EncoderAdapter,
     Instead,
     Layer,
     Record,
     Reduction,
-    matrix_weights,
     weighted_mean,
 )
 from visprune.errors import UnsupportedModel

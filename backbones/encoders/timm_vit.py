@@ -20,13 +20,13 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from visprune.backbones.cost.matrices import matrix_weights
 from visprune.backbones.encoders.base import (
     EncoderAdapter,
     Instead,
     Layer,
     Record,
     Reduction,
-    matrix_weights,
     no_mask,
     refuse_proxy,
     weighted_mean,

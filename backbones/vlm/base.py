@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from visprune.backbones.cost.decoder import read_decoder
+from visprune.backbones.cost.encoder import read_encoder, read_projector
 from visprune.backbones.encoders.base import EncoderAdapter, Instead
 from visprune.core.method import ModelSpec
 from visprune.core.signals.base import EncoderLayer, Signal
@@ -238,9 +240,29 @@ class VLMAdapter:
         raise NotImplementedError  # pragma: no cover - only with an encoder
 
     @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    @property
     def projector(self) -> nn.Module:
-        """What maps the encoder's tokens to the decoder's, one by one."""
-        raise NotImplementedError  # pragma: no cover - only with an encoder
+        """What maps the encoder's tokens to the decoder's: one by one, or ``merge`` squared."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    @property
+    def projecting(self) -> list[nn.Module]:
+        """All that works on the projector's tokens, for counting: modules beside it too."""
+        return [self.projector]
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that the projector makes one token of."""
+        return int(getattr(self.tower, "spatial_merge_size", 1))
+
+    @property
+    def keeps_cls(self) -> bool:
+        """Whether the class token is among the visual tokens."""
+        return False
 
     @property
     def takes_encoded(self) -> bool:
@@ -254,8 +276,19 @@ class VLMAdapter:
         return {**bound, **extra}
 
     def cost_shape(self) -> ModelShape:
-        """Sizes of the whole model, for counting operations."""
-        raise NotImplementedError  # pragma: no cover - abstract
+        """What the whole model costs by token, read from its own modules as they are now.
+
+        Raises:
+            UnsupportedModel: a module holds what cannot be counted.
+        """
+        projectors = self.projecting
+        return ModelShape(
+            decoder=read_decoder(self.layers, self.head, self.text_config),
+            vision=read_encoder(self.tower, projectors),
+            projector=read_projector(
+                projectors, self.tower, merge=self.merge, keeps_cls=self.keeps_cls
+            ),
+        )
 
     def token_id(self, kind: Literal["image", "video"]) -> int | None:
         """Placeholder id in ``input_ids``."""

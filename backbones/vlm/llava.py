@@ -12,13 +12,6 @@ from torch import nn
 from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.encoders.hf_clip import HfClip
 from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
-from visprune.cost.cost import (
-    ModelShape,
-    clip_vision_shape,
-    decoder_shape,
-    llava_projector_shape,
-    pixtral_vision_shape,
-)
 from visprune.errors import ConfigError, UnsupportedModel
 
 # One square grid for all pictures, with or without a class token.
@@ -147,12 +140,3 @@ class LlavaAdapter(VLMAdapter):
                         pixels=picture[:, :height, :width], grids=((1, rows, columns),))
             )  # fmt: skip
         return out
-
-    def cost_shape(self) -> ModelShape:
-        """Sizes of encoder, projector and decoder."""
-        read = pixtral_vision_shape if self.own_sizes else clip_vision_shape
-        return ModelShape(
-            decoder=decoder_shape(self.text_config),
-            vision=read(self.config.vision_config),
-            projector=llava_projector_shape(self.config),
-        )

@@ -12,13 +12,6 @@ from torch import nn
 
 from visprune.backbones.encoders.base import Instead
 from visprune.backbones.vlm.base import Picture, VLMAdapter, grid, mismatch
-from visprune.cost.cost import (
-    ModelShape,
-    decoder_shape,
-    qwen2_5_vl_vision_shape,
-    qwen2_vl_vision_shape,
-    qwen_merger_shape,
-)
 
 
 class Qwen2VLAdapter(VLMAdapter):
@@ -34,6 +27,11 @@ class Qwen2VLAdapter(VLMAdapter):
     def tower(self) -> nn.Module:
         """The vision encoder."""
         return self.core.visual
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger, which makes one token of a block of patches."""
+        return self.core.visual.merger
 
     @property
     def no_encoder(self) -> str:
@@ -88,17 +86,3 @@ class Qwen2VLAdapter(VLMAdapter):
             out.append(Picture(free=free, pos=pos, source=None, pixels=own, kind=kind,
                                grids=((t, h, w),)))  # fmt: skip
         return out
-
-    def cost_shape(self) -> ModelShape:
-        """Sizes of encoder, merger and decoder."""
-        vision = self.config.vision_config
-        read = (
-            qwen2_vl_vision_shape
-            if self.config.model_type == "qwen2_vl"
-            else qwen2_5_vl_vision_shape
-        )
-        return ModelShape(
-            decoder=decoder_shape(self.text_config),
-            vision=read(vision),
-            projector=qwen_merger_shape(vision),
-        )

@@ -22,7 +22,9 @@ import visprune
 from tests import tiny
 from tests.contract import oracle
 from tests.contract.cases import METHODS, everything, few
+from tests.unit import cost_configs
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.machine.find import find_adapter
 
 BREAK, END, STEP = 94, 95, 4
 SIZES = {"a": (12, 20), "b": (24, 8), "c": (16, 16)}
@@ -115,6 +117,18 @@ def test_a_batch_equals_singles(name: str) -> None:
     together = kept(ROWS)
     alone = [*kept(ROWS[:1]), *kept(ROWS[1:2])]
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_its_modules_cost_what_its_config_says() -> None:
+    model = pixtral()
+    read = find_adapter(model).cost_shape()
+    vision = cost_configs.pixtral_vision_shape(model.config.vision_config)
+    projector = cost_configs.llava_projector_shape(model.config)
+    for name in ("layers", "patch", "prefix", "pooled", "pooled_token"):
+        assert getattr(read.vision, name) == getattr(vision, name)
+    for name in ("macs_per_token", "merge", "keeps_cls"):
+        assert getattr(read.projector, name) == getattr(projector, name)
+    assert read.decoder.layers == cost_configs.decoder_shape(model.config.text_config).layers
 
 
 @torch.no_grad()

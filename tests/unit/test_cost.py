@@ -12,15 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.encoder_macs import encoder_macs
 from visprune.cost.cost import (
     PARTS,
     Cost,
+    Decoder,
+    DecoderLayer,
     DecoderShape,
+    Encoder,
+    EncoderLayer,
     ModelShape,
     ProjectorShape,
     VisionShape,
     decode_macs,
+    encoder_macs,
     kv_bytes,
     lm_head_macs,
     prefill_macs,
@@ -142,6 +146,28 @@ def test_windows_tile_the_picture(h: int, w: int, side: int) -> None:
             pairs += (min(side, h - top) * min(side, w - left)) ** 2
     saved = vision_macs(plain, [(1, h, w)]) - vision_macs(windowed, [(1, h, w)])
     assert saved == 2 * 8 * ((h * w) ** 2 - pairs)
+
+
+def test_latents_are_unfolded_in_every_call_and_states_do_not_grow() -> None:
+    decoder = Decoder(
+        (DecoderLayer(token=100, pair=10, key=7, cache=5), DecoderLayer(token=50, state=9)), head=3
+    )
+    assert prefill_macs(decoder, 4) == 4 * 100 + 10 * 10 + 4 * 7 + 4 * 50
+    # Two steps over 4 stored tokens read 5 and 6 keys.
+    assert decode_macs(decoder, 4, 2) == 2 * 100 + 10 * (5 + 6) + 7 * (5 + 6) + 2 * 50
+    assert prefill_macs(decoder, [0, 0], cached=4) == 0
+    assert kv_bytes(decoder, 6, 2) == 2 * (6 * 5 + 9)
+
+
+def test_an_encoder_that_loses_patches_inside() -> None:
+    layers = (EncoderLayer(attention=20, mlp=30, pair=2), EncoderLayer(40, 60, 4))
+    encoder = Encoder(layers, patch=7, prefix=1, pooled=11, pooled_token=5)
+    counts = [(16, 9), (9, 4)]
+    first = 17 * 20 + 17 * 17 * 2 + 10 * 30
+    second = 10 * 40 + 10 * 10 * 4 + 5 * 60
+    frame = 16 * 7 + first + second + 11 + 5 * 5
+    assert vision_macs(encoder, [(1, 4, 4)] * 3, counts) == 3 * frame
+    assert vision_macs(encoder, [(1, 4, 4)], [(16, 16)] * 2) == vision_macs(encoder, [(1, 4, 4)])
 
 
 def test_kv_bytes_of_llava_are_half_a_mebibyte_a_token() -> None:

@@ -17,20 +17,25 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
-from visprune.cost.cost import (
-    ModelShape,
+from tests.unit.cost_configs import (
     clip_vision_shape,
-    decode_macs,
     decoder_shape,
     llava_projector_shape,
-    lm_head_macs,
     pixtral_vision_shape,
-    prefill_macs,
-    projected_tokens,
     qwen2_5_vl_vision_shape,
     qwen2_vl_vision_shape,
     qwen_merger_shape,
+)
+from visprune.backbones.cost.decoder import read_decoder
+from visprune.backbones.cost.encoder import read_encoder, read_projector
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
+from visprune.cost.cost import (
+    ModelShape,
+    VisionShape,
+    decode_macs,
+    lm_head_macs,
+    prefill_macs,
+    projected_tokens,
     sample_cost,
 )
 
@@ -58,10 +63,10 @@ CLIP = {
 
 @dataclass
 class Family:
-    """A tiny model, what it is fed, and what its cost should follow from."""
+    """A tiny model, what it is fed, and what its modules and its config say that it costs."""
 
     model: Any
-    shape: ModelShape
+    told: ModelShape
     grids: list[tuple[int, int, int]]
     pictures: dict[str, torch.Tensor]
     vision: str
@@ -70,8 +75,26 @@ class Family:
     # Tokens that are not projected but stand in the prompt (LLaVA-NeXT's newlines).
     newlines: int = 0
 
+    @property
+    def shape(self) -> ModelShape:
+        """As the library reads it: from the modules."""
+        core, head = self.model.model, self.model.lm_head
+        text = core.language_model
+        tower = core.get_submodule(self.vision[1:])
+        projectors = [core.get_submodule(self.projector[1:])]
+        return ModelShape(
+            read_decoder(text.layers, head, text.config),
+            read_encoder(tower, projectors),
+            read_projector(
+                projectors,
+                tower,
+                merge=self.told.projector.merge,
+                keeps_cls=self.told.projector.keeps_cls,
+            ),
+        )
+
     def inputs(self) -> dict[str, torch.Tensor]:
-        visual = projected_tokens(self.shape.projector, self.grids) + self.newlines
+        visual = projected_tokens(self.told.projector, self.grids) + self.newlines
         ids = torch.tensor([[1, 2, 3, START, *[self.token] * visual, 4, 5, 6, 7]])
         if self.vision == ".visual":
             # What Qwen's processors return beside the ids: 0 text, 1 image, 2 video.
@@ -167,10 +190,15 @@ def _qwen(kind: Any, config: Any, vision: dict[str, Any], read: Callable[..., An
     return Family(model, shape, [], {}, ".visual", ".visual.merger")
 
 
+def _patch_dim(family: Family) -> int:
+    assert isinstance(family.told.vision, VisionShape)
+    return family.told.vision.patch_dim
+
+
 def _image(family: Family, h: int, w: int) -> Family:
     family.grids = [(1, h, w)]
     family.pictures = {
-        "pixel_values": torch.randn(h * w, family.shape.vision.patch_dim),
+        "pixel_values": torch.randn(h * w, _patch_dim(family)),
         "image_grid_thw": torch.tensor(family.grids),
     }
     return family
@@ -179,7 +207,7 @@ def _image(family: Family, h: int, w: int) -> Family:
 def _video(family: Family, t: int, h: int, w: int) -> Family:
     family.grids, family.token = [(t, h, w)], VIDEO
     family.pictures = {
-        "pixel_values_videos": torch.randn(t * h * w, family.shape.vision.patch_dim),
+        "pixel_values_videos": torch.randn(t * h * w, _patch_dim(family)),
         "video_grid_thw": torch.tensor(family.grids),
     }
     return family
@@ -253,6 +281,15 @@ class Counter:
         return sum(self.macs(f".language_model.layers.{layer}") for layer in range(3))
 
 
+def test_modules_and_config_tell_the_same(family: Family) -> None:
+    read, told = family.shape, family.told
+    assert read.decoder.layers == told.decoder.layers
+    assert read.decoder.head == told.decoder.head
+    for name in ("layers", "patch", "prefix", "pooled", "pooled_token"):
+        assert getattr(read.vision, name) == getattr(told.vision, name)
+    assert read.projector.macs_per_token == told.projector.macs_per_token
+
+
 def test_every_part_is_what_the_counter_saw(family: Family) -> None:
     inputs = family.inputs()
     tokens = inputs["input_ids"].shape[1]
@@ -316,7 +353,7 @@ def test_layers_of_different_lengths() -> None:
 def test_pictures_of_different_sizes_and_a_clip_in_one_call(build: Callable[[], Family]) -> None:
     family = build()
     grids = [(1, 6, 10), (2, 4, 4), (1, 2, 14)]
-    patches = torch.randn(sum(t * h * w for t, h, w in grids), family.shape.vision.patch_dim)
+    patches = torch.randn(sum(t * h * w for t, h, w in grids), _patch_dim(family))
     with Counter() as counter:
         family.model.model.visual(patches, grid_thw=torch.tensor(grids))
     cost = sample_cost(family.shape, tokens_per_layer=0, grids=torch.tensor(grids), dtype=4)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.encoder_macs import encoder_macs
-from visprune.cost.cost import DecoderShape, VisionShape, mean_tokens, prefill_macs
+from visprune.cost.cost import DecoderShape, VisionShape, encoder_macs, mean_tokens, prefill_macs
 from visprune.cost.presets import LLAVA_1_5_7B, calflops, fastv, pyramiddrop
 from visprune.errors import ConfigError
 

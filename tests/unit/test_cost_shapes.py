@@ -9,22 +9,30 @@ from typing import Any
 
 import pytest
 
+from tests.unit.cost_configs import (
+    clip_vision_shape,
+    decoder_shape,
+    llava_projector_shape,
+    qwen2_5_vl_vision_shape,
+)
 from visprune.cost.cost import (
     Cost,
+    Decoder,
+    DecoderLayer,
     DecoderShape,
+    Encoder,
+    EncoderLayer,
     ModelShape,
+    Projector,
     ProjectorShape,
     VisionShape,
-    clip_vision_shape,
     decode_macs,
-    decoder_shape,
+    encoder_macs,
     kv_bytes,
-    llava_projector_shape,
     lm_head_macs,
     mean_tokens,
     prefill_macs,
     projected_tokens,
-    qwen2_5_vl_vision_shape,
     sample_cost,
     vision_macs,
 )
@@ -54,10 +62,32 @@ MODEL = ModelShape(DECODER, CLIP, ProjectorShape(((24, 32), (32, 32))))
         (lambda: kv_bytes(DECODER, 1, 0), r"bytes of one element .* at least 1, got 0"),
         (lambda: vision_macs(CLIP, [(4, 4)]), r"\(frames, rows, columns\).*got \[4, 4\]"),
         (lambda: vision_macs(CLIP, [(1, 0, 4)]), r"at least 1, got 0"),
+        (lambda: encoder_macs(CLIP, [1, 2]), r"3 layers, got 2"),
+        (lambda: encoder_macs(CLIP, 2, patches=-1), r"patches .* got -1"),
+        (
+            lambda: encoder_macs(VisionShape(1, 8, 1, 8, 8, 1, window=2, windowed_layers=(0,)), 4),
+            r"use vision_macs for windows",
+        ),
         (
             lambda: projected_tokens(ProjectorShape(((4, 4),), merge=2), [(1, 4, 5)]),
             r"4 by 5 patches cannot be cut .* multiples of 2",
         ),
+        (lambda: vision_macs(CLIP, [(1, 4, 4)], [(16, 9)]), r"counts .* 3 layers, got 1"),
+        (
+            lambda: vision_macs(
+                VisionShape(1, 8, 1, 8, 8, 1, window=2, windowed_layers=(0,)), [(1, 4, 4)], [(9, 9)]
+            ),
+            r"windows are counted for whole frames only",
+        ),
+        (lambda: DecoderLayer(token=-1), r"DecoderLayer\.token .* got -1"),
+        (lambda: DecoderLayer(token=1, window=0), r"DecoderLayer\.window .* at least 1, got 0"),
+        (lambda: Decoder(layers=(), head=1), r"Decoder\.layers is empty"),
+        (lambda: EncoderLayer(1, 2, 0.5), r"EncoderLayer\.pair .* got 0\.5"),  # type: ignore[arg-type]
+        (
+            lambda: Encoder((EncoderLayer(1, 1, 1, window=4),), patch=1, prefix=1),
+            r"windows need prefix=0, got prefix=1",
+        ),
+        (lambda: Projector(3, merge=0), r"Projector\.merge .* at least 1, got 0"),
         (lambda: mean_tokens([]), r"one count per layer"),
         (lambda: Cost(selection=-5), r"Cost\.selection .* got -5"),
         (lambda: Cost(samples=0).per_sample(), r"no samples"),

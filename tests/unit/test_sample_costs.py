@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import visprune
 from tests import tiny
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.find import find_adapter
 from visprune.machine.price import prompt_costs, sample_costs
 
@@ -69,3 +71,67 @@ def test_counts_for_another_number_of_samples_are_refused() -> None:
             sample_costs(run, new_tokens=[1])
     with pytest.raises(ConfigError, match="one count for each of the 2 samples, got 3"):
         prompt_costs(find_adapter(model), inputs, [], new_tokens=[1, 1, 1])
+
+
+def siglip() -> Any:
+    """LLaVA over SigLIP, whose pooling head runs though nobody reads it."""
+    torch.manual_seed(0)
+    plain = tiny.build("llava")
+    sizes = {k: getattr(plain.config.vision_config, k) for k in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "image_size", "patch_size"
+    )}  # fmt: skip
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**sizes),
+        text_config=plain.config.text_config,
+        image_token_id=tiny.IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full",  # SigLIP has no class token to leave out
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def with_class_token() -> tuple[Any, dict[str, Any]]:
+    """LLaVA whose class token is projected too: one placeholder more."""
+    model, inputs = tiny.build("llava", attn="eager"), tiny.inputs("llava", [[3, "a", 5]])
+    model.config.vision_feature_select_strategy = "full"
+    ids = inputs["input_ids"]
+    more = torch.full((1, 1), tiny.IMAGE)
+    inputs["input_ids"] = torch.cat([ids[:, :3], more, ids[:, 3:]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return model, inputs
+
+
+REDUCED = {
+    "llava": lambda: (tiny.build("llava", attn="eager"), tiny.inputs("llava", [[3, "a", 5]])),
+    "class token": with_class_token,
+    "siglip": lambda: (siglip(), tiny.inputs("llava", [[3, "a", 5]])),
+    "llava_next": lambda: (
+        tiny.build("llava_next", attn="eager"),
+        tiny.inputs("llava_next", [[2, "A", 4]]),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", REDUCED)
+@pytest.mark.parametrize(("method", "params"), [("keep_all", {}), ("tome", {"r": 3}), ("evit", {})])
+def test_a_reduced_encoder_costs_what_the_counter_sees(
+    kind: str, method: str, params: dict[str, Any]
+) -> None:
+    model, inputs = REDUCED[kind]()
+    if (kind, method) == ("siglip", "evit"):
+        with pytest.raises(UnsupportedModel, match="class token"):
+            visprune.prune(model, method, **params)
+        return
+    with visprune.prune(model, method, **params) as run:
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs, logits_to_keep=1)
+        cost = run.cost()
+    seen = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    (tower,) = (macs for name, macs in seen.items() if name.endswith(".vision_tower"))
+    (projector,) = (macs for name, macs in seen.items() if name.endswith(".multi_modal_projector"))
+    assert cost.vision + cost.selection == tower  # these methods choose by matrix products alone
+    assert cost.projector == projector

@@ -6,7 +6,8 @@ The unit is the multiply-add (MAC); ``flops = 2 × macs``. Papers of this field 
 
 Counted: every matrix product and the patch convolution, with grouped-query attention and gated MLPs
 as they are, causal attention as a kernel computes it that skips what is masked (``causal="ideal"``)
-or as the full square (``"dense"``).
+or as the full square (``"dense"``); of experts, those that a token is sent to; of a recurrent
+layer, three products with its state for each token, though kernels that work in chunks spend more.
 
 Not counted: norms, activations, softmax, rotary embeddings, residual additions, biases, embedding
 look-ups, sampling; nor the padding of a batch, which belongs to no sample.
@@ -18,18 +19,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from visprune.cost.configs import (
-    clip_vision_shape,
-    decoder_shape,
-    llava_projector_shape,
-    pixtral_vision_shape,
-    qwen2_5_vl_vision_shape,
-    qwen2_vl_vision_shape,
-    qwen_merger_shape,
+from visprune.cost.layers import (
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    Projector,
+    as_count,
 )
 from visprune.cost.macs import (
     Causal,
     decode_macs,
+    encoder_macs,
     kv_bytes,
     lm_head_macs,
     mean_tokens,
@@ -40,7 +41,7 @@ from visprune.cost.macs import (
     visible_pairs,
     vision_macs,
 )
-from visprune.cost.shapes import DecoderShape, ModelShape, ProjectorShape, VisionShape, as_count
+from visprune.cost.shapes import DecoderShape, ModelShape, ProjectorShape, VisionShape
 from visprune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,24 +51,23 @@ __all__ = [
     "PARTS",
     "Causal",
     "Cost",
+    "Decoder",
+    "DecoderLayer",
     "DecoderShape",
+    "Encoder",
+    "EncoderLayer",
     "ModelShape",
+    "Projector",
     "ProjectorShape",
     "VisionShape",
-    "clip_vision_shape",
     "decode_macs",
-    "decoder_shape",
+    "encoder_macs",
     "kv_bytes",
-    "llava_projector_shape",
     "lm_head_macs",
     "mean_tokens",
-    "pixtral_vision_shape",
     "prefill_macs",
     "projected_tokens",
     "projector_macs",
-    "qwen2_5_vl_vision_shape",
-    "qwen2_vl_vision_shape",
-    "qwen_merger_shape",
     "sample_cost",
     "visible_pairs",
     "vision_macs",
@@ -178,6 +178,7 @@ def sample_cost(
     tokens_per_layer: int | Iterable[int],
     dtype: torch.dtype | int,
     grids: Iterable[Sequence[int]] = (),
+    encoder_counts: Sequence[tuple[int, int]] | None = None,
     projected: int | None = None,
     stored_per_layer: int | Iterable[int] | None = None,
     cached: int | Iterable[int] = 0,
@@ -193,6 +194,8 @@ def sample_cost(
         tokens_per_layer: Tokens, text and visual, that enter each decoder layer.
         dtype: The cache's dtype, or the bytes of one element.
         grids: ``(t, h, w)`` in patches of everything the vision tower encodes in this call.
+        encoder_counts: Patches of a frame before and behind each encoder layer's attention, where
+            a method takes some inside the encoder; ``None``: all.
         projected: Tokens out of the projector; ``None``: those of the whole ``grids``.
         stored_per_layer: Tokens in each layer's cache after the prefill; ``None``: ``cached`` and
             the tokens that entered. Less where a method evicts (site ``cache``).
@@ -216,7 +219,7 @@ def sample_cost(
         projected = projected_tokens(model.projector, pictures)
     steps = as_count("decode_steps", decode_steps)
     return Cost(
-        vision=vision_macs(model.vision, pictures),
+        vision=vision_macs(model.vision, pictures, encoder_counts),
         projector=projector_macs(model.projector, projected),
         selection=selection,
         prefill=prefill_macs(decoder, tokens, causal=causal, cached=before),

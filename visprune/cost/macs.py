@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiply-adds (MACs) of each part of a vision-language model.
+"""Multiply-adds (MACs) of each part of a vision-language model, from the counts of tokens.
 
-Of one decoder layer with n tokens, width d, query width q, key width k and MLP width m:
-``n·d·(q + 2k) + n·q·d`` for the projections, ``2·q`` for each pair of a query and a key it sees,
-and ``3·n·d·m`` for the MLP (``2·n·d·m`` where it has no gate). :mod:`visprune.cost.cost` says
-what is counted and what is not.
+What a layer costs for each token, pair and key stands in :mod:`visprune.cost.layers`.
+:mod:`visprune.cost.cost` says what is counted and what is not.
 """
 
 from __future__ import annotations
@@ -12,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from visprune.cost.shapes import DecoderShape, ProjectorShape, VisionShape, as_count
+from visprune.cost.layers import Decoder, DecoderLayer, Encoder, Projector, as_count
+from visprune.cost.shapes import DecoderShape, ProjectorShape, VisionShape
 from visprune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -68,16 +67,17 @@ def visible_pairs(
     return growing * cached + growing * (growing + 1) // 2 + full
 
 
-def _decoder_layer(shape: DecoderShape, tokens: int, pairs: int) -> int:
-    """Multiply-adds of one decoder layer."""
-    width, query, kv = shape.hidden_size, shape.query_size, shape.kv_size
-    projections = tokens * width * (2 * query + 2 * kv)
-    mlp = (3 if shape.gated_mlp else 2) * tokens * width * shape.ffn_size
-    return projections + 2 * query * pairs + mlp
+def _decoder_layer(
+    layer: DecoderLayer, tokens: int, cached: int, *, causal: Causal = "ideal"
+) -> int:
+    """Multiply-adds of one call of one decoder layer."""
+    pairs = visible_pairs(tokens, cached, causal=causal, window=layer.window)
+    keys = cached + tokens if tokens else 0
+    return tokens * layer.token + pairs * layer.pair + keys * layer.key
 
 
 def prefill_macs(
-    shape: DecoderShape,
+    shape: DecoderShape | Decoder,
     tokens_per_layer: int | Iterable[int],
     *,
     causal: Causal = "ideal",
@@ -97,12 +97,14 @@ def prefill_macs(
     tokens = per_layer("tokens_per_layer", tokens_per_layer, shape.num_layers)
     before = per_layer("cached", cached, shape.num_layers)
     return sum(
-        _decoder_layer(shape, n, visible_pairs(n, c, causal=causal, window=shape.window(layer)))
-        for layer, (n, c) in enumerate(zip(tokens, before, strict=True))
+        _decoder_layer(layer, n, c, causal=causal)
+        for layer, n, c in zip(shape.layers, tokens, before, strict=True)
     )
 
 
-def decode_macs(shape: DecoderShape, stored_per_layer: int | Iterable[int], steps: int = 1) -> int:
+def decode_macs(
+    shape: DecoderShape | Decoder, stored_per_layer: int | Iterable[int], steps: int = 1
+) -> int:
     """Multiply-adds of the decoder layers in ``steps`` single-token steps, without the head.
 
     Args:
@@ -115,13 +117,16 @@ def decode_macs(shape: DecoderShape, stored_per_layer: int | Iterable[int], step
     """
     stored = per_layer("stored_per_layer", stored_per_layer, shape.num_layers)
     steps = as_count("steps", steps)
+    # The pairs of all steps are those of one call of so many tokens; keys are read in every step.
     return sum(
-        _decoder_layer(shape, steps, visible_pairs(steps, kept, window=shape.window(layer)))
-        for layer, kept in enumerate(stored)
+        steps * layer.token
+        + visible_pairs(steps, kept, window=layer.window) * layer.pair
+        + (steps * kept + steps * (steps + 1) // 2) * layer.key
+        for layer, kept in zip(shape.layers, stored, strict=True)
     )
 
 
-def lm_head_macs(shape: DecoderShape, rows: int) -> int:
+def lm_head_macs(shape: DecoderShape | Decoder, rows: int) -> int:
     """Multiply-adds of the language-model head on ``rows`` tokens.
 
     ``generate`` applies it to one row per call, a plain forward to every token that is left.
@@ -129,14 +134,7 @@ def lm_head_macs(shape: DecoderShape, rows: int) -> int:
     Raises:
         ConfigError: ``rows`` is negative or not whole.
     """
-    return as_count("rows", rows) * shape.hidden_size * shape.vocab_size
-
-
-def _encoder_layer(shape: VisionShape, tokens: int, pairs: int, mlp_tokens: int) -> int:
-    """Multiply-adds of one vision layer."""
-    width, heads = shape.hidden_size, shape.attention_size
-    mlp = (3 if shape.gated_mlp else 2) * mlp_tokens * width * shape.ffn_size
-    return 4 * tokens * width * heads + 2 * heads * pairs + mlp
+    return as_count("rows", rows) * shape.head
 
 
 def _window_pairs(height: int, width: int, side: int) -> int:
@@ -156,31 +154,85 @@ def _grid(grid: Sequence[int]) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def vision_macs(shape: VisionShape, grids: Iterable[Sequence[int]]) -> int:
-    """Multiply-adds of the vision tower, patch embedding included.
+def vision_macs(
+    shape: VisionShape | Encoder,
+    grids: Iterable[Sequence[int]],
+    counts: Sequence[tuple[int, int]] | None = None,
+) -> int:
+    """Multiply-adds of the image encoder, patch embedding included.
 
     Args:
-        shape: The tower.
+        shape: The encoder.
         grids: ``(t, h, w)`` in patches for each picture, crop or clip: ``[(1, 24, 24)] * 5`` for
             five CLIP crops, the rows of ``image_grid_thw`` for Qwen. A frame attends to itself.
+        counts: Of each layer, the patches that enter it and those that are left behind its
+            attention, where a method takes some inside; every frame has as many. ``None``: all.
 
     Raises:
-        ConfigError: A grid is not three positive whole numbers.
+        ConfigError: A grid is not three positive whole numbers, or ``counts`` has another number of
+            layers, or there are windows (who shares one would depend on positions).
     """
-    windowed = len(set(shape.windowed_layers))
+    layers = shape.layers
+    if counts is not None:
+        if any(layer.window is not None for layer in layers):
+            raise ConfigError("Layers with windows are counted for whole frames only.")
+        entering = per_layer("counts", (before for before, _ in counts), len(layers))
+        left = per_layer("counts", (after for _, after in counts), len(layers))
     macs = 0
     for t, h, w in map(_grid, grids):
-        tokens = h * w + shape.has_cls
-        frame = h * w * shape.patch_dim * shape.hidden_size
-        frame += (shape.num_layers - windowed) * _encoder_layer(shape, tokens, tokens**2, tokens)
-        if shape.window is not None:
-            pairs = _window_pairs(h, w, shape.window)
-            frame += windowed * _encoder_layer(shape, tokens, pairs, tokens)
-        macs += t * frame
+        patches = h * w
+        if counts is None:
+            entering = left = [patches] * len(layers)
+        macs += t * patches * shape.patch
+        macs += t * _frame_macs(shape, (h, w), entering, left)
     return macs
 
 
-def projected_tokens(shape: ProjectorShape, grids: Iterable[Sequence[int]]) -> int:
+def _frame_macs(
+    shape: VisionShape | Encoder, grid: tuple[int, int], entering: list[int], left: list[int]
+) -> int:
+    """Multiply-adds of one frame behind the embedding."""
+    macs, tokens = shape.pooled, grid[0] * grid[1] + shape.prefix
+    for layer, before, after in zip(shape.layers, entering, left, strict=True):
+        queries, tokens = before + shape.prefix, after + shape.prefix
+        pairs = queries * queries if layer.window is None else _window_pairs(*grid, layer.window)
+        macs += layer.macs(queries, pairs, tokens)
+    return macs + tokens * shape.pooled_token
+
+
+def encoder_macs(
+    shape: VisionShape | Encoder,
+    tokens_per_layer: int | Iterable[int],
+    mlp_tokens_per_layer: int | Iterable[int] | None = None,
+    *,
+    patches: int = 0,
+) -> int:
+    """Multiply-adds of an image encoder that loses tokens on the way (one picture, no windows).
+
+    Args:
+        shape: The tower. Windows are refused: who shares one would depend on positions.
+        tokens_per_layer: Tokens, CLS included, that enter each layer's attention.
+        mlp_tokens_per_layer: Tokens that enter each layer's MLP, where a method drops or merges
+            tokens between the two (ToMe, EViT); ``None``: the same.
+        patches: Patches that were embedded; 0 leaves the patch embedding out.
+
+    Raises:
+        ConfigError: A negative or fractional count, another number of layers, or a tower with
+            windowed layers.
+    """
+    if any(layer.window is not None for layer in shape.layers):
+        raise ConfigError("encoder_macs counts global attention only; use vision_macs for windows.")
+    tokens = per_layer("tokens_per_layer", tokens_per_layer, shape.num_layers)
+    mlp = tokens
+    if mlp_tokens_per_layer is not None:
+        mlp = per_layer("mlp_tokens_per_layer", mlp_tokens_per_layer, shape.num_layers)
+    embedding = as_count("patches", patches) * shape.patch
+    return embedding + sum(
+        layer.macs(n, n * n, k) for layer, n, k in zip(shape.layers, tokens, mlp, strict=True)
+    )
+
+
+def projected_tokens(shape: ProjectorShape | Projector, grids: Iterable[Sequence[int]]) -> int:
     """Count the tokens that come out of the projector for whole, unpruned pictures.
 
     Args:
@@ -201,7 +253,7 @@ def projected_tokens(shape: ProjectorShape, grids: Iterable[Sequence[int]]) -> i
     return tokens
 
 
-def projector_macs(shape: ProjectorShape, tokens: int) -> int:
+def projector_macs(shape: ProjectorShape | Projector, tokens: int) -> int:
     """Multiply-adds of the projector for ``tokens`` tokens that come out of it.
 
     Raises:
@@ -211,9 +263,9 @@ def projector_macs(shape: ProjectorShape, tokens: int) -> int:
 
 
 def kv_bytes(
-    shape: DecoderShape, stored_per_layer: int | Iterable[int], dtype: torch.dtype | int
+    shape: DecoderShape | Decoder, stored_per_layer: int | Iterable[int], dtype: torch.dtype | int
 ) -> int:
-    """Bytes of the keys and values in the cache of one sample.
+    """Bytes of the cache of one sample: keys and values, latents, states of recurrent layers.
 
     Args:
         shape: The decoder.
@@ -225,7 +277,10 @@ def kv_bytes(
     """
     stored = per_layer("stored_per_layer", stored_per_layer, shape.num_layers)
     itemsize = as_count("The bytes of one element", getattr(dtype, "itemsize", dtype), minimum=1)
-    return 2 * sum(stored) * shape.kv_size * itemsize
+    numbers = sum(
+        count * layer.cache + layer.state for layer, count in zip(shape.layers, stored, strict=True)
+    )
+    return numbers * itemsize
 
 
 def mean_tokens(tokens_per_layer: Sequence[int]) -> float:

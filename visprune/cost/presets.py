@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from visprune.cost.layers import as_count
 from visprune.cost.macs import lm_head_macs, per_layer, prefill_macs
-from visprune.cost.shapes import DecoderShape, as_count
+from visprune.cost.shapes import DecoderShape
 from visprune.errors import ConfigError, did_you_mean
 
 __all__ = ["LLAVA_1_5_7B", "CalflopsCount", "calflops", "fastv", "pyramiddrop"]

@@ -1,44 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes that decide what a model costs."""
+"""The sizes that decide what a plain model costs, for pricing one that is not at hand."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from visprune.cost.layers import (
+    Decoder,
+    DecoderLayer,
+    Encoder,
+    EncoderLayer,
+    Projector,
+    as_count,
+    check_counts,
+)
 from visprune.errors import ConfigError
 
 _ATTENTION_SIZES = ("num_layers", "hidden_size", "num_heads", "head_dim", "ffn_size")
-
-
-def as_count(name: str, value: object, minimum: int = 0) -> int:
-    """Return ``value`` as a Python int.
-
-    Args:
-        name: What is counted, for the message.
-        value: An int, or anything that is one exactly (a NumPy integer, a 0-d integer tensor).
-        minimum: The smallest value allowed.
-
-    Raises:
-        ConfigError: ``value`` is not a whole number or is below ``minimum``.
-    """
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < minimum:
-        raise ConfigError(
-            f"{name} must be a whole number of at least {minimum}, got {value!r}. "
-            "Costs are counted from real token counts, not from averages."
-        )
-    return number
-
-
-def _check_counts(shape: object, names: Iterable[str]) -> None:
-    """Raise ``ConfigError`` unless each named field of ``shape`` is a positive whole number."""
-    for name in names:
-        as_count(f"{type(shape).__name__}.{name}", getattr(shape, name), minimum=1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +51,7 @@ class DecoderShape:
     windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_counts(self, [*_ATTENTION_SIZES, "num_kv_heads", "vocab_size"])
+        check_counts(self, [*_ATTENTION_SIZES, "num_kv_heads", "vocab_size"])
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}."
@@ -100,6 +78,22 @@ class DecoderShape:
     def window(self, layer: int) -> int | None:
         """Return the sliding-window length of ``layer``, ``None`` where it has none."""
         return self.windows[layer] if self.windows else None
+
+    @property
+    def layers(self) -> tuple[DecoderLayer, ...]:
+        """What each layer costs."""
+        width, query, kv = self.hidden_size, self.query_size, self.kv_size
+        mlp = (3 if self.gated_mlp else 2) * width * self.ffn_size
+        token = 2 * width * (query + kv) + mlp
+        return tuple(
+            DecoderLayer(token=token, pair=2 * query, cache=2 * kv, window=self.window(layer))
+            for layer in range(self.num_layers)
+        )
+
+    @property
+    def head(self) -> int:
+        """Multiply-adds of the language-model head for each row."""
+        return self.hidden_size * self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ class VisionShape:
     windowed_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_counts(self, [*_ATTENTION_SIZES, "patch_dim"])
+        check_counts(self, [*_ATTENTION_SIZES, "patch_dim"])
         if self.window is not None:
             as_count("VisionShape.window", self.window, minimum=1)
         if not self.windowed_layers:
@@ -158,6 +152,34 @@ class VisionShape:
         """Width of all heads together."""
         return self.num_heads * self.head_dim
 
+    @property
+    def layers(self) -> tuple[EncoderLayer, ...]:
+        """What each layer costs."""
+        width, heads = self.hidden_size, self.attention_size
+        mlp = (3 if self.gated_mlp else 2) * width * self.ffn_size
+        windowed = set(self.windowed_layers)
+        return tuple(
+            EncoderLayer(4 * width * heads, mlp, 2 * heads, self.window if i in windowed else None)
+            for i in range(self.num_layers)
+        )
+
+    @property
+    def patch(self) -> int:
+        """Multiply-adds of the embedding for each patch."""
+        return self.patch_dim * self.hidden_size
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of each frame that are no patch."""
+        return int(self.has_cls)
+
+    @property
+    def pooled(self) -> int:
+        """No pooling head."""
+        return 0
+
+    pooled_token = pooled
+
 
 @dataclass(frozen=True)
 class ProjectorShape:
@@ -177,7 +199,7 @@ class ProjectorShape:
     keeps_cls: bool = False
 
     def __post_init__(self) -> None:
-        _check_counts(self, ["merge"])
+        check_counts(self, ["merge"])
         for layer in self.layers:
             for size in layer:
                 as_count("ProjectorShape.layers", size, minimum=1)
@@ -192,6 +214,6 @@ class ProjectorShape:
 class ModelShape:
     """A vision-language model: what one forward call runs through."""
 
-    decoder: DecoderShape
-    vision: VisionShape
-    projector: ProjectorShape
+    decoder: DecoderShape | Decoder
+    vision: VisionShape | Encoder
+    projector: ProjectorShape | Projector

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +87,10 @@ def sample_costs(
     dtype = next(run.adapter.language_model.parameters()).dtype
     samples = len(trace.tokens_per_layer)
     _check_lengths(new_tokens, samples)
+    counts = projected = None
+    if run.encoder is not None:
+        counts = run.encoder.counts()
+        projected = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
     costs = []
     for row in range(samples):
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
@@ -100,10 +103,10 @@ def sample_costs(
             alone = [new + old for new, old in zip(sequence, cached, strict=True)]
             stored = [min(pair) for pair in zip(stored, alone, strict=True)]
         grids = [grid for i in images for grid in trace.grids[i]]
-        encoder = run.encoder
         cost = sample_cost(
             shape,
-            projected=None if encoder is None else encoder.projected(len(grids)),
+            encoder_counts=counts,
+            projected=None if projected is None else projected * len(grids),
             tokens_per_layer=sequence,
             stored_per_layer=stored,
             cached=cached,
@@ -113,8 +116,6 @@ def sample_costs(
             selection=share,
             causal=causal,
         )
-        if encoder is not None:
-            cost = replace(cost, vision=cost.vision - encoder.saved(len(grids)))
         costs.append(cost)
     return costs
 

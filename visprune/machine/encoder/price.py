@@ -35,20 +35,34 @@ def encoder_cost(
         upto: layers that run; ``None``: all.
     """
     total = grid[0] * grid[1]
-    layers = adapter.layers[:upto]
-    vision = selection = 0
     counts = plan.counts(total, len(adapter.layers))
-    for number, (layer, (before, after)) in enumerate(zip(layers, counts, strict=False)):
+    vision = adapter.fixed_macs(grid, counts[-1][1] if counts else total)
+    for layer, (before, after) in zip(adapter.layers[:upto], counts, strict=False):
         tokens = before + adapter.prefix
-        vision += tokens * layer.attention_weights + (after + adapter.prefix) * layer.mlp_weights
-        vision += 2 * tokens * tokens * layer.attention_width
-        entering = counts[number - 1][1] if number else total
-        for _, stage in plan.entry.get(number, ()):
-            selection += _stage_macs(adapter, method, stage, number, entering, before)
-        for _, stage in plan.inside.get(number, ()):
-            selection += _stage_macs(adapter, method, stage, number, before, after)
-    vision += adapter.fixed_macs(grid, counts[-1][1] if counts else total)
+        vision += layer.cost.macs(tokens, tokens * tokens, after + adapter.prefix)
+    selection = selection_macs(adapter, method, plan, grid, upto=upto)
     return Cost(vision=samples * vision, selection=samples * selection, samples=samples)
+
+
+def selection_macs(
+    adapter: EncoderAdapter,
+    method: PruningMethod,
+    plan: EncoderPlan,
+    grid: tuple[int, int],
+    *,
+    upto: int | None = None,
+) -> int:
+    """What the method itself computes on one picture, see :func:`encoder_cost`."""
+    total = grid[0] * grid[1]
+    counts = plan.counts(total, len(adapter.layers))
+    spent, entering = 0, total
+    for number, (before, after) in enumerate(counts[:upto]):
+        for _, stage in plan.entry.get(number, ()):
+            spent += _stage_macs(adapter, method, stage, number, entering, before)
+        for _, stage in plan.inside.get(number, ()):
+            spent += _stage_macs(adapter, method, stage, number, before, after)
+        entering = after
+    return spent
 
 
 def _stage_macs(

@@ -19,13 +19,12 @@ from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.vlm.base import Picture, VLMAdapter
 from visprune.core.method import PruningMethod
 from visprune.core.selection import Selection
-from visprune.cost.cost import Cost
 from visprune.errors import ConfigError
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
 from visprune.machine.encoder.plan import EncoderPlan
-from visprune.machine.encoder.price import encoder_cost
+from visprune.machine.encoder.price import selection_macs
 from visprune.machine.encoder.reducer import EncoderReducer
 
 
@@ -129,21 +128,14 @@ class EncoderReduction:
         fwd.trace.stages.append({"site": "; ".join(sites), "before": before, "clamped": [],
                                  "after": after})  # fmt: skip
         pictures = sum(len(image.layout.picture.grids) for image in fwd.images)
-        fwd.trace.selection_macs += pictures * self._cost(self.plan).selection
+        spent = selection_macs(self._encoder, self.method, self.plan, self._encoder.default_grid())
+        fwd.trace.selection_macs += pictures * spent
         return step
 
-    def projected(self, pictures: int) -> int:
-        """Patch tokens that the projector is given of ``pictures`` encoder pictures."""
+    def counts(self) -> list[tuple[int, int]]:
+        """Patches of one encoder picture that enter each layer, and that leave its attention."""
         height, width = self._encoder.default_grid()
-        counts = self.plan.counts(height * width, len(self._encoder.layers))
-        return pictures * counts[self.adapter.encoder_end][1]
-
-    def saved(self, pictures: int) -> int:
-        """Multiply-adds of the encoder that ``pictures`` encoder pictures did not take."""
-        return pictures * (self._cost(EncoderPlan()).vision - self._cost(self.plan).vision)
-
-    def _cost(self, plan: EncoderPlan) -> Cost:
-        return encoder_cost(self._encoder, self.method, plan, self._encoder.default_grid())
+        return self.plan.counts(height * width, len(self._encoder.layers))
 
 
 def _one_of_each(slot: Tensor, stands: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read cost shapes from model configs.
+"""Read cost shapes from model configs: a second opinion on what is read from the modules.
 
 A config is read by attribute only, so nothing here imports transformers: any object with the same
 attributes will do.
