@@ -188,6 +188,7 @@ NO_WORK = {
     *("rows_no_rows", "rows_no_keys", "columns_no_rows"),
     *("hilo_no_images", "hilo_no_rows", "index_no_queries", "index_no_keys", "index_of_nothing"),
     *("blocks_none", "blocks_no_queries", "topk_no_rows", "topk_no_rank"),
+    *("ragged_no_slots", "ragged_no_queries", "ragged_no_batch", "codes_no_slots"),
 }
 
 

@@ -24,6 +24,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.bool: "*i1",
 }
 H100 = GPUTarget("cuda", 90, 32)
@@ -46,6 +47,11 @@ CHOSEN = (
     "neighborhood_attention-space",
     "neighborhood_attention-qk_plane",
     "neighborhood_attention-av_plane",
+    "ragged_decode-queries_causal",
+    "ragged_decode-blocks_counts",
+    "ragged_decode-codes_2",
+    "ragged_decode-codes_mixed",
+    "ragged_decode-codes_8",
     "sparse_attention-index",
     "sparse_attention-blocks",
     "sparse_attention-topk",

@@ -11,6 +11,15 @@ by ``torch.utils.flop_counter``.
 from visprune.ops.hilo import hilo_attention, hilo_layer, hilo_pool
 from visprune.ops.match import bipartite_pairs
 from visprune.ops.neighborhood import na_av, na_qk, neighborhood_attention
+from visprune.ops.ragged import (
+    RAGGED_BLOCK,
+    QuantizedKV,
+    dequantize_kv,
+    merge_attention,
+    quantize_kv,
+    ragged_decode,
+    ragged_offsets,
+)
 from visprune.ops.reduce import (
     add_rows,
     bipartite_match,
@@ -25,21 +34,28 @@ from visprune.ops.select import greedy_diverse
 from visprune.ops.sparse import lowrank_topk, sparse_attention
 
 __all__ = [
+    "RAGGED_BLOCK",
+    "QuantizedKV",
     "add_rows",
     "attention_rows",
     "bipartite_match",
     "bipartite_pairs",
     "column_sums",
+    "dequantize_kv",
     "gather_tokens",
     "greedy_diverse",
     "hilo_attention",
     "hilo_layer",
     "hilo_pool",
     "lowrank_topk",
+    "merge_attention",
     "merge_tokens",
     "na_av",
     "na_qk",
     "neighborhood_attention",
+    "quantize_kv",
+    "ragged_decode",
+    "ragged_offsets",
     "reduce_tokens",
     "sparse_attention",
     "take_rows",
