@@ -15,7 +15,7 @@ from visprune.core.method import ModelSpec
 from visprune.cost.layers import EncoderLayer
 from visprune.errors import UnsupportedModel
 
-Record = Callable[[Tensor, Tensor, float], None]
+ShownQK = Callable[[Tensor, Tensor, float], None]
 
 
 class Instead:
@@ -200,7 +200,7 @@ class EncoderAdapter:
         """
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def watch(self, number: int, record: Record) -> list[Any]:
+    def watch(self, number: int, record: ShownQK) -> list[Any]:
         """Show queries and keys ``[B, H, T, d]`` of a layer's attention, and the scale."""
         raise NotImplementedError  # pragma: no cover - abstract
 

@@ -12,8 +12,8 @@ from visprune.backbones.cost.matrices import matrix_weights
 from visprune.backbones.encoders.base import (
     EncoderAdapter,
     Layer,
-    Record,
     Reduction,
+    ShownQK,
     no_mask,
 )
 from visprune.backbones.hf.probe import Attended, Wanted, watch
@@ -105,7 +105,7 @@ class HfClip(EncoderAdapter):
             return (args[0], mask, *args[2:]), kwargs
         return args, {**kwargs, "attention_mask": mask}
 
-    def watch(self, number: int, record: Record) -> list[Any]:
+    def watch(self, number: int, record: ShownQK) -> list[Any]:
         """By the probe of transformers' attention functions."""
         return [watch(self.layers[number].attention, functools.partial(_wanted, record))]
 
@@ -118,11 +118,11 @@ class HfClip(EncoderAdapter):
         return [pooler.attention.register_forward_pre_hook(hook, with_kwargs=True)]
 
 
-def _wanted(record: Record) -> Wanted:
+def _wanted(record: ShownQK) -> Wanted:
     return Wanted(functools.partial(_hand_on, record))
 
 
-def _hand_on(record: Record, attended: Attended) -> None:
+def _hand_on(record: ShownQK, attended: Attended) -> None:
     record(attended.query, attended.key, attended.scale)
 
 

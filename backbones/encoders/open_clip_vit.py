@@ -21,8 +21,8 @@ from visprune.backbones.encoders.base import (
     EncoderAdapter,
     Instead,
     Layer,
-    Record,
     Reduction,
+    ShownQK,
     weighted_mean,
 )
 from visprune.errors import UnsupportedModel
@@ -86,7 +86,7 @@ class OpenClipViT(EncoderAdapter):
         """Nothing here: the bias goes to the attention module, see :meth:`overrides`."""
         return args, kwargs
 
-    def watch(self, number: int, record: Record) -> list[Any]:
+    def watch(self, number: int, record: ShownQK) -> list[Any]:
         """Project queries and keys of what the attention is given."""
         hook = functools.partial(_project, record)
         attention = self.layers[number].attention
@@ -142,7 +142,7 @@ class OpenClipViT(EncoderAdapter):
         return {**found, "image_intermediates": maps}
 
 
-def _project(record: Record, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _project(record: ShownQK, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["query"]
     record(*_queries_and_keys(module, x), (x.shape[-1] // module.num_heads) ** -0.5)
 

@@ -10,7 +10,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from visprune.backbones.encoders.base import Hooks, Layer, Record, places
+from visprune.backbones.encoders.base import Hooks, Layer, ShownQK, places
 from visprune.backbones.encoders.timm_hooks import watch_norms
 from visprune.backbones.encoders.timm_vit import TimmViT
 
@@ -44,7 +44,7 @@ class TimmEva(TimmViT):
             return args, kwargs
         return args, {**kwargs, "rope": places(kwargs["rope"], at)}
 
-    def watch(self, number: int, record: Record) -> list[Any]:
+    def watch(self, number: int, record: ShownQK) -> list[Any]:
         """The norms come before the rotation: it is applied to what they show."""
         attention: Any = self.layers[number].attention
         hooks = _Turned(attention, record)
@@ -55,7 +55,7 @@ class TimmEva(TimmViT):
 class _Turned(Hooks):
     """The hooks of :meth:`TimmEva.watch` on one attention module."""
 
-    def __init__(self, attention: Any, record: Record) -> None:
+    def __init__(self, attention: Any, record: ShownQK) -> None:
         super().__init__()
         self.attention, self.record = attention, record
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.encoders.base import Hooks, Record
+from visprune.backbones.encoders.base import Hooks, ShownQK
 
 
-def watch_norms(attention: Any, record: Record, *, heads_last: bool = False) -> list[Any]:
+def watch_norms(attention: Any, record: ShownQK, *, heads_last: bool = False) -> list[Any]:
     """Show what comes out of ``q_norm`` and ``k_norm``; the query's runs first."""
     hooks = _Norms(attention, record, heads_last=heads_last)
     return [
@@ -24,7 +24,7 @@ def watch_norms(attention: Any, record: Record, *, heads_last: bool = False) -> 
 class _Norms(Hooks):
     """The hooks of :func:`watch_norms` on one attention module."""
 
-    def __init__(self, attention: Any, record: Record, *, heads_last: bool) -> None:
+    def __init__(self, attention: Any, record: ShownQK, *, heads_last: bool) -> None:
         super().__init__()
         self.attention, self.record, self.heads_last = attention, record, heads_last
 
@@ -41,7 +41,7 @@ class _Norms(Hooks):
 class Branches(Hooks):
     """Attention modules side by side count as one with the heads of all."""
 
-    def __init__(self, count: int, record: Record) -> None:
+    def __init__(self, count: int, record: ShownQK) -> None:
         super().__init__()
         self.count, self.record = count, record
 

@@ -32,7 +32,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from visprune.backbones.vit.hilo import HiLo
-from visprune.backbones.vit.staged import Stage, StagedViT, record_input_size
+from visprune.backbones.vit.staged import StagedViT, ViTStage, record_input_size
 from visprune.backbones.vit.token_merging import TokenMerging
 from visprune.errors import ConfigError
 
@@ -205,7 +205,7 @@ class LITv2(StagedViT):
         for i, dim in enumerate(dims):
             sizes = (dim, num_heads[i], window_sizes[i], alpha, mlp_ratio, qkv_bias)
             blocks = [Block(*sizes, proj_drop_rate, rate, dd) for rate in rates[i].tolist()]
-            stages.append(Stage(blocks, TokenMerging(dim, **dd) if i < len(dims) - 1 else None))
+            stages.append(ViTStage(blocks, TokenMerging(dim, **dd) if i < len(dims) - 1 else None))
         self._finish(stages, dims, patch_size, num_classes, global_pool, drop_rate, dd)
 
     @property

@@ -30,7 +30,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from visprune.backbones.vit.neighborhood import NeighborhoodAttention2d
-from visprune.backbones.vit.staged import Stage, StagedViT, record_input_size
+from visprune.backbones.vit.staged import StagedViT, ViTStage, record_input_size
 from visprune.errors import ConfigError
 
 __all__ = ["NAT"]  # register_model appends the names of the models
@@ -182,7 +182,7 @@ class NAT(StagedViT):
                     proj_drop=proj_drop_rate, **dd,
                 )  # fmt: skip
                 blocks.append(NATLayer(dim, attn, mlp_ratio, layer_scale, proj_drop_rate, rate, dd))
-            stages.append(Stage(blocks, ConvDownsampler(dim, dd) if i < len(dims) - 1 else None))
+            stages.append(ViTStage(blocks, ConvDownsampler(dim, dd) if i < len(dims) - 1 else None))
         self._finish(stages, dims, STRIDE, num_classes, global_pool, drop_rate, dd)
 
     def _check_input(self, x: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from visprune.backbones.vit.sparsifiner import Sparsifiner
 from visprune.errors import ConfigError
 
-Stage = Literal["reconstruct", "classify"]
+SparsifinerStage = Literal["reconstruct", "classify"]
 
 
 @dataclass
@@ -97,7 +97,7 @@ def reconstruction_loss(predicted: Sequence[Tensor], attention: Sequence[Tensor]
     return total / len(predicted)
 
 
-def stage_parameters(student: Sparsifiner, stage: Stage) -> list[nn.Parameter]:
+def stage_parameters(student: Sparsifiner, stage: SparsifinerStage) -> list[nn.Parameter]:
     """Set ``requires_grad`` for a stage and return what it trains.
 
     Reconstruction trains the predictors, classification the rest, as the official code does by

@@ -22,7 +22,7 @@ from visprune.errors import ConfigError
 POOLS = ("avg", "max", "avgmax", "")
 
 
-class Stage(nn.Module):
+class ViTStage(nn.Module):
     """The blocks of one stage and the layer that halves the map after them.
 
     Args:
@@ -63,7 +63,7 @@ class StagedViT(nn.Module):
 
     def _finish(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[ViTStage],
         dims: Sequence[int],
         stride: int,
         num_classes: int,

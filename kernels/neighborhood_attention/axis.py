@@ -74,7 +74,7 @@ def pairs(length: int, kernel: int, stride: int, dilation: int, causal: bool) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Span:
     """Equal tiles of consecutive queries, in dilation groups of one length.
 
     Attributes:
@@ -106,7 +106,7 @@ class Run:
 
 
 @lru_cache(maxsize=256)
-def runs(axis: Axis, target: int, wide: int) -> tuple[Run, ...]:
+def runs(axis: Axis, target: int, wide: int) -> tuple[Span, ...]:
     """Cut an axis into tiles of ``target`` to 2 ``target`` queries, equal ones if that can be.
 
     From ``wide`` places on small tiles are best, which waste the fewest scores; below it large
@@ -128,7 +128,9 @@ def runs(axis: Axis, target: int, wide: int) -> tuple[Run, ...]:
     return tuple(found)
 
 
-def _run(axis: Axis, group: int, groups: int, count: int, first: int, tile: int, tiles: int) -> Run:
+def _run(
+    axis: Axis, group: int, groups: int, count: int, first: int, tile: int, tiles: int
+) -> Span:
     windows = [axis.window(place, count) for place in range(first, first + tile * tiles)]
     parts = [windows[i * tile : (i + 1) * tile] for i in range(tiles)]
     lows = [min(start for start, _ in part) for part in parts]
@@ -157,7 +159,7 @@ def _run(axis: Axis, group: int, groups: int, count: int, first: int, tile: int,
     place, k = torch.arange(span, device="cpu"), axis.kernel
     inside = (place >= low) & (place < high)
     near = low + torch.arange(k, device="cpu")
-    return Run(
+    return Span(
         group, groups, axis.dilation, first, tile, span, starts, tuple(pieces), tuple(classes),
         (place + shift + k - 1).masked_fill(~inside, 2 * k - 1),
         torch.zeros(inside.shape, device="cpu").masked_fill(~inside, -math.inf),

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from .axis import Layout, Run, product, runs
+from .axis import Layout, Span, product, runs
 
 MAX_HELD = 1 << 19  # numbers in a buffer of a part: fp32 2 MiB, about the cache of a core
 # By number of axes: queries per tile on an axis, and the length from which an axis counts as long.
@@ -65,7 +65,7 @@ class Part:
         heads: H.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[Span, ...]
     images: tuple[int, int]
     tiles: Ranges
     heads: int
@@ -243,7 +243,7 @@ def _key_views(
     return found
 
 
-def choices(layout: Layout) -> Iterator[tuple[Run, ...]]:
+def choices(layout: Layout) -> Iterator[tuple[Span, ...]]:
     """All choices of one run of tiles for each axis."""
     return itertools.product(*(runs(axis, *TARGETS[len(layout)]) for axis in layout))
 
@@ -251,7 +251,7 @@ def choices(layout: Layout) -> Iterator[tuple[Run, ...]]:
 @lru_cache(maxsize=128)
 def plan(
     layout: Layout, batch: int, heads: int, dim: int, held: int
-) -> tuple[tuple[tuple[Run, ...], tuple[Part, ...]], ...]:
+) -> tuple[tuple[tuple[Span, ...], tuple[Part, ...]], ...]:
     """All work on [B, *space, H, D]: for each choice of runs its parts.
 
     A part is as many rows of tiles, and images, as keep its buffers below ``held`` numbers.
@@ -288,7 +288,7 @@ def interleave(tables: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _mask(
-    chosen: tuple[Run, ...],
+    chosen: tuple[Span, ...],
     cuts: tuple[tuple[tuple[int, ...], Ranges], ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -306,7 +306,7 @@ def _mask(
 
 
 @lru_cache(maxsize=32)
-def bias_index(chosen: tuple[Run, ...]) -> Tensor:
+def bias_index(chosen: tuple[Span, ...]) -> Tensor:
     """Entry of every pair in a bias table of 2 k numbers per axis, [*classes, tile, span].
 
     The last number of an axis stands for "no neighbour".
@@ -321,7 +321,7 @@ def bias_table(rpb: Tensor, like: Tensor) -> Tensor:
     return table.flatten(1)
 
 
-def bias(chosen: tuple[Run, ...], rpb: Tensor, like: Tensor) -> Tensor:
+def bias(chosen: tuple[Span, ...], rpb: Tensor, like: Tensor) -> Tensor:
     """What is added to the scores, by class: [*classes, H, tile, span]; -inf: no neighbour."""
     index = bias_index(chosen).to(like.device)
     found = bias_table(rpb, like).index_select(1, index.flatten())
@@ -350,7 +350,7 @@ def unpadded(table: Tensor, layout: Layout) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def near(chosen: tuple[Run, ...]) -> tuple[Tensor, Tensor]:
+def near(chosen: tuple[Span, ...]) -> tuple[Tensor, Tensor]:
     """Where in the span each neighbour is, [*classes, tile, K], and which of them exist."""
     found = interleave([run.near.clamp_min(0) for run in chosen], [run.span for run in chosen])
     none = interleave([(run.near < 0).long() for run in chosen], [1] * len(chosen))

@@ -29,7 +29,7 @@ from visprune.train.embedded.data import (
     to_pixels,
 )
 from visprune.train.embedded.parts import Parts, answer_logits
-from visprune.train.embedded.recipe import STAGE_KINDS, Recipe, StageConfig, read_recipe
+from visprune.train.embedded.recipe import STAGE_KINDS, EmbeddedRecipe, StageConfig, read_recipe
 from visprune.train.embedded.stages import STAGES, DenseStage
 from visprune.train.parallel import average_gradients
 
@@ -106,7 +106,7 @@ def test_loss_falls_on_the_oracle_stage(recipe: Path, tmp_path: Path) -> None:
 
 def test_many_questions_at_once_equal_single_prompts() -> None:
     """The block mask and positions of training give what a user's prompt of one question gives."""
-    parts = Parts(Recipe(stages={}, vision=TINY, text=TINY, attention="eager")).eval()
+    parts = Parts(EmbeddedRecipe(stages={}, vision=TINY, text=TINY, attention="eager")).eval()
     pictures = [make_sample("train", i) for i in (0, 1)]
     questions = encode_questions(pictures)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_many_questions_at_once_equal_single_prompts() -> None:
 
 def test_a_window_sees_its_own_places() -> None:
     """A picture fed as a window that covers the whole grid gives what the plain tower gives."""
-    parts = Parts(Recipe(stages={}, vision=TINY, text=TINY)).eval()
+    parts = Parts(EmbeddedRecipe(stages={}, vision=TINY, text=TINY)).eval()
     picture = make_sample("train", 2)
     labels = patch_labels(picture.patch_owner[None], [picture.objects])
     pixels = to_pixels([picture.pixels])
@@ -148,7 +148,7 @@ def test_frozen_tables_stay(recipe: Path) -> None:
 
 
 def test_signposts_point_along_the_words() -> None:
-    parts = Parts(Recipe(stages={}, vision=TINY, text=TINY))
+    parts = Parts(EmbeddedRecipe(stages={}, vision=TINY, text=TINY))
     table = parts.model.get_input_embeddings().weight.detach()
     before = parts.oracle.row.weight.detach().clone(), parts.oracle.col.weight.detach().clone()
     parts.oracle.add_signposts(1.0, table)

@@ -21,7 +21,7 @@ from visprune.train.embedded.data import (
     QuestionBatch,
     block_mask,
 )
-from visprune.train.embedded.recipe import Recipe
+from visprune.train.embedded.recipe import EmbeddedRecipe
 
 _RAMP = torch.linspace(-1, 1, GRID)
 
@@ -172,7 +172,7 @@ class Parts(nn.Module):
         heads: Per-patch readers of the tower.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: EmbeddedRecipe) -> None:
         super().__init__()
         torch.manual_seed(recipe.seed)
         self.model: LlavaForConditionalGeneration = build_model(

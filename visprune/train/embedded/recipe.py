@@ -71,7 +71,7 @@ class StageConfig:
 
 
 @dataclass
-class Recipe:
+class EmbeddedRecipe:
     """A whole run.
 
     Attributes:
@@ -100,7 +100,7 @@ class Recipe:
     test_questions: int = 2100
 
 
-def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> EmbeddedRecipe:
     """Read a recipe and check every name in it.
 
     Args:
@@ -125,7 +125,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for key, value in (overrides or {}).items():
         _override(raw, key, value)
     stages = {n: _make(StageConfig, s, f"stage {n!r}") for n, s in raw.pop("stages").items()}
-    recipe = _make(Recipe, {**raw, "stages": stages}, str(path))
+    recipe = _make(EmbeddedRecipe, {**raw, "stages": stages}, str(path))
     _check(recipe)
     return recipe
 
@@ -156,7 +156,7 @@ def _make(cls: type, values: Any, where: str) -> Any:
     return cls(**values)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: EmbeddedRecipe) -> None:
     known: list[str] = []
     for name, stage in recipe.stages.items():
         if stage.kind not in STAGE_KINDS:

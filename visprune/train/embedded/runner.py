@@ -19,9 +19,9 @@ from visprune.eval.tasks.embedded import words
 from visprune.machine.written import replace_files
 from visprune.train.checkpoint import load_optimizer, load_weights, read_info, save_checkpoint
 from visprune.train.embedded.parts import Parts
-from visprune.train.embedded.recipe import Recipe, StageConfig, read_recipe
+from visprune.train.embedded.recipe import EmbeddedRecipe, StageConfig, read_recipe
 from visprune.train.embedded.score import score_saved
-from visprune.train.embedded.stages import STAGES, Stage, Stats
+from visprune.train.embedded.stages import STAGES, Stats, TrainingStage
 from visprune.train.parallel import average_gradients, join, rank_and_size
 
 
@@ -38,7 +38,7 @@ def train(
     weights as one that was not (on the same machine and number of threads).
 
     Args:
-        config_path: Recipe, a YAML file.
+        config_path: EmbeddedRecipe, a YAML file.
         out: Folder for checkpoints and weights.
         overrides: Values that replace the recipe's, keys dotted.
         resume: Go on from the checkpoints in ``out``; without, existing ones are an error.
@@ -83,7 +83,9 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _run_stage(name: str, recipe: Recipe, parts: Parts, device: torch.device, out: Path) -> None:
+def _run_stage(
+    name: str, recipe: EmbeddedRecipe, parts: Parts, device: torch.device, out: Path
+) -> None:
     """Bring one stage to its last step, from its checkpoint if there is one."""
     config = recipe.stages[name]
     for source in config.start_from:
@@ -121,11 +123,13 @@ def _run_stage(name: str, recipe: Recipe, parts: Parts, device: torch.device, ou
             save_checkpoint(path, trained, optimizer, {"step": step, "stage": name})
 
 
-def _autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+def _autocast(recipe: EmbeddedRecipe, device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
-def _optimizer(stage: Stage, trained: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+def _optimizer(
+    stage: TrainingStage, trained: Mapping[str, torch.nn.Parameter]
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone and one rate per part of the model."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in trained.items():

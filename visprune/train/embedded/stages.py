@@ -37,7 +37,7 @@ _PROJECTOR = "model.model.multi_modal_projector."
 _VALIDATION = 1_000_000_000  # step number from which validation batches are drawn
 
 
-class Stage(ABC):
+class TrainingStage(ABC):
     """One kind of stage.
 
     Args:
@@ -94,7 +94,7 @@ class Stage(ABC):
         return {key: (right[key], total[key]) for key in total}
 
 
-class OracleStage(Stage):
+class OracleStage(TrainingStage):
     """The decoder alone, on symbolic visual tokens: sequences are short and nothing is painted."""
 
     trains = (_DECODER, "oracle.")
@@ -115,18 +115,18 @@ class OracleStage(Stage):
         return {n: p for n, p in every.items() if "embed_tokens" not in n and n[:7] != "oracle."}
 
     def loss(self, step: int) -> tuple[torch.Tensor, Stats]:
-        """Answer loss; see :class:`Stage`."""
+        """Answer loss; see :class:`TrainingStage`."""
         config, pictures = self.config, self.pictures(step)
         return symbolic_loss(self.parts, pictures, self.rng(step), config.patches, config.drop)
 
 
-class DenseStage(Stage):
+class DenseStage(TrainingStage):
     """The tower alone, on small windows: which object is in each patch, and where."""
 
     trains = (_TOWER, "heads.")
 
     def loss(self, step: int) -> tuple[torch.Tensor, Stats]:
-        """Patch loss; see :class:`Stage`."""
+        """Patch loss; see :class:`TrainingStage`."""
         config = self.config
         low, high = config.objects
         pixels, labels = dense_batch(self.rng(step), config.batch, config.side, low, high)
@@ -135,13 +135,13 @@ class DenseStage(Stage):
         return self.parts.heads(features, cls, labels)
 
 
-class AlignStage(Stage):
+class AlignStage(TrainingStage):
     """Tower and projector learn to produce the oracle's tokens; the decoder is left alone."""
 
     trains = (_TOWER, _PROJECTOR, "heads.")
 
     def loss(self, step: int) -> tuple[torch.Tensor, Stats]:
-        """Patch loss and distance to the oracle's tokens; see :class:`Stage`."""
+        """Patch loss and distance to the oracle's tokens; see :class:`TrainingStage`."""
         config = self.config
         low, high = config.objects
         pixels, labels = dense_batch(self.rng(step), config.batch, config.side, low, high)
@@ -153,13 +153,13 @@ class AlignStage(Stage):
         return distance * 4 + patch_loss * config.dense_weight, stats
 
 
-class JointStage(Stage):
+class JointStage(TrainingStage):
     """The whole model on whole pictures and questions, with the patch losses beside."""
 
     trains = (_DECODER, _TOWER, _PROJECTOR, "heads.")
 
     def loss(self, step: int) -> tuple[torch.Tensor, Stats]:
-        """Answer loss and patch losses; see :class:`Stage`."""
+        """Answer loss and patch losses; see :class:`TrainingStage`."""
         rng, pictures, config = self.rng(step), self.pictures(step), self.config
         owners = np.stack([p.patch_owner for p in pictures])
         labels = patch_labels(owners, [p.objects for p in pictures]).to(self.device)
@@ -195,7 +195,7 @@ class JointStage(Stage):
         return {_DECODER: slow, "": self.config.lr}
 
 
-STAGES: dict[str, type[Stage]] = {
+STAGES: dict[str, type[TrainingStage]] = {
     "oracle": OracleStage,
     "dense": DenseStage,
     "align": AlignStage,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from visprune.errors import ConfigError
 from visprune.train.image.pictures import CorruptPicture, Pictures
-from visprune.train.image.recipe import AugmentConfig, Recipe
+from visprune.train.image.recipe import AugmentConfig, ImageRecipe
 from visprune.train.image.seeds import AUGMENT, LIMIT, ORDER, seeded
 from visprune.train.image.sources import open_pictures
 
@@ -110,7 +110,7 @@ class ImageData:
     """
 
     def __init__(
-        self, recipe: Recipe, config: dict[str, Any], train: Pictures | None = None
+        self, recipe: ImageRecipe, config: dict[str, Any], train: Pictures | None = None
     ) -> None:
         self.recipe = recipe
         data = recipe.data

@@ -24,7 +24,7 @@ from visprune.machine.saved import load_pretrained
 from visprune.train.image.batches import ImageData
 from visprune.train.image.learner import data_config
 from visprune.train.image.recipe import DataConfig, ModelConfig
-from visprune.train.image.recipe import Recipe as TrainRecipe
+from visprune.train.image.recipe import ImageRecipe as TrainRecipe
 from visprune.train.image.student import count_macs
 from visprune.train.sections import build_section
 

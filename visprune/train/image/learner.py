@@ -15,7 +15,7 @@ from torch import nn
 
 from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.machine.saved import load_pretrained
-from visprune.train.image.recipe import ModelConfig, Recipe
+from visprune.train.image.recipe import ImageRecipe, ModelConfig
 
 __all__ = ["build_model", "data_config", "make_ema", "make_teacher"]
 
@@ -125,14 +125,14 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return resolve_data_config({}, model=model)
 
 
-def make_ema(model: nn.Module, recipe: Recipe) -> ModelEmaV3 | None:
+def make_ema(model: nn.Module, recipe: ImageRecipe) -> ModelEmaV3 | None:
     """A moving average of a model without hooks, or None where the recipe asks for none."""
     if recipe.ema is None:
         return None
     return ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup)
 
 
-def make_teacher(recipe: Recipe, classes: int, device: torch.device) -> nn.Module | None:
+def make_teacher(recipe: ImageRecipe, classes: int, device: torch.device) -> nn.Module | None:
     """The frozen teacher.
 
     Raises:

@@ -22,7 +22,7 @@ from visprune.train.image.mixing import Mixer, check_micro_batch
 from visprune.train.image.optimizer import build_optimizer, scale_rate, take_step
 from visprune.train.image.progress import Progress
 from visprune.train.image.reading import build_recipe, recipe_dict
-from visprune.train.image.recipe import FREE_ON_RESUME, Recipe
+from visprune.train.image.recipe import FREE_ON_RESUME, ImageRecipe
 from visprune.train.image.schedule import build_schedule
 from visprune.train.image.seeds import seed_of
 from visprune.train.image.state import load_state, save_state
@@ -87,7 +87,7 @@ def _check_device(name: str) -> None:
 class _Run:
     """One run of a recipe in one process."""
 
-    def __init__(self, recipe: Recipe, out: Path, checkpoint: Path) -> None:
+    def __init__(self, recipe: ImageRecipe, out: Path, checkpoint: Path) -> None:
         self.recipe, self.out, self.checkpoint = recipe, out, checkpoint
         self.processes = PartialState(cpu=recipe.device == "cpu" or not torch.cuda.is_available())
         self.rank, self.world = self.processes.process_index, self.processes.num_processes

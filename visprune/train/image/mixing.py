@@ -8,7 +8,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from visprune.errors import ConfigError
-from visprune.train.image.recipe import AugmentConfig, Recipe
+from visprune.train.image.recipe import AugmentConfig, ImageRecipe
 from visprune.train.image.seeds import MIX, seeded
 
 __all__ = ["Mixer", "check_micro_batch"]
@@ -51,7 +51,7 @@ class Mixer:
         return images, target.scatter_(1, labels[:, None], 1 - self.smoothing + off)
 
 
-def check_micro_batch(recipe: Recipe, world: int) -> int:
+def check_micro_batch(recipe: ImageRecipe, world: int) -> int:
     """Pictures per forward pass.
 
     Raises:

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from visprune.errors import ConfigError, did_you_mean
-from visprune.train.image.recipe import Recipe
+from visprune.train.image.recipe import ImageRecipe
 from visprune.train.sections import build_section
 
 __all__ = ["build_recipe", "recipe_dict"]
 
 
-def build_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+def build_recipe(raw: Mapping[str, Any], where: str) -> ImageRecipe:
     """Build a recipe from what YAML gave.
 
     Args:
@@ -27,17 +27,17 @@ def build_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         ConfigError: A key is unknown or missing, or a value is not allowed.
     """
-    recipe = build_section(Recipe, raw, where)
+    recipe = build_section(ImageRecipe, raw, where)
     _check(recipe)
     return recipe
 
 
-def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+def recipe_dict(recipe: ImageRecipe) -> dict[str, Any]:
     """The recipe as plain values, for JSON."""
     return asdict(recipe)
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: ImageRecipe) -> None:
     for name, value, allowed in (
         ("task", recipe.task, ("image_classification",)),
         ("precision", recipe.precision, ("fp32", "bf16")),

@@ -12,10 +12,10 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EmaConfig",
+    "ImageRecipe",
     "ModelConfig",
     "OptimizerConfig",
     "PruneConfig",
-    "Recipe",
     "ScheduleConfig",
     "SparseConfig",
 ]
@@ -221,7 +221,7 @@ class SparseConfig:
 
 
 @dataclass
-class Recipe:
+class ImageRecipe:
     """A whole run.
 
     Attributes:

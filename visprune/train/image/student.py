@@ -27,7 +27,7 @@ from visprune.train.image.losses import (
     ratio_loss,
     token_distillation,
 )
-from visprune.train.image.recipe import Recipe
+from visprune.train.image.recipe import ImageRecipe
 from visprune.train.image.reduction import Reduction
 from visprune.train.image.sources import open_pictures
 
@@ -50,7 +50,7 @@ class Student:
         ConfigError: The recipe's parts do not fit each other.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: ImageRecipe, device: torch.device) -> None:
         self.recipe = recipe
         train = open_pictures(recipe.data, "train")
         classes = len(train.classes)

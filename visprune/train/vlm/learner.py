@@ -13,12 +13,12 @@ from tokenizers.models import WordLevel
 from visprune.errors import ConfigError
 from visprune.eval.models.vlm import VLM
 from visprune.train.vlm.questions import Questions
-from visprune.train.vlm.recipe import LoraSection, Recipe
+from visprune.train.vlm.recipe import LoraSection, VLMRecipe
 
 __all__ = ["add_words", "prepared", "refuse_trained_tower"]
 
 
-def prepared(vlm: VLM, questions: Questions, recipe: Recipe) -> Any:
+def prepared(vlm: VLM, questions: Questions, recipe: VLMRecipe) -> Any:
     """The model as it is trained: with an adapter around it, or with its own weights open.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from visprune.errors import ConfigError
 from visprune.train.sections import build_section
 
-__all__ = ["LoraSection", "MethodSection", "Recipe", "TaskSection", "VocabularySection", "read"]
+__all__ = ["LoraSection", "MethodSection", "TaskSection", "VLMRecipe", "VocabularySection", "read"]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class VocabularySection:
 
 
 @dataclass
-class Recipe:
+class VLMRecipe:
     """A whole run.
 
     Attributes:
@@ -114,13 +114,13 @@ class Recipe:
     score_batch: int = 16
 
 
-def read(raw: Mapping[str, Any], where: str) -> Recipe:
+def read(raw: Mapping[str, Any], where: str) -> VLMRecipe:
     """Build a recipe from what YAML gave.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value is not allowed.
     """
-    recipe: Recipe = build_section(Recipe, raw, where)
+    recipe: VLMRecipe = build_section(VLMRecipe, raw, where)
     taken = {"output_dir", "seed", "remove_unused_columns"} & set(recipe.trainer)
     if taken:
         raise ConfigError(f"{where}: trainer.{min(taken)} is set by the run itself.")

@@ -12,12 +12,12 @@ from visprune.eval.models.base import Request
 from visprune.eval.models.vlm import VLM
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 from visprune.eval.tasks.base import get_task
-from visprune.train.vlm.recipe import Recipe
+from visprune.train.vlm.recipe import VLMRecipe
 
 __all__ = ["score", "summary"]
 
 
-def score(vlm: VLM, choice: PruningMethod | str, recipe: Recipe) -> list[float]:
+def score(vlm: VLM, choice: PruningMethod | str, recipe: VLMRecipe) -> list[float]:
     """Score of every test question, in order.
 
     Args:
@@ -41,7 +41,7 @@ def score(vlm: VLM, choice: PruningMethod | str, recipe: Recipe) -> list[float]:
     return scores
 
 
-def summary(scores: dict[str, list[float]], recipe: Recipe) -> dict[str, Any]:
+def summary(scores: dict[str, list[float]], recipe: VLMRecipe) -> dict[str, Any]:
     """Means, floors, what training changed, and the share of the loss that came back.
 
     Args:

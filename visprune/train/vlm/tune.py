@@ -27,7 +27,7 @@ from visprune.machine.saved import save_pretrained
 from visprune.machine.written import replace_files
 from visprune.train.vlm.learner import prepared, refuse_trained_tower
 from visprune.train.vlm.questions import Collator, EncodedQuestions, GroupedQuestions, Questions
-from visprune.train.vlm.recipe import Recipe, read
+from visprune.train.vlm.recipe import VLMRecipe, read
 from visprune.train.vlm.scores import score, summary
 from visprune.train.vlm.trainer import fit
 
@@ -91,7 +91,7 @@ def train(
     return result
 
 
-def _load(recipe: Recipe) -> VLM:
+def _load(recipe: VLMRecipe) -> VLM:
     model = load_model(ModelSpec(recipe.model, dtype=recipe.dtype, device=recipe.device))
     if not isinstance(model, VLM):
         raise ConfigError(
@@ -104,14 +104,14 @@ def _in_force(model: Any, method: PruningMethod | None) -> AbstractContextManage
     return nullcontext() if method is None else prune(model, method)
 
 
-def _scores(vlm: VLM, method: PruningMethod | None, recipe: Recipe) -> dict[str, list[float]]:
+def _scores(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str, list[float]]:
     found = {"dense": score(vlm, NONE, recipe)}
     if method is not None:
         found["pruned"] = score(vlm, method, recipe)
     return found
 
 
-def _collator(model: Any, vlm: VLM, questions: Questions, recipe: Recipe) -> Collator:
+def _collator(model: Any, vlm: VLM, questions: Questions, recipe: VLMRecipe) -> Collator:
     if recipe.questions_per_picture > 1:
         return GroupedQuestions(vlm, questions, recipe.questions_per_picture, recipe.seed)
     if not recipe.encode_once:
@@ -120,7 +120,7 @@ def _collator(model: Any, vlm: VLM, questions: Questions, recipe: Recipe) -> Col
     return EncodedQuestions(vlm, questions)
 
 
-def _arguments(recipe: Recipe, out: Path) -> TrainingArguments:
+def _arguments(recipe: VLMRecipe, out: Path) -> TrainingArguments:
     allowed = [f.name for f in fields(TrainingArguments) if f.init]
     for key in recipe.trainer:
         if key not in allowed:
