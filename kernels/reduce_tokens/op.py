@@ -13,6 +13,7 @@ from visprune.kernels.common import requirements
 from visprune.kernels.common.precision import operator, wide
 
 from . import torch_impl
+from .torch_impl import alternate_cosines as alternate_cosines
 
 
 def why_not(x: Tensor, *others: Tensor | None) -> list[str]:

@@ -55,12 +55,21 @@ def _by_matrix(rows: Tensor, slot: Tensor, weight: Tensor | None, num_slots: int
     return matrix @ rows
 
 
-def best_partners(metric: Tensor, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:
-    """For each even token its best cosine to an odd token, and that partner -> [B, ceil(T/2)]."""
+def alternate_cosines(metric: Tensor, shift: int = 0) -> Tensor:
+    """Cosine of every other token, from ``shift`` on, to each of the rest -> [B, evens, odds].
+
+    A token of length zero is as far from all: its cosines are 0, which dividing by its length would
+    not give.
+    """
     metric = wide(metric)
     norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-    metric = metric * torch.where(norm > 0, 1 / norm, 0.0)
-    scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    unit = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return unit[:, shift::2] @ unit[:, 1 - shift :: 2].transpose(1, 2)
+
+
+def best_partners(metric: Tensor, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:
+    """For each even token its best cosine to an odd token, and that partner -> [B, ceil(T/2)]."""
+    scores = alternate_cosines(metric)
     if distill_token:
         scores[..., 0] = -torch.inf
     if class_token:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from visprune.errors import BudgetError, ConfigError
-from visprune.kernels.common.precision import outside_autocast, wide
+from visprune.kernels.common.precision import outside_autocast
+from visprune.kernels.reduce_tokens.op import alternate_cosines
 from visprune.ops.check import floating
 
 
@@ -57,9 +58,5 @@ def bipartite_pairs(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Te
 def _best_partners(metric: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     """For each even token its best cosine to an odd one, and that one's rank -> [B, evens]."""
     with outside_autocast(metric.device.type):
-        metric = wide(metric)
-        norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-        unit = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # zeros stay zeros
-        scores = unit[:, shift::2] @ unit[:, 1 - shift :: 2].transpose(1, 2)
-        value, partner = scores.max(dim=-1)
+        value, partner = alternate_cosines(metric, shift).max(dim=-1)
     return value, partner
