@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from visprune.kernels.common import requirements
+from visprune.kernels.common.precision import uncast
+
 from . import quantize, torch_impl
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton reads this when it is imported, so a later change would not reach it either.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 BLOCK = torch_impl.BLOCKS[0]
 # The arithmetic of the quantiser is the same on every device.
@@ -27,20 +24,12 @@ unpack_quantized = quantize.dequantize
 
 def why_not(q: Tensor, dims: Sequence[int], *others: Tensor | None) -> list[str]:
     """Reasons why the Triton kernels cannot run on these inputs; empty if they can."""
-    reasons = []
     given = [t for t in others if t is not None]
-    if not HAS_TRITON:
-        reasons.append("triton is not installed")
-    if q.device.type != "cuda" and not INTERPRET:
-        reasons.append(f"q is on {q.device.type}, Triton needs a CUDA device")
-    if any(t.device != q.device for t in given):
-        reasons.append("the tensors are on different devices")
-    wrong = {t.dtype for t in (q, *given) if t.is_floating_point()} - set(DTYPES)
+    reasons = requirements.why_not(q, *given, head_dim=max(dims), max_head_dim=MAX_HEAD_DIM)
+    wrong = {t.dtype for t in given if t.is_floating_point()} - {*requirements.DTYPES, q.dtype}
     if wrong:
         names = ", ".join(sorted(map(str, wrong)))
         reasons.append(f"{names} is not float32, bfloat16 or float16")
-    if max(dims) > MAX_HEAD_DIM:
-        reasons.append(f"head dim {max(dims)} is above {MAX_HEAD_DIM}")
     return reasons
 
 
@@ -72,6 +61,7 @@ ragged_decode_quantized = torch.ops.visprune.ragged_decode_quantized.default
 
 
 @torch.library.impl("visprune::ragged_decode", ("cpu", "cuda"))
+@uncast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -95,6 +85,7 @@ def _forward(
 
 
 @torch.library.impl("visprune::ragged_decode_quantized", ("cpu", "cuda"))
+@uncast
 def _forward_quantized(
     q: Tensor,
     k: Tensor,

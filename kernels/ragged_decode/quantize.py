@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-def wide(t: Tensor) -> Tensor:
-    """fp32 for half types; fp64 stays."""
-    return t if t.dtype == torch.float64 else t.float()
+from visprune.kernels.common.precision import wide
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

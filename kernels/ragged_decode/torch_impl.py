@@ -11,8 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from visprune.kernels.common.precision import wide
+
 from . import quantize
-from .quantize import wide
 
 # Where all heads start at a multiple of one, they share two batched products. The larger is
 # faster, the smaller wastes less of a short head.
