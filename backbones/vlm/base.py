@@ -271,6 +271,8 @@ class VLMAdapter:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call of ``core``."""
+        if not args:  # as the models of transformers call it, and at every decoded token
+            return dict(kwargs)
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
         return {**bound, **extra}
