@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -48,11 +48,14 @@ class Request:
         sample: the sample.
         prompt: the user's turn.
         image: the picture; ``None`` under ``no_image``.
+        digest: of its pixels: requests with the same one are about the same picture. ``None``: not
+            known; nothing is then shared with other requests.
     """
 
     sample: Sample
     prompt: str
     image: Image.Image | None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,15 @@ class EvalModel(Protocol):
         self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
     ) -> AbstractContextManager[Answerer]:
         """Attach a method for as long as the context lasts."""
+
+    def encodes(self, choice: Choice) -> Hashable:
+        """Return what is equal for methods that see the same encoding of a picture."""
+
+    def forget(self) -> None:
+        """Drop what is held of pictures that were asked about."""
+
+    def prompt_length(self, prompt: str) -> int:
+        """Return how long a prompt is: prompts of one length are best asked together."""
 
 
 @dataclass(frozen=True)

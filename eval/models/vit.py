@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from visprune.eval.models.base import (
     Output,
     Request,
 )
+from visprune.eval.models.held import Held
 from visprune.eval.models.identity import structure_hash, transform_hash, weights_hash
 from visprune.eval.models.kept import bits_of
 from visprune.eval.models.seen import seen_by_transform
@@ -30,6 +31,8 @@ from visprune.eval.tasks.imagenet import ImageNet, ranking_text
 from visprune.machine.run import prune
 
 __all__ = ["Classifier", "TimmClassifier", "ZeroShot"]
+
+_ROOM = 2**29  # bytes of prepared pictures
 
 
 class Classifier:
@@ -59,6 +62,7 @@ class Classifier:
         self.name, self.tower, self.transform, self._about = name, tower, transform, about
         self.count, self.labels = count, labels
         self.learned: Mapping[str, Tensor] | None = None
+        self._pixels: Held[Tensor] = Held(_ROOM, lambda pixels: pixels.nbytes)
         self._weights = weights_hash(tower)
         first = next(tower.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -145,6 +149,18 @@ class Classifier:
         """Nothing is generated."""
         return {}
 
+    def encodes(self, choice: Choice) -> Hashable:
+        """Methods act inside the encoder: what they share is the prepared picture."""
+        return None
+
+    def forget(self) -> None:
+        """Drop what is held of pictures."""
+        self._pixels.forget()
+
+    def prompt_length(self, prompt: str) -> int:
+        """There are no prompts."""
+        return 0
+
     @contextmanager
     def answering(
         self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
@@ -165,8 +181,7 @@ class Classifier:
 
     @torch.inference_mode()
     def _answer(self, requests: Sequence[Request], run: Any, numbers: Tensor) -> list[Output]:
-        pictures = [self.transform(request.image) for request in requests]
-        pixels = torch.stack(pictures).to(self.device, self.dtype)
+        pixels = torch.stack([self._prepare(r) for r in requests]).to(self.device, self.dtype)
         texts = ranking_text(self.logits(pixels).float(), numbers)
         if run is None:
             tokens, macs = self._whole
@@ -178,6 +193,12 @@ class Classifier:
             Output(text, tokens=count, macs=share, kept=self._kept(trace, row, requests[row]))
             for row, (text, count) in enumerate(zip(texts, trace.mean_tokens, strict=True))
         ]
+
+    def _prepare(self, request: Request) -> Tensor:
+        """A picture as the model takes it, ``[3, H, W]``; made once for all methods."""
+        if request.digest is None:
+            return self.transform(request.image)
+        return self._pixels.get(request.digest, lambda: self.transform(request.image))
 
     @cached_property
     def _whole(self) -> tuple[float | None, dict[str, int] | None]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from visprune.eval.models.base import (
     Output,
     Request,
 )
+from visprune.eval.models.encodings import Encodings, image_token
 from visprune.eval.models.identity import config_hash, plain, processor_hash, weights_hash
 from visprune.eval.models.kept import kept_map
 from visprune.eval.models.seen import seen_by_processor
@@ -31,6 +32,7 @@ from visprune.eval.tasks.refcoco import RefCOCO
 from visprune.machine.find import find_adapter, unwrap
 from visprune.machine.price import prompt_costs, sample_costs
 from visprune.machine.run import Run
+from visprune.machine.sharing import encodes_alike
 
 __all__ = ["PLAIN", "VLM"]
 
@@ -80,6 +82,7 @@ class VLM:
             self.adapter = find_adapter(model)
         except UnsupportedModel as error:
             self.adapter, self._no_adapter = None, str(error)
+        self.encodings = Encodings(model, processor, self.adapter)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the model; see :class:`visprune.eval.models.base.EvalModel`."""
@@ -161,19 +164,38 @@ class VLM:
             hint = did_you_mean(choice, (NONE, NO_IMAGE))
             raise ConfigError(f"{choice!r} is no method.{hint}")
 
+    def encodes(self, choice: Choice) -> Hashable:
+        """Methods that act inside the encoder, or read rare things of it, have their own."""
+        if self.adapter is None or not isinstance(choice, PruningMethod):
+            return None
+        return encodes_alike(self.adapter, choice)
+
+    def forget(self) -> None:
+        """Drop what is held of pictures."""
+        self.encodings.forget()
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt, without what is put around it."""
+        return len(self.processor.tokenizer(prompt)["input_ids"])
+
     # One batch -------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _answer(
         self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
     ) -> list[Output]:
-        inputs = self.inputs(requests, style)
-        pictured = all(request.image is not None for request in requests)
-        layouts = self._layouts(inputs) if pictured else []
+        texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
+        shared = self.encodings.batch(texts, requests, run)
+        if shared is not None:
+            inputs, layouts = shared
+        else:
+            inputs = self.inputs(requests, style)
+            pictured = all(request.image is not None for request in requests)
+            layouts = self._layouts(inputs) if pictured else []
         ids = self.model.generate(**inputs, **generation)
         new = ids[:, inputs["input_ids"].shape[1] :].cpu()
         counts = [self.length(row, generation) for row in new]
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        said = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         costs: list[Cost | None] = [None] * len(requests)
         tokens: list[float | None] = [None] * len(requests)
         if run is not None:
@@ -185,7 +207,7 @@ class VLM:
         kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]
         return [
             Output(
-                text=texts[i].strip(),
+                text=said[i].strip(),
                 tokens=tokens[i],
                 macs=None if (cost := costs[i]) is None else cost.parts,
                 kv_bytes=None if cost is None else cost.kv_bytes,
@@ -230,7 +252,7 @@ class VLM:
         template = template or PLAIN
         if not picture:
             template = template.replace("<image>\n", "").replace("<image>", "")
-        return template.replace("<image>", _image_token(self.processor)).replace("{prompt}", prompt)
+        return template.replace("<image>", image_token(self.processor)).replace("{prompt}", prompt)
 
     def chat(self, messages: list[dict[str, Any]]) -> str:
         """Messages in the words of the processor's chat template, up to where the model answers."""
@@ -252,7 +274,3 @@ class VLM:
         ends = [end] if isinstance(end, int) else list(end or ())
         hits = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
         return int(hits[0]) + 1 if len(hits) else len(row)
-
-
-def _image_token(processor: Any) -> str:
-    return str(getattr(processor, "image_token", "<image>"))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import traceback
@@ -12,15 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 
 from visprune.errors import ConfigError, VispruneError
 from visprune.eval.models.base import NO_IMAGE, Answerer, Output, Request
-from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Cell, Record
+from visprune.eval.run.album import Album, Shot
 from visprune.eval.tasks.base import Parsed, Sample, SampleError, Task
 
-__all__ = ["Asker", "picture_hash"]
+__all__ = ["Asker"]
 
 # What can go wrong with one sample: its file, its size, what a processor or a model makes of it. A
 # failure of the device itself (torch.AcceleratorError) is not among them: every later sample would
@@ -40,15 +38,16 @@ class Asker:
         cell: the cell.
         task: its task.
         environment: id of the environment.
-        pictures: where to keep small copies of pictures; ``None``: nowhere.
+        album: reads pictures, and keeps small copies of them; ``None``: one of this cell alone,
+            without copies.
     """
 
     def __init__(
-        self, cell: Cell, task: Task, environment: str, pictures: ResultsFolder | None = None
+        self, cell: Cell, task: Task, environment: str, album: Album | None = None
     ) -> None:
-        self.cell, self.task, self.environment, self.pictures = cell, task, environment, pictures
+        self.cell, self.task, self.environment = cell, task, environment
+        self.album = album or Album()
         self._blind = cell.method["method"] == NO_IMAGE
-        self._copied: tuple[str, str] | None = None
 
     def ask(self, answerer: Answerer, samples: Sequence[Sample]) -> list[Record]:
         """Ask a batch. A sample that fails becomes a record with its error; the others go on.
@@ -63,28 +62,30 @@ class Asker:
         made: list[Record | None] = [None] * len(samples)
         asked: list[tuple[int, Request, str | None, str | None]] = []
         for place, sample in enumerate(samples):
-            request, digest, error = self._request(sample)
+            request, shot, error = self._request(sample)
             if request is None:
                 made[place] = self._failed(sample, error)
                 continue
-            asked.append((place, request, digest, self._copy(request.image, digest)))
+            copy = None if shot is None else self.album.copy(shot)
+            asked.append((place, request, request.digest, copy))
         outputs, seconds = _answers(answerer, [request for _, request, _, _ in asked])
         for (place, request, digest, picture), output in zip(asked, outputs, strict=True):
             made[place] = self._record(request, digest, picture, output, seconds)
         return [record for record in made if record is not None]
 
-    def _request(self, sample: Sample) -> tuple[Request | None, str | None, BaseException | None]:
-        """The request of a sample and the hash of its picture, or why there is none."""
+    def _request(self, sample: Sample) -> tuple[Request | None, Shot | None, BaseException | None]:
+        """The request of a sample and its picture, or why there is none."""
         with self._naming(sample):
             prompt = self.task.prompt(sample, self.cell.prompt_style)  # type: ignore[arg-type]
         try:
-            image = None if self._blind else sample.image()
+            shot = None if self._blind else self.album.look(sample.image)
         except _SAMPLE_ERRORS as error:
             if _is_bug(error):
                 raise
             return None, None, error
-        digest = None if image is None else picture_hash(image)
-        return Request(sample, prompt, image), digest, None
+        if shot is None:
+            return Request(sample, prompt, None), None, None
+        return Request(sample, prompt, shot.image, shot.digest), shot, None
 
     @contextmanager
     def _naming(self, sample: Sample) -> Iterator[None]:
@@ -94,13 +95,6 @@ class Asker:
         except Exception as error:
             error.add_note(f"The task {self.task.name} raised this for its sample {sample.id!r}.")
             raise
-
-    def _copy(self, image: Image.Image | None, digest: str | None) -> str | None:
-        if image is None or digest is None or self.pictures is None:
-            return None
-        if self._copied is None or self._copied[0] != digest:
-            self._copied = (digest, self.pictures.add_picture(image, digest))
-        return self._copied[1]
 
     def _record(
         self, request: Request, digest: str | None, picture: str | None,
@@ -188,10 +182,3 @@ def _is_bug(error: BaseException) -> bool:
 
 
 _PACKAGE = __name__.partition(".")[0]
-
-
-def picture_hash(image: Image.Image) -> str:
-    """SHA-256 of a picture's size and pixels (hex)."""
-    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()

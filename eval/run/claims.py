@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who asks which samples: any number of processes on one folder, none of which waits for a message.
 
-A process that wants a batch locks one byte of the cell's lock file. The operating system gives the
-byte back when the process ends, however it ends, so that a crash stops nobody and what the crashed
-process had claimed is taken by another. What is done is read from the records themselves.
+A process that wants a sample locks one byte of the cell's lock file: whatever batches it and others
+form, no sample is asked twice. The operating system gives the byte back when the process ends,
+however it ends, so that a crash stops nobody and what the crashed process had claimed is taken by
+another. What is done is read from the records themselves.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +22,13 @@ from visprune.errors import ConfigError
 from visprune.eval.records.files import RecordsWriter, read_lines
 from visprune.eval.records.folder import ResultsFolder
 
-__all__ = ["Claims", "Done", "asked_hash", "exclusive", "own_first"]
+__all__ = ["Claims", "Done", "asked_hash", "exclusive", "lock_of", "own_first"]
 
 _BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Claims:
-    """The locks of one cell, one byte for each batch.
+    """The locks of one cell, one byte for each sample; see :func:`lock_of`.
 
     Two claims by one process do not exclude each other: a process runs one study at a time.
 
@@ -46,7 +48,7 @@ class Claims:
             raise ConfigError(f"Cannot open {str(path)!r}: {error.strerror or error}.") from error
 
     def take(self, number: int) -> bool:
-        """Claim a batch; false where another process holds it.
+        """Claim a byte; false where another process holds it.
 
         Raises:
             ConfigError: the file system has no locks.
@@ -60,7 +62,7 @@ class Claims:
         return True
 
     def release(self, number: int) -> None:
-        """Give a batch back."""
+        """Give it back."""
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
 
     def __enter__(self) -> Self:
@@ -92,16 +94,27 @@ def _no_locks(path: Path, error: OSError) -> ConfigError:
     )
 
 
+def lock_of(sample: str) -> int:
+    """The byte of a lock file that stands for a sample, by its name: a longer study has the same.
+
+    Two names on one byte (of 10^18) would only wait for each other.
+    """
+    return int.from_bytes(hashlib.blake2b(sample.encode("utf-8", "surrogatepass"), digest_size=8)
+                          .digest()) >> 2  # fmt: skip
+
+
 def asked_hash(record: Mapping[str, Any]) -> int:
     """Hash of what was asked and what counts as right, within this process."""
     return hash((record.get("prompt"), *(record.get("answers") or ())))
 
 
 def own_first(count: int, rank: int, world: int) -> list[int]:
-    """Order in which a process claims batches: its own share, then what others may have left.
+    """Order in which a process goes through blocks or batches: its own share first.
+
+    Then comes what others may have left.
 
     Args:
-        count: batches.
+        count: how many there are.
         rank: number of this process.
         world: processes of this launch.
     """

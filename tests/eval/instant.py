@@ -85,11 +85,13 @@ class Instant:
     style: PromptStyle = "plain"
     failing: tuple[int, ...] = ()
     weights: str = "0" * 16
+    dtype: str = "float32"
     asked: list[list[str]] = field(default_factory=list)
     keep_log: bool = True
+    forgot: int = 0
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "weights": self.weights, "dtype": "float32"}
+        return {"name": self.name, "weights": self.weights, "dtype": self.dtype}
 
     def refusal(self, choice: Choice, task: Task) -> str | None:
         name = choice if isinstance(choice, str) else choice.name
@@ -97,6 +99,15 @@ class Instant:
 
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"max_new_tokens": task.max_new_tokens, **options}
+
+    def encodes(self, choice: Choice) -> str:
+        return "inside" if choice not in ("none", "no_image") and choice.name == "tome" else ""
+
+    def forget(self) -> None:
+        self.forgot += 1
+
+    def prompt_length(self, prompt: str) -> int:
+        return len(prompt)
 
     @contextmanager
     def answering(

@@ -37,6 +37,7 @@ from visprune.eval.models.load import load_model
 from visprune.eval.models.vit import TimmClassifier
 from visprune.eval.models.vlm import VLM
 from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.album import picture_hash
 from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.base import get_task
 from visprune.eval.tasks.embedded.task import EmbeddedTask
@@ -53,16 +54,20 @@ def vlm() -> VLM:
 
 
 def requests(count: int, *, pictures: bool = True) -> list[Request]:
+    """Questions about a picture or two; those about one know that they are."""
     task = EmbeddedTask(limit=count)
-    return [
-        Request(sample, task.prompt(sample, "plain"), sample.image() if pictures else None)
-        for sample in task.samples()
-    ]
+    made = []
+    for sample in task.samples():
+        image = sample.image() if pictures else None
+        digest = None if image is None else picture_hash(image)
+        made.append(Request(sample, task.prompt(sample, "plain"), image, digest))
+    return made
 
 
 def answers(vlm: VLM, choice: Any, asked: list[Request], size: int) -> list[Output]:
     task = EmbeddedTask()
     found: list[Output] = []
+    vlm.forget()
     with vlm.answering(choice, task, "plain", vlm.generation(task, {})) as answerer:
         for start in range(0, len(asked), size):
             found += answerer(asked[start : start + size])

@@ -159,6 +159,34 @@ def test_two_separate_runs_on_one_folder_share_the_work(
     assert len(folder.record_files()) == 2
 
 
+def test_two_runs_with_other_batch_sizes_ask_nothing_twice(
+    tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    log = tmp_path / "asked"
+
+    class Told(Slow):
+        """Writes down what it is asked, in whatever process; a failing batch is asked again."""
+
+        def _answer(self, requests: Sequence[Request]) -> list[Output]:
+            outputs = super()._answer(requests)
+            with log.open("a") as file:
+                file.write("".join(f"{request.sample.id}\n" for request in requests))
+            return outputs
+
+    out = tmp_path / "out"
+    models = [(size, Told(failing=(17,))) for size in (1, 4)]
+    processes = [FORK.Process(target=work, args=(out, 0, 1, *each)) for each in models]
+    for process in processes:
+        process.start()
+    finish(processes)
+    assert table(ResultsFolder(out)) == expected
+    asked = Counter(log.read_text().split())
+    assert len(ResultsFolder(out).record_files()) == 2  # both had their part
+    # Two cells a seed; of the broken picture and of the question that fails there is no answer.
+    assert asked == {name: 2 for seed in (0, 1) for i in range(60)
+                     if (name := f"{seed}/{i}")[2:] not in ("11", "17")}  # fmt: skip
+
+
 def wait_for(out: Path, count: int) -> None:
     """Wait until there are so many records."""
     end = time.monotonic() + 120

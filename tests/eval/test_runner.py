@@ -6,20 +6,23 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.eval.instant import Instant, Tiling, instant_study, loader
+from tests.eval.instant import Instant, Tile, Tiling, instant_study, loader
 from visprune.errors import ConfigError
 from visprune.eval.models.base import ModelSpec
 from visprune.eval.records import files as record_files
 from visprune.eval.records.folder import ResultsFolder
-from visprune.eval.run.ask import picture_hash
+from visprune.eval.run.album import picture_hash
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.runner import process_number, run_study
+from visprune.eval.run.walk import batches_of, blocks_of
 from visprune.eval.study.grid import Study
 from visprune.eval.tasks.base import SampleError
 
@@ -279,16 +282,86 @@ def test_controls_that_were_left_out_are_said(tmp_path: Path) -> None:
     assert len(heard.said) == 1
 
 
-def test_batches_are_cut_from_all_samples_not_from_those_that_are_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "first"),
+    [("bfloat16", ["0/0", "0/1", "0/2", "0/3"]), ("float32", ["0/2", "0/3"])],
+)
+def test_a_batch_that_was_cut_is_asked_whole_where_answers_depend_on_it(
+    tmp_path: Path, dtype: str, first: list[str]
+) -> None:
     study = instant_study(limit=8, batch_size=4)
-    folder = run(study, tmp_path)
+    folder = run(study, tmp_path, Instant(dtype=dtype))
     path = folder.record_files()[0]
     kept = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(kept[:2]) + kept[2][:30])
-    model = Instant()
+    model = Instant(dtype=dtype)
     folder = run(study, tmp_path, model)
-    assert model.asked == [["0/0", "0/1", "0/2", "0/3"], ["0/4", "0/5", "0/6", "0/7"]]
+    assert model.asked == [first, ["0/4", "0/5", "0/6", "0/7"]]
     assert sorted(name for _, name in lines(folder)) == [f"0/{i}" for i in range(8)]
+
+
+def test_batches_hold_questions_of_about_one_length() -> None:
+    lengths = [5, 9, 5, 7, 9, 5, 7]
+    assert batches_of(lengths, 3) == [[0, 2, 5], [3, 6, 1], [4]]
+    assert batches_of(lengths, 1) == [[0], [2], [5], [3], [6], [1], [4]]
+    assert batches_of([0] * 5, 2) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("size", [1, 4, 32, 100])
+def test_blocks_hold_every_sample_once_and_several_batches(size: int) -> None:
+    blocks = blocks_of(1001, size)
+    assert [number for block in blocks for number in block] == list(range(1001))
+    assert {len(block) for block in blocks[:-1]} <= {max(64, 4 * size)}
+
+
+def test_cells_are_walked_together_block_by_block(tmp_path: Path) -> None:
+    """Every cell sees a block before any sees the next; those of one encoding follow each other."""
+    order: list[tuple[str, str]] = []
+
+    class Watched(Instant):
+        @contextmanager
+        def answering(self, choice: Any, *rest: Any) -> Iterator[Any]:
+            name = choice if isinstance(choice, str) else choice.name
+
+            def ask(requests: Any) -> Any:
+                order.append((name, requests[0].sample.id))
+                return self._answer(requests)
+
+            yield ask
+
+        def forget(self) -> None:
+            order.append(("forget", ""))
+
+    study = instant_study(
+        limit=100, methods=["todre", {"method": "tome", "r": 2}, "fastv"], budgets=[4]
+    )
+    run(study, tmp_path, Watched())
+    visits = list(dict.fromkeys((name, int(where[2:] or 0) // 64) if where else (name, n)
+                                for n, (name, where) in enumerate(order)))  # fmt: skip
+    names = [name for name, _ in visits]
+    block = ["none", "todre", "fastv", "forget", "tome", "forget", "forget"]
+    assert names == block * 2
+    asked = [entry for entry in order if entry[1]]
+    assert len(asked) == len(set(asked)) == 4 * 100
+
+
+def test_a_picture_is_read_once_for_all_questions_and_cells(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Loud(Tile):
+        def __call__(self) -> Any:
+            read.append(self.number)
+            return super().__call__()
+
+    class Tilings(Tiling):
+        def samples(self) -> Any:
+            return [dataclasses.replace(s, image=Loud(s.image.number)) for s in super().samples()]
+
+    study = instant_study(task=Tilings(limit=30), methods=["todre"], budgets=[4, 8])
+    folder = run(study, tmp_path)
+    assert len(folder.records()) == 3 * 30
+    assert read == list(range(10))  # three questions about each
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.features import encoder_output
+from visprune.backbones.vlm.base import Picture, VLMAdapter
 from visprune.core.method import PruningMethod
 from visprune.core.signals import (
     ClsAttention,
@@ -21,9 +22,10 @@ from visprune.core.signals import (
     Signal,
 )
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.machine.encoder.tap import EncoderTap
+from visprune.machine.encoder.tap import EncoderTap, pictures_of
 from visprune.machine.find import find_adapter
-from visprune.machine.plan import make_plan
+from visprune.machine.plan import Plan, make_plan
+from visprune.machine.run import Run
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.features)
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """What is known of each picture."""
+        return pictures_of(encoder_output(self.features), "image")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the features and of what they carry for methods."""
+        values = [value for picture in self.pictures for value in vars(picture).values()]
+        nested = [list(v.values()) if isinstance(v, dict) else [v] for v in values]
+        tensors = [v for several in nested for v in several if isinstance(v, Tensor)]
+        return sum(tensor.nbytes for tensor in (*self.features, *tensors))
+
     def select(self, numbers: Iterable[int] | None = None) -> dict[str, Any]:
         """Return ``mm_encoder_outputs`` for a prompt batch with these pictures, repeats allowed.
 
@@ -55,6 +70,7 @@ def encode_images(
     *,
     grad: bool = False,
     methods: Iterable[PruningMethod] | None = None,
+    run: Run | None = None,
     **inputs: Any,
 ) -> EncodedImages:
     """Run the encoder and the projector once, and keep the signals that methods will ask for.
@@ -67,6 +83,8 @@ def encode_images(
         grad: keep what gradients need, to train the encoder.
         methods: whose signals; ``None``: attention and keys of the class token's encoders, which
             the methods of the table ask for, and what controls draw by.
+        run: a run in force on the model. Where its method acts inside the encoder, the pictures are
+            encoded under it, and can be asked about under the same method alone.
         **inputs: what ``get_image_features`` of the family takes: ``pixel_values``, and
             ``image_sizes`` or ``image_grid_thw``.
 
@@ -85,6 +103,10 @@ def encode_images(
             f"pictures (mm_encoder_outputs, transformers 5.18 or later). Upgrade, or pass "
             f"pixel_values."
         )
+    if run is not None and run.encoder is not None:  # it listens itself
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            output = adapter.core.get_image_features(**inputs, return_dict=True)
+        return EncodedImages(list(output.pooler_output))
     shown = _shown(adapter, methods)
     tap = EncoderTap(
         adapter,
@@ -102,11 +124,36 @@ def encode_images(
 
 def _shown(adapter: Any, methods: Iterable[PruningMethod] | None) -> list[Signal]:
     """Signals of the encoder and the pixels that are kept."""
-    spec = adapter.spec
     if methods is None:
-        usual = [ClsAttention("last"), ClsAttention("feature"), EncoderKeys("feature")]
-        found: list[Signal] = [s for s in usual if spec.has_cls and s.missing(spec) is None]
-        return [*found, Fingerprint()]
-    plans = [make_plan(method, spec) for method in methods]
-    wanted = [s for plan in plans for s in (*plan.encoder_signals, *plan.picture_signals)]
-    return list(dict.fromkeys(wanted))
+        return _usual(adapter)
+    plans = [make_plan(method, adapter.spec) for method in methods]
+    return list(dict.fromkeys(signal for plan in plans for signal in _of_pictures(plan)))
+
+
+def _usual(adapter: VLMAdapter) -> list[Signal]:
+    """What most methods ask for."""
+    spec = adapter.spec
+    usual = [ClsAttention("last"), ClsAttention("feature"), EncoderKeys("feature")]
+    found: list[Signal] = [s for s in usual if spec.has_cls and s.missing(spec) is None]
+    return [*found, Fingerprint()]
+
+
+def _of_pictures(plan: Plan) -> list[Signal]:
+    return [*plan.encoder_signals, *plan.picture_signals]
+
+
+def encodes_alike(adapter: VLMAdapter, method: PruningMethod) -> Hashable:
+    """Return what is equal for methods that can be asked about the same encoded pictures.
+
+    Args:
+        adapter: of the model.
+        method: the method.
+
+    Returns:
+        ``None`` where pictures that were encoded without naming methods will do.
+    """
+    plan = make_plan(method, adapter.spec)
+    if plan.encoder:
+        return repr(method)  # parameters may be lists, which have no hash
+    usual = _usual(adapter)
+    return tuple(signal for signal in _of_pictures(plan) if signal not in usual) or None

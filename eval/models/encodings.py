@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a vision-language model, prepared and encoded once for all questions and methods.
+
+A prompt then needs its token ids alone: the processor writes as many placeholders into it as the
+picture has tokens, which depends on the picture and not on the words. That this is all that a
+processor does is checked on each picture; where it is not, or where the model takes no encoded
+pictures, nothing is shared and every prompt goes through the processor with its picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.eval.models.base import Request
+from visprune.eval.models.held import Held
+from visprune.machine.run import Run
+from visprune.machine.sharing import EncodedImages, encode_images, encodes_alike
+
+__all__ = ["Encodings", "image_token"]
+
+_ROOM = 2**30  # bytes of pictures and features
+_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A picture as the processor makes it.
+
+    Attributes:
+        count: placeholders that stand for it in a prompt.
+        images: the processor's tensors of it, on the model's device.
+        typed: the prompt is accompanied by ``mm_token_type_ids``.
+    """
+
+    count: int
+    images: Mapping[str, Tensor]
+    typed: bool
+
+
+class Encodings:
+    """Makes the inputs of a batch from pictures that are encoded once.
+
+    Pictures are encoded one by one: in half precision features depend on what else was encoded
+    with them, and a run that was stopped and goes on must see the same features.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        adapter: its adapter; ``None``: nothing is shared.
+    """
+
+    def __init__(self, model: Any, processor: Any, adapter: VLMAdapter | None) -> None:
+        self.model, self.processor, self.adapter = model, processor, adapter
+        self.shares = adapter is not None and adapter.takes_encoded
+        self._prepared: Held[_Prepared] = Held(_ROOM // 2, _prepared_bytes)
+        self._encoded: Held[EncodedImages] = Held(_ROOM // 2, lambda images: images.nbytes)
+
+    def forget(self) -> None:
+        """Drop what is held of pictures."""
+        self._prepared.forget()
+        self._encoded.forget()
+
+    def batch(
+        self, texts: Sequence[str], requests: Sequence[Request], run: Run | None
+    ) -> tuple[dict[str, Any], list[ImageLayout]] | None:
+        """The inputs of a batch, and where its pictures are.
+
+        Args:
+            texts: prompts with one placeholder for the picture.
+            requests: what they were made of; pictures with the same ``digest`` are one.
+            run: the method in force; one that acts inside the encoder has encodings of its own.
+
+        Returns:
+            ``None`` where nothing can be shared.
+        """
+        token = image_token(self.processor)
+        if self.adapter is None or not self.shares or not all(map(_named, requests)):
+            return None
+        if any(text.count(token) != 1 for text in texts):
+            return None
+        prepared = []
+        for text, request in zip(texts, requests, strict=True):
+            known = self._prepare(text, request)
+            if known is None:
+                self.shares = False
+                return None
+            prepared.append(known)
+        inputs = self._ids(
+            [
+                text.replace(token, token * one.count)
+                for text, one in zip(texts, prepared, strict=True)
+            ],
+            typed=prepared[0].typed,
+        )
+        encoded = EncodedImages(
+            [
+                self._encode(one, request, run).features[0]
+                for one, request in zip(prepared, requests, strict=True)
+            ]
+        )
+        for name in prepared[0].images:
+            if name != "pixel_values":
+                inputs[name] = torch.cat([one.images[name] for one in prepared])
+        layouts = self.adapter.layouts(inputs, {"image": encoded.pictures})
+        return {**inputs, "mm_encoder_outputs": encoded.select()}, layouts
+
+    def _prepare(self, text: str, request: Request) -> _Prepared | None:
+        """The request's picture; ``None`` where the processor does more than was thought."""
+
+        def make() -> _Prepared:
+            made = self.processor(text=[text], images=[[request.image]], return_tensors="pt")
+            made = dict(made.to(self.model.device, dtype=self.model.dtype))
+            count = int((made["input_ids"] == self._token_id).sum())
+            images = {k: v for k, v in made.items() if k not in _TEXT}
+            one = _Prepared(count, images, typed="mm_token_type_ids" in made)
+            token = image_token(self.processor)
+            again = self._ids([text.replace(token, token * count)], typed=one.typed)
+            texts = {k: v for k, v in made.items() if k in _TEXT}
+            if not _same(texts, again) or "pixel_values" not in images:
+                raise _Otherwise
+            return one
+
+        try:
+            return self._prepared.get(request.digest, make)
+        except _Otherwise:
+            return None
+
+    def _ids(self, texts: list[str], *, typed: bool) -> dict[str, Any]:
+        """Token ids of prompts with all their placeholders, padded on the left."""
+        made = self.processor.tokenizer(
+            texts, padding=True, padding_side="left", return_tensors="pt"
+        )
+        inputs = {name: made[name].to(self.model.device) for name in _TEXT[:2]}
+        if typed:
+            inputs[_TEXT[2]] = (inputs["input_ids"] == self._token_id).to(torch.int64)
+        return inputs
+
+    @property
+    def _token_id(self) -> int | None:
+        return None if self.adapter is None else self.adapter.token_id("image")
+
+    def _encode(self, one: _Prepared, request: Request, run: Run | None) -> EncodedImages:
+        own = None if run is None else encodes_alike(run.adapter, run.method)
+        methods = None if own is None or run is None else [run.method]
+        return self._encoded.get(
+            (request.digest, own),
+            lambda: encode_images(self.model, methods=methods, run=run, **one.images),
+        )
+
+
+class _Otherwise(Exception):
+    """A processor that does more than write placeholders."""
+
+
+def _named(request: Request) -> bool:
+    return request.image is not None and request.digest is not None
+
+
+def _same(these: Mapping[str, Tensor], those: Mapping[str, Tensor]) -> bool:
+    return these.keys() == those.keys() and all(
+        value.shape == those[name].shape and bool((value == those[name]).all())
+        for name, value in these.items()
+    )
+
+
+def _prepared_bytes(one: _Prepared) -> int:
+    return sum(tensor.nbytes for tensor in one.images.values())
+
+
+def image_token(processor: Any) -> str:
+    """The placeholder of a picture in a prompt's text."""
+    return str(getattr(processor, "image_token", "<image>"))
