@@ -30,6 +30,10 @@ from visprune.eval.records.record import Cell, Record, canonical, merge
 __all__ = ["ResultsFolder", "read_records", "write_json"]
 
 _PICTURE_SIDE = 448
+_WAY_OUT = (
+    "Delete this one file: the records lie elsewhere and are kept, and the same `visprune eval` "
+    "command writes it again."
+)
 
 
 class ResultsFolder:
@@ -61,13 +65,19 @@ class ResultsFolder:
         return _read_json(path) if path.is_file() else {}
 
     def cells(self) -> dict[str, Cell]:
-        """All cells by id, in the order of the study."""
-        order = {name: place for place, name in enumerate(self.study.get("cells", ()))}
-        found = [
-            Cell.from_dict(_read_json(path)) for path in sorted(self.path.glob("cells/*.json"))
-        ]
-        found.sort(key=lambda cell: order.get(cell.id, len(order)))
-        return {cell.id: cell for cell in found}
+        """The study's cells by id, in its order; without a study, all that are there.
+
+        A cell that the study does not list was part of an earlier one, and was never asked.
+        """
+        found = self._all_cells()
+        listed = self.study.get("cells")
+        if listed is None:
+            return found
+        return {name: found[name] for name in listed if name in found}
+
+    def _all_cells(self) -> dict[str, Cell]:
+        paths = sorted(self.path.glob("cells/*.json"))
+        return {cell.id: cell for cell in (Cell.from_dict(_read_json(path)) for path in paths)}
 
     def record_files(self) -> list[Path]:
         """All files of records, sorted by name."""
@@ -89,8 +99,7 @@ class ResultsFolder:
             ConfigError: a file is damaged, or holds records of a cell that the folder does not
                 know: it came from another run.
         """
-        known = self.cells()
-        return merge(self._known(known, cell))
+        return merge(self._known(self._all_cells(), cell))
 
     def _known(self, known: Mapping[str, Cell], cell: str | None) -> Iterator[Record]:
         for path in self.record_files():
@@ -124,10 +133,10 @@ class ResultsFolder:
         return RecordsWriter(self.path, rank)
 
     def add_cells(self, cells: Iterable[Cell]) -> None:
-        """Write the cells that are not there yet."""
+        """Write the cells that are not there yet, or were there with another limit."""
         for cell in cells:
             path = self.path / "cells" / f"{cell.id}.json"
-            if not path.is_file():
+            if not path.is_file() or Cell.from_dict(_read_json(path)).task != cell.task:
                 write_json(path, cell.to_dict())
 
     def add_environment(self, described: Mapping[str, Any]) -> str:
@@ -163,7 +172,7 @@ def read_records(path: str | Path, cell: str | None = None) -> list[Record]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a kill leaves the old file or the new one, never half of it.
+    """Write JSON so that a kill or a power cut leaves the old file or the new one, whole.
 
     Raises:
         ConfigError: it cannot be written.
@@ -171,7 +180,11 @@ def write_json(path: Path, value: Any) -> None:
     with _replacing(path) as fresh:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         # A lone surrogate (a broken byte of a file name) becomes the same escape in JSON.
-        fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with fresh.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            # A name may reach the disk before what it names: after a power cut, an empty file.
+            os.fsync(file.fileno())
 
 
 @contextmanager
@@ -194,7 +207,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read as JSON: {error}.") from error
+        raise ConfigError(f"{str(path)!r} cannot be read as JSON: {error}. {_WAY_OUT}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r} holds no JSON object.")
+        raise ConfigError(f"{str(path)!r} holds no JSON object. {_WAY_OUT}")
     return values

@@ -48,7 +48,7 @@ class Cell:
             depend on.
         method: ``method.to_dict()``; ``{"method": "none"}`` is the untouched model,
             ``{"method": "no_image"}`` the model without the picture.
-        task: ``task.to_dict()``: name, version, options.
+        task: ``task.to_dict()``: name, version, options. ``limit`` is not part of the identity.
         prompt_style: how questions are put.
         generation: options of ``generate``.
         seed: of the question set and of random draws.
@@ -71,9 +71,14 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """First 16 hex digits of the SHA-256 of everything that changes the answers."""
-        parts = ("model", "method", "task", "prompt_style", "generation", "seed")
-        return hashlib.sha256(canonical({n: getattr(self, n) for n in parts})).hexdigest()[:16]
+        """First 16 hex digits of the SHA-256 of everything that changes the answers.
+
+        How many samples are asked changes none: a longer study goes on with what is there.
+        """
+        names = ("model", "method", "task", "prompt_style", "generation", "seed")
+        parts = {name: getattr(self, name) for name in names}
+        parts["task"] = {key: value for key, value in self.task.items() if key != "limit"}
+        return hashlib.sha256(canonical(parts)).hexdigest()[:16]
 
     def key(self, prompt: str, image_hash: str | None) -> str:
         """SHA-256 of the cell, a prompt and the pixels of its picture (hex)."""

@@ -22,7 +22,7 @@ from visprune.errors import ConfigError
 from visprune.eval.records.files import RecordsWriter, read_lines
 from visprune.eval.records.folder import ResultsFolder
 
-__all__ = ["Claims", "Done", "asked_hash", "exclusive", "lock_of", "own_first"]
+__all__ = ["Claims", "Done", "Presence", "asked_hash", "exclusive", "lock_of", "own_first"]
 
 _BUSY = (errno.EACCES, errno.EAGAIN)
 
@@ -70,6 +70,38 @@ class Claims:
 
     def __exit__(self, *exc: object) -> None:
         os.close(self._file)
+
+
+class Presence:
+    """That a process is at work on a folder, for others to see; gone when the process ends.
+
+    Args:
+        path: the lock file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._claims = Claims(path)
+
+    def alone(self) -> bool:
+        """Whether no other process is there."""
+        return self._claims.take(0)
+
+    def show(self) -> None:
+        """Be there, beside others.
+
+        Raises:
+            ConfigError: the file system has no locks.
+        """
+        try:
+            fcntl.lockf(self._claims._file, fcntl.LOCK_SH, 1, 0)
+        except OSError as error:
+            raise _no_locks(self._claims.path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._claims.__exit__()
 
 
 @contextmanager
@@ -143,6 +175,7 @@ class Done:
         self._offsets: dict[Path, int] = {}
         self._prompts: dict[str, dict[str, int | None]] = {}
         self._forgotten: set[str] = set()
+        self._recorded: set[str] = set()
         self.own: RecordsWriter | None = None
         self.marks: dict[str, dict[str, str]] = {}
         self._retry, self._marking = retry_errors, True
@@ -160,6 +193,7 @@ class Done:
                 if values["cell"] in self._forgotten:
                     continue
                 failed = bool(values.get("error"))
+                self._recorded.add(values["cell"])
                 if not (failed and self._retry):
                     asked = None if failed else asked_hash(values)
                     known = self._prompts.setdefault(values["cell"], {})
@@ -171,6 +205,10 @@ class Done:
     def samples(self, cell: str) -> dict[str, int | None]:
         """Samples of a cell that have a record, with :func:`asked_hash` of each (no error)."""
         return self._prompts.setdefault(cell, {})
+
+    def cells(self) -> set[str]:
+        """Cells that have a record of whatever kind."""
+        return set(self._recorded)
 
     def count(self, cell: str) -> int:
         """How many samples of a cell have a record."""

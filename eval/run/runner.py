@@ -12,7 +12,7 @@ from visprune.eval.environment import describe
 from visprune.eval.models.base import EvalModel, ModelSpec
 from visprune.eval.models.load import load_model
 from visprune.eval.records.folder import ResultsFolder
-from visprune.eval.run.claims import Done
+from visprune.eval.run.claims import Done, Presence
 from visprune.eval.run.jobs import Job, adopt_study, jobs_of, register
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.walk import Desk, walk_model
@@ -79,7 +79,6 @@ def run_study(
     """
     rank, world, local = process_number()
     folder = ResultsFolder(out, create=True)
-    adopt_study(folder, study)
     done = Done(folder, retry_errors=retry_errors)
     environment = folder.add_environment({**describe(), "rank": rank, "processes": world})
     progress = progress or Silent()
@@ -87,12 +86,14 @@ def run_study(
         progress.note(note)
     seen: set[str] = set()
     idle: list[Job] = []  # of models that can run nothing
-    with folder.writer(rank) as writer:
+    locks = folder.path / ".locks"
+    with Presence(locks / "at work") as presence, folder.writer(rank) as writer:
+        adopt_study(folder, study, done.cells(), presence)
         desk = Desk(study, folder, writer, done, environment, progress)
         for spec in study.models:
             model = loader(spec) if loader else load_model(spec, local_rank=local)
             jobs = distinct(jobs_of(study, model), seen)
-            register(folder, [job.cell for job in jobs])
+            register(folder, study, spec, jobs, done.cells())
             runs = [job for job in jobs if job.cell.refused is None]
             if not runs:
                 idle += jobs

@@ -113,8 +113,10 @@ class Study:
         """Reject what would be asked twice: each sample has one record."""
         listing: list[tuple[str, Any]] = [(f"the seed {seed}", seed) for seed in self.seeds]
         for task in self.tasks:
-            options = dataclasses.replace(task, seed=0).to_dict()
-            listing.append((f"the task {task.name!r} with the same options", options))
+            options = {k: v for k, v in task.to_dict().items() if k not in ("seed", "limit")}
+            listing.append(
+                (f"the task {task.name!r} with the same options (a limit aside)", options)
+            )
         for model in self.models:
             options = dataclasses.asdict(model)
             listing.append((f"the model {model.name!r} with the same options", options))

@@ -59,10 +59,10 @@ def test_a_refusal_is_said_once_and_what_is_not_there_has_no_estimate() -> None:
 def test_two_tasks_of_one_name_are_told_apart_by_what_was_set() -> None:
     study = build_study({
         "models": ["somebody/elsewhere"], "methods": ["todre"], "budgets": [8], "controls": False,
-        "tasks": [{"task": "embedded", "limit": 2}, {"task": "embedded", "limit": 3}],
+        "tasks": [{"task": "embedded", "limit": 2}, {"task": "embedded", "per_kind": 3}],
     })  # fmt: skip
     planned = plan_study(study)
-    assert [row.task for row in planned] == ["embedded (limit=2)", "embedded (limit=3)"]
+    assert [row.task for row in planned] == ["embedded (limit=2)", "embedded (per_kind=3)"]
 
 
 def test_a_study_is_listed_where_its_data_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

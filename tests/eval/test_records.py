@@ -186,7 +186,7 @@ def test_json_files_are_whole_or_absent(
     def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(ConfigError, match="No space left"):
         write_json(path, {"name": "new"})
     monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +19,15 @@ from tests.eval.instant import Instant, Tile, Tiling, instant_study, loader
 from visprune.errors import ConfigError
 from visprune.eval.models.base import ModelSpec
 from visprune.eval.records import files as record_files
-from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.records.folder import ResultsFolder, write_json
 from visprune.eval.run.album import picture_hash
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.runner import process_number, run_study
 from visprune.eval.run.walk import batches_of, blocks_of
 from visprune.eval.study.grid import Study
 from visprune.eval.tasks.base import SampleError
+
+FORK = multiprocessing.get_context("fork")
 
 
 def run(study: Study, out: Path, model: Instant | None = None, **options: Any) -> ResultsFolder:
@@ -199,17 +202,121 @@ def test_another_study_is_refused_and_one_that_extends_it_is_not(tmp_path: Path)
     for other in (
         instant_study(methods=["fastv"], budgets=[4]),
         instant_study(methods=["todre"], budgets=[8]),
-        instant_study(methods=["todre"], budgets=[4], limit=23),
         instant_study(methods=["todre"], budgets=[4], generation={"max_new_tokens": 9}),
     ):
         with pytest.raises(ConfigError, match=r"holds another study.*Use another folder"):
             run(other, tmp_path)
     assert lines(ResultsFolder(tmp_path)) == before
+    with pytest.raises(ConfigError, match=r"asks 24 samples of none .* 23. A limit can grow, not"):
+        run(instant_study(methods=["todre"], budgets=[4], limit=23), tmp_path)
     large = instant_study(methods=["todre", "fastv"], budgets=[4, 8], batch_size=5)
     model = Instant()
     folder = run(large, tmp_path, model)
     assert sum(map(len, model.asked)) == 3 * 24  # what was there is not asked again
     assert len(lines(folder)) == len(set(lines(folder))) == 5 * 24
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize(("first", "then"), [(24, 60), (24, None)])
+def test_a_limit_can_grow(tmp_path: Path, first: int, then: int | None, seed: int) -> None:
+    """What was answered is not asked again, and the tables hold all of it."""
+    study = instant_study(task=Drawn(limit=first), methods=["todre"], budgets=[4], seeds=[seed])
+    asked = set(run(study, tmp_path, Instant()).study["cells"])
+    assert len(lines(ResultsFolder(tmp_path))) == 2 * first
+    model = Instant()
+    study = instant_study(task=Drawn(limit=then), methods=["todre"], budgets=[4], seeds=[seed])
+    folder = run(study, tmp_path, model)
+    total = then or 80
+    assert sum(map(len, model.asked)) == 2 * (total - first)
+    assert len(lines(folder)) == len(set(lines(folder))) == 2 * total
+    assert set(folder.cells()) == asked
+    assert {cell.task["limit"] for cell in folder.cells().values()} == {then}
+    assert folder.study["tasks"][0]["limit"] == then
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn(Tiling):
+    """Eighty samples, of which a limit takes some as every task does."""
+
+    def samples(self) -> Any:
+        every = Tiling(limit=80).samples()
+        return [every[i] for i in self._chosen([sample.id for sample in every])]
+
+
+def test_a_first_try_that_asked_nothing_binds_nobody(tmp_path: Path) -> None:
+    """A wrong model, a task whose data is not there, a broken row: the mended command runs."""
+
+    class Away(Tiling):
+        def samples(self) -> Any:
+            raise ConfigError("There is no folder 'data'.")
+
+    wrong = instant_study(models=[ModelSpec("instnat")], methods=["todre"], budgets=[4], limit=6)
+    away = instant_study(task=Away(words="elsewhere"), methods=["fastv"], budgets=[4])
+    for study, message in ((wrong, "Unknown model"), (away, "no folder")):
+        with pytest.raises(ConfigError, match=message):
+            run(study, tmp_path)
+    folder = run(instant_study(methods=["todre"], budgets=[4], limit=6), tmp_path)
+    assert [cell.label for cell in folder.cells().values()] == ["none", "todre 4"]
+    assert len(folder.records()) == 2 * 6
+    assert [spec["name"] for spec in folder.study["models"]] == ["instant"]
+
+
+def test_what_was_never_asked_can_be_left_out_and_what_was_asked_cannot(tmp_path: Path) -> None:
+    two = [ModelSpec("instant"), ModelSpec("instnat")]
+    with pytest.raises(ConfigError, match="Unknown model"):
+        run(instant_study(models=two, limit=6), tmp_path)
+    assert len(run(instant_study(limit=6), tmp_path).records()) == 6
+    other = instant_study(models=[ModelSpec("other")], limit=6)
+    with pytest.raises(ConfigError, match=r"holds another study.*such as none \(instant, tiling"):
+        run(other, tmp_path, Instant(name="other"))
+
+
+def test_a_folder_that_is_being_filled_is_not_taken_for_another_study(tmp_path: Path) -> None:
+    """Nothing is recorded yet, but a process is at work: a second study would mix with its own."""
+
+    class Starting(Instant):
+        def describe(self) -> dict[str, Any]:
+            other = FORK.Process(target=refused_elsewhere, args=(tmp_path,))
+            other.start()
+            other.join(60)
+            assert other.exitcode == 0
+            return super().describe()
+
+    folder = run(instant_study(limit=4), tmp_path, Starting())
+    assert len(folder.records()) == 4
+
+
+def refused_elsewhere(out: Path) -> None:
+    with pytest.raises(ConfigError, match="is at work for another study"):
+        run(instant_study(limit=4, controls=["keep_all"]), out)
+    run(instant_study(limit=4, controls=["none", "keep_all"]), out / "elsewhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_study_file_that_a_power_cut_emptied_names_the_way_out(tmp_path: Path, text: str) -> None:
+    run(instant_study(limit=4), tmp_path)
+    before = lines(ResultsFolder(tmp_path))
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"study.json'.*Delete this one file: the records"):
+        run(instant_study(limit=4), tmp_path)
+    (tmp_path / "study.json").unlink()
+    again = Instant()
+    folder = run(instant_study(limit=4), tmp_path, again)
+    assert not again.asked
+    assert lines(folder) == before
+    assert len(folder.records()) == 4
+
+
+def test_json_is_on_the_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *args: (calls.append("replace"), replace(*args)))
+    write_json(tmp_path / "study.json", {"a": 1})
+    assert calls == ["fsync", "replace"]
+    assert (tmp_path / "study.json").read_text() == '{\n  "a": 1\n}\n'
 
 
 def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:

@@ -186,12 +186,23 @@ def test_one_method_under_two_labels_is_refused_and_listed_twice_it_is_one_row()
     assert labels(study(methods=["fastv", "fastv"], budgets=[8, 8])).count("fastv 8") == 1
 
 
+TRAIN = {"task": "embedded", "split": "train"}
+
+
+def test_a_limit_makes_no_other_task() -> None:
+    """The smaller one's samples are among the larger one's: they would be asked twice."""
+    with pytest.raises(
+        ConfigError, match=r"'embedded' with the same options \(a limit aside\) twic"
+    ):
+        study(tasks=["embedded", {"task": "embedded", "limit": 7}])
+
+
 def test_limits_and_seeds_reach_the_tasks() -> None:
-    made = study(tasks=["embedded", {"task": "embedded", "limit": 7}], limit=5, seeds=[0, 3])
+    made = study(tasks=["embedded", {**TRAIN, "limit": 7}], limit=5, seeds=[0, 3])
     assert [task.limit for task in made.tasks] == [5, 7]
     assert made.seeds == (0, 3)
     assert study(speed=True).speed == SpeedPlan()
-    built = study(tasks=[EmbeddedTask(), EmbeddedTask(limit=7)], limit=5)
+    built = study(tasks=[EmbeddedTask(), EmbeddedTask(split="train", limit=7)], limit=5)
     assert [task.limit for task in built.tasks] == [5, 7]  # as of names and mappings
     assert study(tasks=EmbeddedTask(seed=3), seeds=3).tasks[0].seed == 3
     with pytest.raises(ConfigError, match="seed of its own"):
