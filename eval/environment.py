@@ -25,9 +25,15 @@ __all__ = [
     "quiet_loading",
     "set_threads",
     "usable_cores",
+    "without_hub",
     "writable_folder",
 ]
 
+# Read by the libraries when they are imported, and kept there.
+_OFFLINE = {
+    "huggingface_hub.constants": ("HF_HUB_OFFLINE",),
+    "datasets.config": ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
+}
 _PACKAGES = ("visprune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "triton")
 
 
@@ -130,3 +136,28 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Ask the Hub nothing: what is not on this machine is not there, and that is known at once."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    changed = [
+        (sys.modules[module], name, getattr(sys.modules[module], name))
+        for module, names in _OFFLINE.items()
+        if module in sys.modules
+        for name in names
+        if hasattr(sys.modules[module], name)
+    ]
+    for module, name, _ in changed:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before

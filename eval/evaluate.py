@@ -18,7 +18,7 @@ from rich.table import Table
 
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
-from visprune.eval.environment import set_threads
+from visprune.eval.environment import set_threads, without_hub
 from visprune.eval.models.base import EvalModel, ModelSpec
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Record, canonical
@@ -199,8 +199,10 @@ def run_command(
     console = Console()
     if dry_run:
         if rank == 0:
-            print_plan(console, plan_study(study, out), processes=world,
-                       timed=study.speed is not None, notes=study.notes)  # fmt: skip
+            with without_hub():
+                planned = plan_study(study, out)
+            print_plan(console, planned, processes=world, timed=study.speed is not None,
+                       notes=study.notes)  # fmt: skip
         return
     if out is None:
         raise ConfigError("visprune eval writes into a folder; name it with --out DIR.")

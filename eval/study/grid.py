@@ -114,15 +114,16 @@ class Study:
         listing: list[tuple[str, Any]] = [(f"the seed {seed}", seed) for seed in self.seeds]
         for task in self.tasks:
             options = {k: v for k, v in task.to_dict().items() if k not in ("seed", "limit")}
-            listing.append(
-                (f"the task {task.name!r} with the same options (a limit aside)", options)
-            )
+            listing.append((f"the task {task.name!r} with the same options", options))
         for model in self.models:
             options = dataclasses.asdict(model)
             listing.append((f"the model {model.name!r} with the same options", options))
         for number, entry in enumerate(listing):
             if entry in listing[:number]:
-                raise ConfigError(f"The study lists {entry[0]} twice; leave one out.")
+                raise ConfigError(
+                    f"The study lists {entry[0]} twice; leave one out"
+                    f"{' (a limit makes no other task)' * entry[0].startswith('the task')}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved study as JSON values."""

@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -54,6 +58,36 @@ def test_a_refusal_is_said_once_and_what_is_not_there_has_no_estimate() -> None:
     assert text.count("cannot run") == 1
     assert "10 samples to ask, about 15 s in 2 process(es)" in text.replace("\n", " ")
     assert "no estimate for b: not on this machine" in text.replace("\n", " ")
+
+
+def test_a_dry_run_asks_no_network(tmp_path: Path) -> None:
+    """In a process that is online: a model, a timm model and a benchmark that are not here."""
+    asked = tmp_path / "asked"
+    program = f"""
+import pathlib, socket
+def refuse(*args, **options):
+    with open({str(asked)!r}, "a") as file:
+        file.write(f"{{args[:2]}}\\n")
+    raise socket.gaierror("no network")
+socket.getaddrinfo = refuse
+import huggingface_hub, datasets
+from visprune.eval.evaluate import run_command
+run_command(
+    None, None,
+    {{"models": ["embedded", "somebody/elsewhere", "timm:vit_tiny_patch16_224"],
+      "tasks": ["gqa", {{"task": "embedded", "limit": 2}}], "controls": ["none"]}},
+    dry_run=True, retry_errors=False, threads=None, answers=None,
+)
+assert not huggingface_hub.constants.HF_HUB_OFFLINE
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False,
+        env={**environment, "HF_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not asked.exists(), asked.read_text()[:500]
+    assert "not counting gqa: data not on this machine" in " ".join(done.stdout.split())
 
 
 def test_two_tasks_of_one_name_are_told_apart_by_what_was_set() -> None:

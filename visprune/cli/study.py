@@ -79,7 +79,9 @@ def evaluate(
     pictures: Annotated[
         bool | None, typer.Option(help="Keep small copies of pictures.", show_default="pictures")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="List what would run, with an estimate.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="List what would run, with an estimate; downloads nothing.")
+    ] = False,
     retry_errors: Annotated[bool, typer.Option(help="Ask again where an error was.")] = False,
     answers: Annotated[
         Path | None, typer.Option(help="Folder for answer files in LLaVA's format.")
