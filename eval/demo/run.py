@@ -1,34 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`visprune demo`: one model, several methods and budgets: accuracy, operations, time."""
+"""`visprune demo`: a study of the embedded model, with a table, a plot and pictures of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from visprune.backbones.hf.cache import cache_of
-from visprune.catalog import get_method
-from visprune.core.method import PruningMethod
-from visprune.eval.demo.accuracy import Answers, QuestionSet
-from visprune.eval.demo.report import BASELINE, Entry, Measured, build_rows, draw_sheet, report
+from visprune.eval.demo.report import report
+from visprune.eval.demo.rows import Measured, build_rows
+from visprune.eval.demo.sheet import draw_sheet
 from visprune.eval.environment import quiet_loading, set_threads, writable_folder
-from visprune.eval.speed.latency import Case, interleaved
-from visprune.eval.tasks import embedded as questions
+from visprune.eval.models.base import EMBEDDED, NONE, Request
+from visprune.eval.models.vlm import PLAIN, VLM
+from visprune.eval.run.progress import Progress
+from visprune.eval.run.runner import run_study
+from visprune.eval.speed.measure import measure_study
+from visprune.eval.study.grid import Study, build_study
 from visprune.machine.run import prune
 
 __all__ = ["BUDGETS", "METHODS", "Plan", "run_demo"]
@@ -36,7 +28,8 @@ __all__ = ["BUDGETS", "METHODS", "Plan", "run_demo"]
 METHODS = ("random", "pool", "todre", "divprune", "fastv")
 BUDGETS = (192, 128, 64, 32)
 QUESTIONS = 504
-_SEED = 0
+_BATCH = 16
+_COMPARED = 3  # prompts on which keep_all's logits are held against the untouched model's
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Plan:
     """What the demo runs.
 
     Attributes:
-        methods: beside keep_all.
+        methods: beside the untouched model and keep_all.
         budgets: tokens kept.
         limit: questions.
         prompts: prompts that are timed under each method.
@@ -54,6 +47,18 @@ class Plan:
     budgets: Sequence[int] = BUDGETS
     limit: int = QUESTIONS
     prompts: int = 20
+
+    def study(self) -> Study:
+        """The same as a study."""
+        return build_study(
+            {
+                "name": "demo", "models": [EMBEDDED], "tasks": [EMBEDDED], "limit": self.limit,
+                "methods": list(self.methods), "budgets": list(self.budgets),
+                "controls": [NONE, "keep_all"], "batch_size": _BATCH,
+                "speed": {"rounds": self.prompts, "warmup": 1, "batches": [1], "new_tokens": 2,
+                          "prompts": self.prompts},
+            }
+        )  # fmt: skip
 
 
 def run_demo(
@@ -66,8 +71,10 @@ def run_demo(
 ) -> list[dict[str, Any]]:
     """Compare methods and budgets on the embedded model; print a table, write files into ``out``.
 
-    ``demo.json`` and ``demo.csv`` (the rows), ``accuracy_flops.png``, ``contact_sheet.png`` and
-    ``run.json`` (command, hardware, versions, seeds, blind floor, the untouched model's time).
+    ``demo.json`` and ``demo.csv`` (the rows), ``accuracy_flops.png``, ``contact_sheet.png``,
+    ``run.json`` (command, hardware, versions, seeds, blind floor, the untouched model's time), and
+    in ``study`` the records of every answer, which ``visprune report`` makes a page of. A demo that
+    was stopped goes on.
 
     Args:
         out: folder to write into; made if it is not there.
@@ -80,7 +87,8 @@ def run_demo(
         The rows of ``demo.json``.
 
     Raises:
-        ConfigError: ``out`` cannot be written, a number is out of range, or there are no weights.
+        ConfigError: ``out`` cannot be written or holds a demo of other methods, a number is out of
+            range, or there are no weights.
     """
     folder = writable_folder(out)
     plan = plan or Plan()
@@ -101,79 +109,35 @@ def _embedded() -> tuple[Any, Any]:
 
 
 def _run(folder: Path, plan: Plan, loaded: tuple[Any, Any]) -> list[dict[str, Any]]:
-    model, processor = loaded
-    console = Console()
-    entries = [Entry(get_method("keep_all"), model.config.image_seq_length)]
-    for name in plan.methods:
-        seed = {"seed": _SEED} if name == "random" else {}
-        entries += [Entry(get_method(name, num_keep=k, **seed), k) for k in plan.budgets]
-    with _progress(console) as bars:
-        asked = QuestionSet(model, processor, questions.load("test", plan.limit))
-        steps = bars.add_task("pictures through the vision tower", total=len(asked.pictures))
-        asked.encode(lambda count: bars.advance(steps, count))
-        answers = _accuracy(asked, entries, bars)
-        measured = _latency(asked, entries, plan, bars)
-        steps = bars.add_task("contact sheet", total=len(entries))
-        draw_sheet(folder, asked, entries, answers, lambda: bars.advance(steps))
-    rows = build_rows(asked, entries, answers, measured, seed=_SEED)
-    report(console, folder, asked, rows, measured, seed=_SEED)
+    study, console = plan.study(), Console()
+    vlm = VLM(*loaded, name=EMBEDDED, template=PLAIN, style="plain")
+    with Progress(console) as bars:
+        results = run_study(study, folder / "study", loader=lambda _: vlm, progress=bars)
+        measure_study(study, results, loader=lambda _: vlm, progress=bars)
+    measured = Measured(results)
+    chosen = draw_sheet(folder / "contact_sheet.png", vlm, study, measured)
+    rows = build_rows(measured)
+    report(console, folder, rows, measured, exact=_keep_all_is_exact(vlm, chosen, study))
     return rows
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _accuracy(asked: QuestionSet, entries: list[Entry], bars: Progress) -> dict[str, Answers]:
-    bar = bars.add_task("questions", total=len(asked.prompts) * len(entries))
-    answers = {}
-    for entry in entries:
-        bars.update(bar, description=f"questions: {entry.method.name} {entry.num_keep}")
-        with prune(asked.model, entry.method) as run:
-            answers[entry.key] = asked.ask(run, lambda count: bars.advance(bar, count))
-    bars.update(bar, description="questions")
-    return answers
-
-
 @torch.inference_mode()
-def _latency(asked: QuestionSet, entries: list[Entry], plan: Plan, bars: Progress) -> Measured:
-    """Time the prefill of single prompts, picture included, methods taking turns."""
-    number = min(plan.prompts, len(asked.prompts))
-    chosen = np.linspace(0, len(asked.prompts) - 1, number).round().astype(int).tolist()
-    inputs = [asked.single(i) for i in chosen]
+def _keep_all_is_exact(vlm: VLM, chosen: str, study: Study) -> bool:
+    """Whether keep_all's logits are the untouched model's to the bit, on a few questions.
 
-    def prefill(turn: int) -> Any:
-        return asked.model(**inputs[turn], logits_to_keep=1)
-
-    cases = [Case(BASELINE, prefill)]
-    cases += [Case(entry.key, prefill, _attached(asked.model, entry.method)) for entry in entries]
-    bar = bars.add_task("prefill times, taking turns", total=len(cases) * (number + 1))
-    stored: dict[str, list[int]] = {case.name: [] for case in cases}
-    logits: dict[tuple[str, int], torch.Tensor] = {}
-
-    def after(case: Case, turn: int, output: Any) -> None:
-        bars.advance(bar)
-        if turn >= 0:
-            layers = cache_of(output).layers
-            stored[case.name].append(sum(x.keys.nbytes + x.values.nbytes for x in layers))
-            if case.name in (BASELINE, entries[0].key):
-                logits[case.name, turn] = output.logits
-
-    device = next(asked.model.parameters()).device
-    timings = interleaved(cases, rounds=number, device=device, after=after)
-    same = (
-        torch.equal(logits[BASELINE, turn], logits[entries[0].key, turn]) for turn in range(number)
-    )
-    return Measured(timings, stored, number, keep_all_exact=all(same))
-
-
-def _attached(model: Any, method: PruningMethod) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: prune(model, method)
+    Args:
+        vlm: the model.
+        chosen: id of a sample that is among them.
+        study: the study.
+    """
+    (task,) = study.tasks
+    samples = list(task.samples())
+    samples = [s for s in samples if s.id == chosen] + samples[: _COMPARED - 1]
+    for sample in samples:
+        request = Request(sample, task.prompt(sample, "plain"), sample.image())
+        inputs = vlm.inputs([request], "plain")
+        whole = vlm.model(**inputs, logits_to_keep=1).logits
+        with prune(vlm.model, "keep_all"):
+            if not torch.equal(vlm.model(**inputs, logits_to_keep=1).logits, whole):
+                return False
+    return True

@@ -16,14 +16,17 @@ from PIL import Image
 
 from tests.eval.small import small_embedded
 from visprune.errors import ConfigError
-from visprune.eval.demo import accuracy
 from visprune.eval.demo import run as demo
-from visprune.eval.demo.accuracy import QuestionSet, batch_inputs
-from visprune.eval.demo.report import most_typical
 from visprune.eval.demo.run import Plan, run_demo
+from visprune.eval.demo.sheet import most_typical
+from visprune.eval.models.base import Request
+from visprune.eval.models.vlm import PLAIN, VLM
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.report import write_report
 from visprune.eval.show.kept import KeptMap, kept_of, paint
 from visprune.eval.stats import wilson
 from visprune.eval.tasks.embedded import blind_floor, load
+from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.machine.run import prune
 
 PLAN = Plan(methods=("random", "pool", "fastv"), budgets=(64, 32), limit=14, prompts=2)
@@ -39,10 +42,14 @@ def small() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def asked(small: tuple[Any, Any]) -> QuestionSet:
-    made = QuestionSet(*small, load("test", 14), batch_size=4)
-    made.encode(chunk=2)
-    return made
+def vlm(small: tuple[Any, Any]) -> VLM:
+    return VLM(*small, name="embedded", template=PLAIN, style="plain")
+
+
+def inputs_of(vlm: VLM, count: int = 1) -> dict[str, Any]:
+    """The first questions, with their pictures."""
+    task = EmbeddedTask(limit=count)
+    return vlm.inputs([Request(s, s.question, s.image()) for s in task.samples()], "plain")
 
 
 @pytest.fixture(scope="module")
@@ -166,54 +173,34 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
         run_demo(tmp_path / "file")
 
 
-# The short cuts ------------------------------------------------------------------------------
+# The study behind it --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["todre", "random", "fastv", "divprune"])
-def test_shared_vision_and_batches_answer_as_single_calls_do(asked: QuestionSet, name: str) -> None:
-    with torch.inference_mode(), prune(asked.model, name, num_keep=32) as run:
-        shared = asked.ask(run)
-        singles, tokens, flops = [], 0.0, 0
-        for number in range(len(asked.prompts)):
-            logits = asked.model(**asked.single(number), logits_to_keep=1).logits
-            singles.append(int(logits[0, -1].argmax()))
-            tokens += run.trace.mean_tokens[0]
-            flops += run.cost().flops
-    assert shared.predicted.tolist() == singles
-    assert shared.tokens_mean == pytest.approx(tokens / len(singles))
-    assert shared.cost.flops == flops
-    assert shared.cost.samples == len(singles)
+def test_the_records_are_a_study_that_goes_on_and_can_be_reported(
+    small: tuple[Any, Any], written: Path, rows: list[dict[str, Any]]
+) -> None:
+    folder = ResultsFolder(written / "study")
+    assert folder.study["name"] == "demo"
+    cells = folder.cells()
+    assert {"none", "keep_all"} <= {cell.label for cell in cells.values()}
+    assert len(folder.records()) == 14 * len(cells) == 14 * (len(rows) + 1)
+    before = list(folder.lines())
+    again = run_demo(written, threads=1, plan=PLAN, model=small)
+    assert again == rows  # times too: nothing was asked or timed again
+    assert list(folder.lines()) == before
+    page = write_report(written / "study")["page"]
+    assert "fastv" in page.read_text(encoding="utf-8")
 
 
-def test_the_first_generated_token_is_the_answer(asked: QuestionSet) -> None:
-    for method in ({"method": "keep_all"}, {"method": "divprune", "num_keep": 64}):
-        with prune(asked.model, **method) as run:
-            answers = asked.ask(run)
-            inputs = asked.single(3)
-            ids = asked.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        assert int(ids[0, -1]) == answers.predicted[3]
-
-
-def test_prompts_are_the_processors(asked: QuestionSet) -> None:
-    prompt = asked.prompts[2]
-    text = accuracy.PROMPT.format(question=prompt.question.text)
-    picture = asked.pictures[prompt.picture].image
-    wanted = asked.processor(images=[picture], text=[text], return_tensors="pt")
-    made = asked.single(2)
-    assert torch.equal(made["input_ids"], wanted["input_ids"])
-    assert torch.equal(made["pixel_values"], wanted["pixel_values"])
-    assert asked.processor.tokenizer.decode(prompt.answer) == prompt.question.answer
-
-
-def test_batches_hold_prompts_of_one_length_and_all_of_them(asked: QuestionSet) -> None:
-    assert sorted(n for batch in asked.batches for n in batch) == list(range(len(asked.prompts)))
-    for batch in asked.batches:
-        assert batch_inputs([asked.prompts[n] for n in batch], "cpu")["input_ids"].dim() == 2
-
-
-def test_questions_before_encoding_are_refused(small: tuple[Any, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"Call encode\(\)"):
-        QuestionSet(*small, load("test", 1)).single(0)
+def test_rows_are_counted_from_the_records(written: Path, rows: list[dict[str, Any]]) -> None:
+    folder = ResultsFolder(written / "study")
+    cells = {cell.label: cell.id for cell in folder.cells().values()}
+    for row in rows[1:]:
+        records = folder.records(cells[f"{row['method']} {row['num_keep']}"])
+        assert row["accuracy"] == pytest.approx(sum(r.score or 0 for r in records) / 14)
+        parts = [sum(v for k, v in (r.macs or {}).items() if k != "decode") for r in records]
+        assert row["gflops"] == pytest.approx(2 * sum(parts) / 14 / 1e9)
+        assert row["tokens_mean"] == pytest.approx(sum(r.tokens or 0 for r in records) / 14)
 
 
 def test_the_sheet_shows_the_most_typical_question() -> None:
@@ -229,9 +216,9 @@ def test_the_sheet_shows_the_most_typical_question() -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "fastv", "pyramiddrop", "todre", "visionzip", "pool"])
-def test_a_trace_tells_what_was_kept(asked: QuestionSet, name: str) -> None:
-    with torch.inference_mode(), prune(asked.model, name, num_keep=36) as run:
-        asked.model(**asked.single(0), logits_to_keep=1)
+def test_a_trace_tells_what_was_kept(vlm: VLM, name: str) -> None:
+    with torch.inference_mode(), prune(vlm.model, name, num_keep=36) as run:
+        vlm.model(**inputs_of(vlm), logits_to_keep=1)
     kept = kept_of(run.trace)
     assert kept.grid(0) == (24, 24)
     assert len(kept.dest[kept.dest >= 0].unique()) == 36
@@ -271,15 +258,10 @@ def test_scattered_merges_are_framed_in_orange() -> None:
     assert painted[12, 12].tolist() != [0, 0, 90]
 
 
-def test_two_pictures_at_once_cannot_be_drawn(asked: QuestionSet) -> None:
-    same = next(n for n in asked.batches if len(n) > 1)[:2]
-    prompts = [asked.prompts[n] for n in same]
-    with torch.inference_mode(), prune(asked.model, "random", num_keep=4) as run:
+def test_two_pictures_at_once_cannot_be_drawn(vlm: VLM) -> None:
+    with torch.inference_mode(), prune(vlm.model, "random", num_keep=4) as run:
         with pytest.raises(ConfigError, match="exactly one picture; the last forward held 0"):
             kept_of(run.trace)
-        asked.model(
-            **batch_inputs(prompts, "cpu"),
-            **asked.visual_inputs([prompt.picture for prompt in prompts]),
-        )
+        vlm.model(**inputs_of(vlm, 2))
     with pytest.raises(ConfigError, match="exactly one picture; the last forward held 2"):
         kept_of(run.trace)

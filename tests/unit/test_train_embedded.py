@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import distributed
 from transformers import LlavaForConditionalGeneration
 
+from visprune.backbones.vlm import embedded
 from visprune.backbones.vlm.embedded import PROMPT, build_processor
 from visprune.errors import ConfigError
-from visprune.eval.tasks.embedded import make_sample, words
+from visprune.eval.tasks.embedded import load, make_sample, words
 from visprune.train import train
 from visprune.train.__main__ import main
 from visprune.train.embedded.data import (
@@ -30,6 +31,7 @@ from visprune.train.embedded.data import (
 )
 from visprune.train.embedded.parts import Parts, answer_logits
 from visprune.train.embedded.recipe import STAGE_KINDS, EmbeddedRecipe, StageConfig, read_recipe
+from visprune.train.embedded.score import score_saved
 from visprune.train.embedded.stages import STAGES, DenseStage
 from visprune.train.parallel import average_gradients
 
@@ -252,3 +254,22 @@ def test_command_line_trains_with_overrides(recipe: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     assert main([str(recipe), "--out", str(out), "only=[decoder]", "decoder.steps=1"]) == 0
     assert (out / "weights" / "model.safetensors").is_file()
+
+
+def test_a_saved_model_is_scored_as_it_answers_one_by_one(tmp_path: Path) -> None:
+    model, processor = embedded.load()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    right: dict[str, list[bool]] = {}
+    for picture in load("validation", 14):
+        for question in picture.questions:
+            text = PROMPT.format(question=question.text)
+            inputs = processor(images=[picture.image], text=[text], return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+            said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], True).strip()
+            for key in (question.kind, "all"):
+                right.setdefault(key, []).append(said == question.answer)
+    assert len(right["all"]) == 14
+    assert 0 < sum(right["all"]) < 14  # so that a mix-up would show
+    scored = score_saved(tmp_path, 14, "validation")
+    assert scored == {key: sum(found) / len(found) for key, found in right.items()}
