@@ -113,9 +113,10 @@ def writable_folder(out: str | Path) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".visprune-write-test"
+        # Processes that start together each have a probe of their own.
+        probe = folder / f".visprune-write-test-{os.getpid()}"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"Cannot write into {str(folder)!r}: {error.strerror or error}. Name a folder that you "

@@ -214,3 +214,23 @@ def test_reading_goes_on_where_it_stopped(folder: ResultsFolder) -> None:
         assert not rest
         writer.write([Record(cell=a_cell().id, sample="b")])
         assert [v["sample"] for _, v in read_lines(writer.path, end)] == ["b"]
+
+
+def test_processes_that_start_together_do_not_trip_over_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one proves the same folder between this one's two steps."""
+    write, turns = Path.write_bytes, [os.getpid() + 1]
+
+    def meanwhile(self: Path, data: bytes) -> int:
+        count = write(self, data)
+        if turns:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda number=turns.pop(): number)
+                ResultsFolder(tmp_path, create=True)
+        return count
+
+    monkeypatch.setattr(Path, "write_bytes", meanwhile)
+    ResultsFolder(tmp_path, create=True)
+    assert not turns
+    assert not [path.name for path in tmp_path.iterdir() if path.is_file()]
