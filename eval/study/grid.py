@@ -15,6 +15,7 @@ from visprune.core.checked import build_section, check_values
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.models.base import ModelSpec
 from visprune.eval.study.flags import override
+from visprune.eval.study.options import KEYS, Options
 from visprune.eval.study.published import read_published
 from visprune.eval.study.variants import Variant, expand, listed
 from visprune.eval.tasks.base import Task, get_task
@@ -184,34 +185,32 @@ def build_study(raw: Mapping[str, Any]) -> Study:
         ConfigError: a key, name or value is not allowed.
     """
     for key in raw:
-        if key not in _KEYS:
+        if key not in KEYS:
             raise ConfigError(
-                f"A study has no {key!r}.{did_you_mean(str(key), _KEYS)} Keys: {', '.join(_KEYS)}."
+                f"A study has no {key!r}.{did_you_mean(str(key), KEYS)} Keys: {', '.join(KEYS)}."
             )
-    plain = {k: raw[k] for k in _PLAIN if raw.get(k) is not None}
-    plain = check_values(Study, plain, "The study")
-    _check_generation(plain.get("generation", {}))
-    limit = check_values(Task, {"limit": raw.get("limit")}, "The study")["limit"]
-    models = tuple(_model(entry) for entry in listed("models", raw.get("models")))
-    methods = [*listed("methods", raw.get("methods")), *_saved_methods(models)]
-    seeds = tuple(listed("seeds", raw.get("seeds", 0)))
-    variants, notes = expand(methods, raw.get("budgets"), raw.get("controls", True))
-    tasks = tuple(_task(entry, limit, seeds) for entry in listed("tasks", raw.get("tasks")))
+    said = {key: value for key, value in raw.items() if value is not None}
+    options = Options(**check_values(Options, said, "The study"))
+    _check_generation(options.generation)
+    models = tuple(_model(entry) for entry in listed("models", options.models))
+    methods = [*listed("methods", options.methods), *_saved_methods(models)]
+    seeds = tuple(listed("seeds", options.seeds))
+    variants, notes = expand(methods, options.budgets, options.controls)
+    tasks = tuple(_task(one, options.limit, seeds) for one in listed("tasks", options.tasks))
     return Study(
         models=models,
         variants=tuple(variants),
         tasks=tasks,
         seeds=seeds,
-        speed=_speed(raw.get("speed")),
-        published=_published(raw.get("published")),
+        speed=_speed(options.speed),
+        published=_published(options.published),
         notes=(*notes, *(note for task in tasks for note in task.notes())),
-        **plain,
+        **{key: getattr(options, key) for key in _PLAIN},
     )
 
 
-_PLAIN = ("name", "batch_size", "prompt_style", "generation", "pictures", "status")
-_KEYS = ("models", "methods", "budgets", "tasks", "seeds", "limit", "controls", "speed",
-         "published", *_PLAIN)  # fmt: skip
+# Options that are fields of a study as they are.
+_PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "pictures")
 
 
 def _check_generation(options: Mapping[str, Any]) -> None:

@@ -226,7 +226,8 @@ def test_processes_that_start_together_do_not_trip_over_each_other(
         count = write(self, data)
         if turns:
             with monkeypatch.context() as patch:
-                patch.setattr(os, "getpid", lambda number=turns.pop(): number)
+                other = turns.pop()
+                patch.setattr(os, "getpid", lambda: other)
                 ResultsFolder(tmp_path, create=True)
         return count
 

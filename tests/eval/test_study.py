@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from visprune.cli import study as cli_study
 from visprune.errors import ConfigError
+from visprune.eval.evaluate import evaluate
 from visprune.eval.models.base import ModelSpec
 from visprune.eval.study.grid import SpeedPlan, Study, build_study, read_study
+from visprune.eval.study.options import FLAGS, KEYS
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.methods.fastv import FastV
 
@@ -305,3 +309,35 @@ def test_the_shipped_studies_are_sound(path: Path) -> None:
         assert row["label"] in found
         assert row["task"] in tasks
         assert row["model"] in {spec.name for spec in made.models}
+
+
+def test_flags_keys_and_arguments_are_the_options_of_a_study() -> None:
+    """One list: what a file, the command line and Python can say is the same."""
+    command = inspect.signature(cli_study.evaluate)
+    own = {"study", "out", "dry_run", "retry_errors", "answers", "threads"}
+    assert set(command.parameters) == own | set(FLAGS)
+    said = inspect.signature(evaluate)
+    assert set(said.parameters) - {"model", "processor", "out", "progress"} <= set(KEYS)
+    every = dict.fromkeys(FLAGS)
+    assert cli_study.changes_of(every) == {}
+    of_variants = {"methods", "budgets", "controls"}
+    assert set(Study.__dataclass_fields__) >= set(KEYS) - of_variants - {"limit"}
+
+
+def test_every_flag_reaches_its_key() -> None:
+    given = {
+        "model": ["a", "b"], "dtype": "float32", "task": ["pope"], "task_option": ["split=test"],
+        "method": ["tome,r=13", "todre"], "num_keep": [8], "keep_ratio": [0.5], "limit": 3,
+        "seed": [1], "batch_size": 4, "controls": False, "speed": True, "device": "cpu",
+        "attention": "eager", "prompt_style": "plain", "max_new_tokens": 5, "pictures": False,
+    }  # fmt: skip
+    assert set(given) == set(FLAGS)
+    options = {"dtype": "float32", "device": "cpu", "attention": "eager"}
+    assert cli_study.changes_of(given) == {
+        "models": [{"name": "a", **options}, {"name": "b", **options}],
+        "tasks": [{"task": "pope", "split": "test"}],
+        "methods": [{"method": "tome", "r": 13}, "todre"],
+        "budgets": [8, 0.5], "limit": 3, "seeds": [1], "batch_size": 4, "controls": False,
+        "speed": True, "prompt_style": "plain", "generation": {"max_new_tokens": 5},
+        "pictures": False,
+    }  # fmt: skip

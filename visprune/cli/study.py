@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,73 +15,36 @@ import typer
 
 from visprune.cli.checks import check_study
 from visprune.cli.words import overrides_of
+from visprune.eval.study.options import FLAGS, Options
 
 __all__ = ["compare", "evaluate"]
 
 
+def with_study_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of a study, in place of its ``**flags``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[flag.kind | None, typer.Option(help=flag.help, **flag.more)],
+        )
+        for name, flag in FLAGS.items()
+    ]  # fmt: skip
+    first, *rest = own  # the study's file; what is done with it stands behind what it is
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[first, *flags, *rest]
+    )
+    return command
+
+
+@with_study_flags
 def evaluate(
     study: Annotated[
         Path | None, typer.Argument(help="A study, such as configs/studies/NAME.yaml.")
     ] = None,
+    *,
     out: Annotated[Path | None, typer.Option(help="Results folder; run again to go on.")] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="embedded, a folder, a name on the Hub, timm:NAME or open_clip:NAME/PRETRAINED."
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="A name from `visprune tasks`; repeat.")
-    ] = None,
-    task_option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of every task; repeat.")
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[,KEY=VALUE...]",
-            help="A name from `visprune methods`, with parameters (tome,r=13); repeat.",
-        ),
-    ] = None,
-    num_keep: Annotated[
-        list[int] | None, typer.Option(min=1, help="Visual tokens to keep; repeat.")
-    ] = None,
-    keep_ratio: Annotated[
-        list[float] | None, typer.Option(help="Fraction of tokens to keep; repeat.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Samples of each task, whatever the study says.")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seed; repeat.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples asked together.")] = None,
-    controls: Annotated[
-        bool | None,
-        typer.Option(
-            help="Also run the untouched model, keep_all, random, uniform, pool, no_image.",
-            show_default="controls",
-        ),
-    ] = None,
-    speed: Annotated[
-        bool | None, typer.Option(help="Measure latency by part.", show_default="no-speed")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of every model, whatever the study says.", show_default="auto"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Of every model, whatever the study says.", show_default="auto"),
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="Attention of every model: sdpa, eager ...")
-    ] = None,
-    prompt_style: Annotated[str | None, typer.Option(help="llava15, chat or plain.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer.", show_default="the task's")
-    ] = None,
-    pictures: Annotated[
-        bool | None, typer.Option(help="Keep small copies of pictures.", show_default="pictures")
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="List what would run, with an estimate; downloads nothing.")
     ] = False,
@@ -87,31 +53,13 @@ def evaluate(
         Path | None, typer.Option(help="Folder for answer files in LLaVA's format.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    **flags: Any,
 ) -> None:
     """Evaluate models under methods and budgets.
 
     Flags make a study, or change that of a file: they win over it.
     """
-    options = overrides_of(task_option or [])
-    of_models = {"dtype": dtype, "device": device, "attention": attention}
-    of_models = {key: value for key, value in of_models.items() if value is not None}
-    changes: dict[str, Any] = {
-        "models": [{"name": name, **of_models} for name in model or []],
-        "model_options": {} if model else of_models,
-        "task_options": {} if task else options,
-        "tasks": [{"task": name, **options} for name in task or []],
-        "methods": [_method(text) for text in method or []],
-        "budgets": [*(num_keep or []), *(keep_ratio or [])],
-        "limit": limit,
-        "seeds": seed,
-        "batch_size": batch_size,
-        "controls": controls,
-        "speed": speed,
-        "prompt_style": prompt_style,
-        "generation": {"max_new_tokens": max_new_tokens} if max_new_tokens else None,
-        "pictures": pictures,
-    }
-    changes = {key: value for key, value in changes.items() if value not in (None, [], {})}
+    changes = changes_of(flags)
     check_study(study, changes)
     # Read once, when PyTorch's OpenMP loads; see `demo`.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -123,10 +71,60 @@ def evaluate(
     )  # fmt: skip
 
 
+def changes_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what flags say as keys of a study, for :func:`visprune.eval.study.grid.read_study`.
+
+    Args:
+        given: by name of the flag; ``None`` or an empty list: not given.
+
+    Raises:
+        ConfigError: something that should be KEY=VALUE is not.
+    """
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    changes: dict[str, Any] = {}
+    for key in dataclasses.fields(Options):
+        flags = [name for name in key.metadata["flags"] if name in given]
+        if key.name in _READ:
+            changes |= _READ[key.name]({name: given[name] for name in flags})
+        elif flags:
+            changes[key.name] = given[flags[0]]
+    return {key: value for key, value in changes.items() if value not in ([], {})}
+
+
+def _models(given: dict[str, Any]) -> dict[str, Any]:
+    names = given.pop("model", [])
+    return {
+        "models": [{"name": name, **given} for name in names],
+        "model_options": {} if names else given,
+    }
+
+
+def _tasks(given: dict[str, Any]) -> dict[str, Any]:
+    names, options = given.get("task", []), overrides_of(given.get("task_option", []))
+    return {
+        "tasks": [{"task": name, **options} for name in names],
+        "task_options": {} if names else options,
+    }
+
+
+def _methods(given: dict[str, Any]) -> dict[str, Any]:
+    return {"methods": [_method(text) for text in given.get("method", [])]}
+
+
 def _method(text: str) -> str | dict[str, Any]:
     """``"tome,r=13"`` as ``{"method": "tome", "r": 13}``; a name alone stays one."""
     name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)  # lists and mappings stay whole
     return {"method": name, **overrides_of(pairs)} if pairs else name
+
+
+# Where flags are not simply the value of their key.
+_READ = {
+    "models": _models,
+    "tasks": _tasks,
+    "methods": _methods,
+    "budgets": lambda given: {"budgets": [x for values in given.values() for x in values]},
+    "generation": lambda given: {"generation": given},
+}
 
 
 def compare(
