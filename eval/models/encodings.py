@@ -146,11 +146,14 @@ class Encodings:
         return None if self.adapter is None else self.adapter.token_id("image")
 
     def _encode(self, one: _Prepared, request: Request, run: Run | None) -> EncodedImages:
-        own = None if run is None else encodes_alike(run.adapter, run.method)
+        own = None
+        if run is not None and self.adapter is not None:
+            own = encodes_alike(self.adapter, run.method)
+        inputs: dict[str, Any] = dict(one.images)
         methods = None if own is None or run is None else [run.method]
         return self._encoded.get(
             (request.digest, own),
-            lambda: encode_images(self.model, methods=methods, run=run, **one.images),
+            lambda: encode_images(self.model, methods=methods, run=run, **inputs),
         )
 
 

@@ -92,11 +92,7 @@ def test_a_batch_answers_as_each_question_alone(vlm: VLM, choice: str) -> None:
             other.text, other.new_tokens, other.tokens,
         )  # fmt: skip
         assert (one.kv_bytes, one.kept) == (other.kv_bytes, other.kept)
-        assert one.macs is not None
-        assert other.macs is not None
-        # A method that reads attention also reads the padding of its batch.
-        costs = [{k: v for k, v in x.macs.items() if k != "selection"} for x in (one, other)]
-        assert costs[0] == costs[1]
+        assert one.macs == other.macs is not None
 
 
 def test_the_untouched_model_costs_what_keep_all_costs_and_answers_the_same(vlm: VLM) -> None:

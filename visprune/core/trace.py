@@ -47,7 +47,8 @@ class Trace:
         prefix: tokens before the patches of a vision transformer.
         ignored_labels: labels that the loss left out since the token that predicts them was
             dropped (0 without labels).
-        selection_macs: multiply-adds spent on scores and selection, whole batch.
+        selection_per_row: multiply-adds spent on scores and selection, per sample as if it had been
+            alone: padding is not counted.
         selection_seconds: time that scores, selection and shortening took behind the encoder, of a
             run that is observed (0 without an observer: it would have to wait for the device).
     """
@@ -71,8 +72,19 @@ class Trace:
     positions: str = "original"
     prefix: int = 0
     ignored_labels: int = 0
-    selection_macs: int = 0
+    selection_per_row: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
+
+    @property
+    def selection_macs(self) -> int:
+        """Multiply-adds spent on scores and selection, whole batch."""
+        return sum(self.selection_per_row)
+
+    def spend(self, row: int, macs: int) -> None:
+        """Count what scores and selection cost a sample."""
+        missing = row + 1 - len(self.selection_per_row)
+        self.selection_per_row += [0] * missing
+        self.selection_per_row[row] += macs
 
     @property
     def mean_tokens(self) -> list[float]:

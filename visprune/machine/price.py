@@ -94,9 +94,7 @@ def sample_costs(
     costs = []
     for row in range(samples):
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
-        share = trace.selection_macs // samples
-        if row == 0:
-            share += trace.selection_macs % samples
+        spent = trace.selection_per_row[row] if row < len(trace.selection_per_row) else 0
         sequence, cached = trace.sequence_per_layer[row], trace.cached_per_layer[row]
         stored = trace.stored_per_layer[row]
         if not padded:
@@ -113,7 +111,7 @@ def sample_costs(
             grids=grids,
             dtype=dtype,
             decode_steps=max(0, new_tokens[row] - 1),
-            selection=share,
+            selection=spent,
             causal=causal,
         )
         costs.append(cost)

@@ -177,7 +177,8 @@ class Run:
         stages = self.plan.encoder
         sites = {(n, order): str(s.site) for n in range(layers) for order, s in stages.at(n)}
         trace = latest.trace(layers, self._alone().prefix, sites)
-        trace.selection_macs = self.cost().selection
+        cost = self.cost()
+        trace.selection_per_row = [cost.selection // cost.samples] * cost.samples
         return trace
 
     @property

@@ -138,7 +138,8 @@ class DecoderSeen:
             scores, ``[B, 1 or H, 1 or R, C + P]``; ``None``: all.
         norm: the norm behind the last layer.
         embedded: whether these are input embeddings (a stage at the projector).
-        spent: multiply-adds of what was read, whole batch.
+        spent: multiply-adds of what was read, per sample without its padding, ``[B]``; ``None``:
+            nothing was.
     """
 
     hidden: Tensor
@@ -155,7 +156,7 @@ class DecoderSeen:
     mask: Callable[[Tensor], Tensor | None] | None = None
     norm: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
-    spent: int = 0
+    spent: Tensor | None = None
 
     def queries(self, which: Literal["last", "text", "after_image", "all"]) -> Tensor:
         """Slots of queries, -1 in padding, ``[B, R]``.
@@ -185,7 +186,9 @@ class DecoderSeen:
         chosen = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         rows = query.gather(2, chosen)
         mask = None if self.mask is None else self.mask(place)
-        self.spent += rows.shape[:3].numel() * key.shape[2] * key.shape[3]
+        pairs = (at >= 0).sum(1) * (self.stored + self.valid.sum(1).to(at.device))  # [B]
+        spent = pairs * query.shape[1] * key.shape[3]
+        self.spent = spent if self.spent is None else self.spent + spent
         return ops.attention_rows(
             rows, key, scale=self.scale, mask=mask, query_idx=place + self.stored, causal=True,
             softcap=self.softcap,

@@ -451,7 +451,9 @@ class DecoderHooks:
                     )
             finally:
                 self._current.own = None
-            fwd.trace.selection_macs += hidden.shape[:2].numel() * self.adapter.qk_macs(number)
+            each = self.adapter.qk_macs(number)
+            for row, tokens in enumerate(fwd.table.valid.sum(1).tolist()):
+                fwd.trace.spend(row, tokens * each)
 
     def _record_own(
         self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, attended: Attended

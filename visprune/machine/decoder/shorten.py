@@ -52,8 +52,8 @@ def run_stage(
                 original=len(group[0][1].layout.picture.pos),
             )
             selection = choose(method, stage, tokens, context, observers)
-            fwd.trace.selection_macs += len(group) * selection.macs
             for place, (order, image) in enumerate(group):
+                fwd.trace.spend(image.layout.row, selection.macs)
                 row = selection.row(place)
                 chosen.append((image, row))
                 for name, value in row.evidence.items():
@@ -90,8 +90,10 @@ def read_layer(stages: Sequence[Stage], fwd: Forward, seen: DecoderSeen, uses: s
             for signal in stage.signals:
                 if isinstance(signal, DecoderSignal) and signal.uses == uses:
                     fwd.signals[signal] = signal.read(seen)
-    fwd.trace.selection_macs += seen.spent
-    seen.spent = 0
+    if seen.spent is not None:
+        for row, macs in enumerate(seen.spent.tolist()):
+            fwd.trace.spend(row, macs)
+    seen.spent = None
 
 
 def seen_by(fwd: Forward, hidden: Tensor, layer: int) -> DecoderSeen:

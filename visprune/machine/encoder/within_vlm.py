@@ -127,9 +127,9 @@ class EncoderReduction:
         ]
         fwd.trace.stages.append({"site": "; ".join(sites), "before": before, "clamped": [],
                                  "after": after})  # fmt: skip
-        pictures = sum(len(image.layout.picture.grids) for image in fwd.images)
-        spent = selection_macs(self._encoder, self.method, self.plan, self._encoder.default_grid())
-        fwd.trace.selection_macs += pictures * spent
+        each = selection_macs(self._encoder, self.method, self.plan, self._encoder.default_grid())
+        for image in fwd.images:
+            fwd.trace.spend(image.layout.row, len(image.layout.picture.grids) * each)
         return step
 
     def counts(self) -> list[tuple[int, int]]:
