@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.eval.instant import Instant, Tiling, instant_study, loader
+from tests.eval.small import small_embedded
 from visprune.eval.models.base import Output, Request
+from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.run.runner import run_study
-from visprune.eval.study.grid import Study
+from visprune.eval.study.grid import Study, build_study
 
-# Forked children: what takes time is imported once. They touch no tensor.
+# Forked children: what takes time is imported once. Tensors they touch on one thread alone.
 FORK = multiprocessing.get_context("fork")
 
 
@@ -220,3 +223,58 @@ def test_a_process_waits_for_what_another_holds_and_takes_it_when_that_dies(
     finish([other])
     stuck.join()
     assert table(folder) == expected
+
+
+@functools.cache
+def small_vlm() -> VLM:
+    torch.set_num_threads(1)  # so that children can be forked
+    model, processor = small_embedded()
+    return VLM(model, processor, name="small", style="plain", template=PLAIN)
+
+
+@functools.cache
+def encoded_study() -> Study:
+    """Cells of three encodings: outside the encoder, and two reductions inside it."""
+    return build_study(
+        {
+            "models": ["small"], "tasks": [{"task": "embedded", "limit": 20}], "batch_size": 3,
+            "methods": ["todre", {"method": "tome", "r": 20}, {"method": "tome", "r": 30}],
+            "budgets": [16], "controls": ["none", "no_image"],
+        }
+    )  # fmt: skip
+
+
+def work_encoded(out: Path, rank: int, world: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    run_study(encoded_study(), out, loader=lambda _: small_vlm())
+
+
+def test_killed_while_pictures_are_shared(tmp_path: Path) -> None:
+    """A real model, one or two processes at a time, until ten of them were killed and one ends."""
+    whole = table(run_study(encoded_study(), tmp_path / "whole", loader=lambda _: small_vlm()))
+    assert len(whole) == 5 * 20
+    out, chance, kills = tmp_path / "out", random.Random(0), 0
+    out.mkdir()
+    while kills < 10:
+        world = chance.choice([1, 2])
+        enough = written(out) + chance.randrange(1, 9000)
+        processes = [FORK.Process(target=work_encoded, args=(out, i, world)) for i in range(world)]
+        for process in processes:
+            process.start()
+        while written(out) < enough and any(process.is_alive() for process in processes):
+            time.sleep(0.001)
+        if not any(process.is_alive() for process in processes):
+            break
+        for process in processes:
+            kills += process.is_alive()
+            process.kill()
+            process.join(60)
+            assert process.exitcode in (0, -signal.SIGKILL)
+    last = FORK.Process(target=work_encoded, args=(out, 0, 1))
+    last.start()
+    finish([last])
+    folder = ResultsFolder(out)
+    counts = Counter((values["cell"], values["sample"]) for values in folder.lines())
+    assert set(counts.values()) == {1}
+    assert table(folder) == whole
+    assert kills >= 4
