@@ -130,7 +130,7 @@ def _check_contained(
         raise ConfigError(
             f"{where}{len(gone)} of its cells are not in this one, such as {gone[0]}. {way}"
         )
-    for key, entry in asked.items():
+    for key, entry in sorted(asked.items(), key=lambda item: item[1].name):
         if (now[key].limit or math.inf) < (entry.limit or math.inf):
             raise ConfigError(
                 f"{where}it asks {entry.limit or 'all'} samples of {entry.name}, and this one "

@@ -325,7 +325,7 @@ def test_corrupt_pictures_are_named(policy: str, tmp_path: Path) -> None:
         ({"model__args": {"patchsize": 4}}, "model.args do not fit"),
         ({"optimizer__name": "adamv"}, "optimizer.name is 'adamv'. Did you mean 'adam"),
         ({"optimizer__args": {"bettas": 1}}, "optimizer.args do not fit"),
-        ({"optimizer__lr": "fast"}, "must be float"),
+        ({"optimizer__lr": "fast"}, "must be a number"),
         ({"schedule__name": "plateau"}, "schedule.name is 'plateau'"),
         ({"augment__transform": {"hflop": 1}}, "augment.transform"),
         ({"augment__smoothing": 2}, "allowed: 0 to 1"),

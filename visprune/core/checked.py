@@ -78,35 +78,35 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _plain(kind: Any, value: Any, where: str) -> Any:
-    """Check a plain value's type; whole numbers pass as floats, and ``1e-3`` as YAML reads it."""
-    if kind is Any:
-        return value
+    """Check a value that YAML gave, read as its type wants it.
+
+    Whole numbers pass as floats, and so does ``1e-3``, which YAML 1.1 reads as text; a list becomes
+    a tuple, and so does a lone value.
+    """
     value = plain(value)
-    parts = {typing.get_origin(option) or option: option for option in _options(kind)}
-    options = tuple(parts)
-    if float in options and not isinstance(value, bool):
-        if isinstance(value, int):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 (without a point) as a string
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    others = tuple(option for option in options if option is not tuple)
-    if tuple in parts and not isinstance(value, others):
-        (each, _) = typing.get_args(parts[tuple])  # tuple[X, ...]
+    options = {typing.get_origin(option) or option: option for option in _options(kind)}
+    if float in options:
+        value = _number(value)
+    if tuple in options and not any(_fits(value, o) for k, o in options.items() if k is not tuple):
+        (each, _) = typing.get_args(options[tuple])  # tuple[X, ...]
         several = value if isinstance(value, list | tuple) else [value]
         return tuple(_plain(each, v, f"{where}[{i}]") for i, v in enumerate(several))
-    if not isinstance(value, options) or (isinstance(value, bool) and bool not in options):
-        raise ConfigError(f"{where} is {value!r}; it must be {' or '.join(map(_word, options))}.")
-    if Mapping in parts and isinstance(value, Mapping):
-        (_, each) = typing.get_args(parts[Mapping])
+    if not _fits(value, kind):
+        raise ConfigError(f"{where} is {value!r}; it must be {_named(kind, nothing='null')}.")
+    if Mapping in options and isinstance(value, Mapping):
+        (_, each) = typing.get_args(options[Mapping])
         return {key: _plain(each, v, f"{where}, {key}") for key, v in value.items()}
     return value
 
 
-def _word(kind: type) -> str:
-    return {type(None): "null", Mapping: "a mapping"}.get(kind, kind.__name__)
+def _number(value: Any) -> Any:
+    """A float of what stands for one; anything else as it is."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
 
 
 def check_parameters(method: type[Any], given: Mapping[str, Any]) -> None:
@@ -128,8 +128,11 @@ def check_parameters(method: type[Any], given: Mapping[str, Any]) -> None:
             )
 
 
+_NAMED = {int: "an int", float: "a number", bool: "True or False", str: "text"}
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; of types that no method of ours declares, yes."""
+    """Whether a value is of a type; of types that nothing of ours declares, yes."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -139,19 +142,27 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(one, parts[0]) for one in value)
     if hint in (int, float):
         return is_number(value) if hint is float else is_whole(value)
-    return hint not in _NAMED or isinstance(value, hint)
+    if origin is Mapping or hint in (*_NAMED, types.NoneType):
+        return isinstance(value, origin or hint)
+    return True
 
 
-_NAMED = {int: "an int", float: "a number", bool: "True or False", types.NoneType: "None"}
+def _named(hint: Any, nothing: str = "None") -> str:
+    """A type in words, behind "give" or "must be".
 
-
-def _named(hint: Any) -> str:
-    """A type in words, after "give"."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) in (list, tuple, Sequence):
-        return f"a list, each {_named(parts[0])}"
-    if typing.get_origin(hint) is typing.Literal:
+    Args:
+        hint: the type.
+        nothing: what ``None`` is called where it is written.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, tuple, Sequence):
+        return f"a list, each {_named(parts[0], nothing)}"
+    if origin is typing.Literal:
         return " or ".join(repr(part) for part in parts)
+    if origin is Mapping:
+        return "a mapping"
     if hint == int | float:
         return "an int or a fraction"
-    return " or ".join(_named(part) for part in parts) if parts else _NAMED[hint]
+    if parts:
+        return " or ".join(_named(part, nothing) for part in parts)
+    return nothing if hint is types.NoneType else _NAMED[hint]
