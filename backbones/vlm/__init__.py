@@ -8,21 +8,111 @@ _RETRIEVAL = (
     "them it is another index"
 )
 
+_RECURRENT = (
+    "layers of its decoder carry a state from token to token (linear attention, convolutions or "
+    "Mamba): a token that is dropped is no hidden one there, and that is not supported yet"
+)
+_WINDOW = (
+    "layers of its decoder see a window of tokens, or tokens of a picture both ways, which masks "
+    "made of a shorter sequence would shift"
+)
+_INDEXER = "its attention looks up keys by an index of their own, which counts every token"
+_CROSS = "its decoder looks at pictures by cross-attention: none of its tokens is visual"
+_QUERIES = "32 queries stand for a picture already, as a prefix of another decoder"
+_INSIDE = "its decoder puts pictures into the text by itself, behind every place of a hook"
+
+_GENERIC = "visprune.backbones.vlm.generic:GenericAdapter"
+
 TABLE = {
     "llava": "visprune.backbones.vlm.llava:LlavaAdapter",
     "llava_next": "visprune.backbones.vlm.llava_next:LlavaNextAdapter",
     "qwen2_vl": "visprune.backbones.vlm.qwen2_vl:Qwen2VLAdapter",
     "qwen2_5_vl": "visprune.backbones.vlm.qwen2_vl:Qwen2VLAdapter",
+    "qwen3_vl": _GENERIC,
+    "qwen3_vl_moe": _GENERIC,
+    "internvl": "visprune.backbones.vlm.generic:TilesAdapter",
+    "mistral3": _GENERIC,
+    "smolvlm": "visprune.backbones.vlm.generic:NamedTilesAdapter",
+    "idefics3": "visprune.backbones.vlm.generic:NamedTilesAdapter",
+    "idefics2": "visprune.backbones.vlm.generic:QueryRowsAdapter",
+    "qwen2_5_omni_thinker": _GENERIC,
+    "qwen3_omni_moe_thinker": _GENERIC,
+    "cosmos3_omni": _GENERIC,
+    "cosmos3_edge": _GENERIC,
+    "glm4v": _GENERIC,
+    "glm46v": _GENERIC,
+    "glm4v_moe": _GENERIC,
+    "glm_ocr": _GENERIC,
+    "kimi_k25": _GENERIC,
+    "video_llama_3": _GENERIC,
+    "hyperclovax_vision_v2": _GENERIC,
+    "paddleocr_vl": _GENERIC,
+    "ovis2": "visprune.backbones.vlm.generic:MarkedTilesAdapter",
+    "fast_vlm": _GENERIC,
+    "deepseek_vl": _GENERIC,
+    "deepseek_vl_hybrid": _GENERIC,
+    "janus": _GENERIC,
+    "aria": "visprune.backbones.vlm.generic:QueriesAdapter",
+    "vipllava": _GENERIC,
+    "lighton_ocr": _GENERIC,
+    "got_ocr2": "visprune.backbones.vlm.generic:TilesAdapter",
+    "qianfan_ocr": "visprune.backbones.vlm.generic:TilesAdapter",
+    "apertus1p5": _GENERIC,
 }
 
 # Looked at, by `model_type`, and left out for a reason.
-REFUSED = {
+REFUSED: dict[str, str] = {
     "fuyu": (
         "it has no image encoder: patches of pixels (image_patches) go straight into the decoder, "
         "between newline tokens that it counts rows by"
     ),
     "chameleon": "it reads a picture as discrete codes of its vocabulary, which it also writes",
     "emu3": "it reads a picture as discrete codes of its vocabulary, which it also writes",
+    "qwen2_5_omni": "it holds a whole model that sees: prune that, model.thinker",
+    "qwen3_omni_moe": "it holds a whole model that sees: prune that, model.thinker",
+    "llama4": "its forward raises in transformers 5.24, pruned or not",
+    **dict.fromkeys(("mllama", "idefics"), _CROSS),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
+    "phi4_multimodal": _INSIDE,
+    **dict.fromkeys(
+        (
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen4_exp",
+            "lfm2_vl",
+            "lfm3_vl",
+            "minicpmv4_6",
+            "minicpmv4_7",
+            "minicpm_ocr",
+            "nemotron_h_omni",
+            "glm5_next",
+            "inkling_mm_model",
+            "inkling2",
+            "inkling2_loop",
+        ),
+        _RECURRENT,
+    ),
+    **dict.fromkeys(
+        (
+            "gemma3",
+            "shieldgemma2",
+            "gemma4",
+            "gemma4_unified",
+            "gemma3n",
+            "aya_vision",
+            "cohere2_vision",
+            "cohere_compass",
+            "exaone4_5",
+            "muse_glimmer",
+            "muse_spark",
+            "step3p7",
+            "unlimited_ocr",
+            "molmo2",
+            "paligemma",
+        ),
+        _WINDOW,
+    ),
+    **dict.fromkeys(("hy_v4_vl", "mistral_large4", "dots3_note", "minimax_m3_vl"), _INDEXER),
     "colpali": _RETRIEVAL,
     "colqwen2": _RETRIEVAL,
     "colmodernvbert": _RETRIEVAL,

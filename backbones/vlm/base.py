@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from visprune.backbones.cost.decoder import read_decoder
 from visprune.backbones.cost.encoder import read_encoder, read_projector
 from visprune.backbones.encoders.base import EncoderAdapter, Instead
+from visprune.backbones.hf.features import lengths, unstacked
+from visprune.backbones.vlm.deepstack import take_out
 from visprune.core.method import ModelSpec
 from visprune.core.signals.base import EncoderLayer, Signal
 from visprune.cost.cost import ModelShape
@@ -42,6 +44,9 @@ class Picture:
         alive: where tokens left inside the encoder, the free tokens that stand for those that are
             left, in raster order, ``[K]``.
         size: patches merged into each of them, ``[K]``.
+        placed: how ``pos`` is known: ``"grid"``: from the grid that the encoder worked on;
+            ``"guessed"``: from the number of tokens, in raster order; ``"queries"``: the tokens
+            are no patches and stand in a line.
     """
 
     free: Tensor
@@ -53,6 +58,7 @@ class Picture:
     signals: dict[Signal, Any] = field(default_factory=dict)
     alive: Tensor | None = None
     size: Tensor | None = None
+    placed: Literal["grid", "guessed", "queries"] = "grid"
 
     @cached_property
     def extent(self) -> tuple[int, ...]:
@@ -97,10 +103,14 @@ class VLMAdapter:
         self.model: Any = model
         self.config: Any = model.config
         self.core: Any = model.model
-        self.language_model: Any = self.core.language_model
+        self.language_model: Any = self.find_decoder()
         self.layers: list[Any] = list(self.language_model.layers)
         self._signature = inspect.signature(self.core.forward)
         self._check_layers()
+
+    def find_decoder(self) -> Any:
+        """The decoder inside of :attr:`core`."""
+        return self.core.language_model
 
     def _check_layers(self) -> None:
         types = getattr(self.text_config, "layer_types", None) or []
@@ -203,6 +213,25 @@ class VLMAdapter:
     def rotary(self, hidden: Tensor, ids: Tensor, kind: str) -> Any:
         """The rotary embedding of position ids, for layers of a kind."""
         return self.language_model.rotary_emb(hidden, position_ids=ids)
+
+    by_token: tuple[str, ...] = ()
+    """Arguments of the decoder with one row a token, beside embeddings, mask and positions."""
+
+    @cached_property
+    def reads_positions(self) -> bool:
+        """Whether attention modules scale queries by position ids, beside the rotary embedding."""
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        return "llama_4_scaling_beta" in rope
+
+    @cached_property
+    def adds_later(self) -> bool:
+        """Whether the decoder adds features to visual tokens between its layers (DeepStack)."""
+        takes = inspect.signature(self.language_model.forward).parameters
+        return "deepstack_visual_embeds" in takes
+
+    def later_features(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        """Take out of the decoder's arguments what it would add to visual tokens, by layer."""
+        return take_out(kwargs) if self.adds_later else (kwargs, {})
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -317,7 +346,8 @@ class VLMAdapter:
         ids = kwargs.get("input_ids")
         if ids is not None and ids.numel():
             self.check_placeholders(kwargs)
-        return original(*args, **kwargs)
+        with unstacked(kwargs.get("mm_encoder_outputs") or {}):
+            return original(*args, **kwargs)
 
     def _check_call(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of ``core``."""
@@ -338,18 +368,44 @@ class VLMAdapter:
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         for kind in _KINDS:
             if encoded.get(kind) is not None:
-                counts = [len(features) for features in encoded[kind].pooler_output]
+                counts = lengths(encoded[kind])
             elif call.get(pixels[kind]) is not None:
-                counts = self.counts(call, kind)
+                known = self.counts(call, kind)
+                if known is None:
+                    continue  # compared once they are encoded
+                counts = known
             else:
                 continue
-            found = int((call["input_ids"] == self.token_id(kind)).sum())
+            found = int(self._placeholders(call, kind).sum())
             if found != sum(counts):
                 raise mismatch(kind, found, counts, self.token_id(kind))
 
-    def counts(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[int]:
-        """Tokens that each picture of a call becomes, from its pixels and sizes."""
+    def counts(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[int] | None:
+        """Tokens that each picture of a call becomes, from its pixels and sizes.
+
+        ``None`` where only encoding them tells.
+        """
         return [len(picture.free) for picture in self.pictures(call, kind)]
+
+    def pieces(
+        self, call: dict[str, Any], kind: Literal["image", "video"], output: Any
+    ) -> list[list[Picture]]:
+        """What each feature tensor of an encoder's output holds, in order.
+
+        Args:
+            call: the arguments of ``get_image_features`` or ``get_video_features``.
+            kind: which of them.
+            output: what it returned.
+
+        Returns:
+            One list per tensor, whose tokens follow one another: of the one picture, of a tile of
+            one, or of all pictures of a sample. What :meth:`joined` puts together is one picture.
+        """
+        return [[picture] for picture in self.pictures(call, kind)]
+
+    def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
+        """Put pieces together that a person would count as one picture (tiles)."""
+        return layouts
 
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """The pictures of a call of ``get_image_features`` or ``get_video_features``."""
@@ -366,7 +422,7 @@ class VLMAdapter:
         found: list[ImageLayout] = []
         for kind in _KINDS:
             if pictures.get(kind):
-                found += self._place(call, kind, pictures[kind])
+                found += self.joined(call, self._place(call, kind, pictures[kind]))
         return found
 
     def _place(self, call: dict[str, Any], kind: Literal["image", "video"],

@@ -313,7 +313,7 @@ def test_pruning_twice_is_refused(family: str, models: Any) -> None:
     assert state(model) == before
 
 
-@pytest.mark.parametrize("family", [f for f in visprune.list_models() if f not in LINE_FAMILIES])
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in LINE_FAMILIES])
 @pytest.mark.parametrize("name", [m for m in METHODS if m != "visionzip"])
 def test_compact_positions_need_a_line(name: str, family: str, models: Any) -> None:
     model = models(family)

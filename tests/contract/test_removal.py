@@ -125,5 +125,7 @@ def test_an_unsupported_pair_is_refused(name: str, family: str, models: Any) -> 
     assert state(model) == before
 
 
-def test_the_families_of_the_suite_are_those_of_the_registry() -> None:
-    assert {family for _, family in ALL_PAIRS} == set(visprune.list_models()) == set(tiny.FAMILIES)
+def test_the_families_of_the_suite_are_in_the_registry() -> None:
+    # tests/families has the others.
+    assert {family for _, family in ALL_PAIRS} == set(tiny.FAMILIES)
+    assert set(tiny.FAMILIES) < set(visprune.list_models())

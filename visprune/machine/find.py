@@ -125,8 +125,11 @@ def _what_it_is(model: nn.Module, kind: str, have: str) -> str:
             f"takes pictures ({', '.join(pictures)}) and generates no text, and has no adapter, "
             f"or is not the ...ForConditionalGeneration class. {have}"
         )
-    if pictures:
-        return f"takes pictures ({', '.join(pictures)}) and has no adapter. {have}"
+    if pictures or getattr(getattr(model, "config", None), "vision_config", None) is not None:
+        return (
+            f"takes pictures ({', '.join(pictures) or 'vision_config'}) and has no adapter: "
+            f"whether a dropped token is a hidden one in this family has not been proved. {have}"
+        )
     if sounds:
         return f"takes sound ({', '.join(sounds)}) and no pictures. {have}"
     return f"is a text-only model: there are no visual tokens to prune. {have}"

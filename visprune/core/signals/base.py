@@ -55,6 +55,10 @@ class PictureSignal(Signal):
         """What methods get of one picture, of the pixels that its encoder is given."""
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def joined(self, parts: list[Any]) -> Any:
+        """What they get of a picture that was encoded in parts (tiles), of what each part gave."""
+        return tuple(parts)
+
 
 @dataclass
 class EncoderSeen:

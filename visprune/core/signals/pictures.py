@@ -21,6 +21,10 @@ class Fingerprint(PictureSignal):
         data = pixels.detach().to("cpu", torch.float32).contiguous()
         return zlib.crc32(data.numpy().tobytes())
 
+    def joined(self, parts: list[int]) -> int:
+        """A checksum of those of the parts."""
+        return zlib.crc32(b"".join(part.to_bytes(4, "little") for part in parts))
+
 
 @dataclass(frozen=True)
 class PatchPositions(Signal):

@@ -7,6 +7,7 @@ written here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Forward:
         self.trace = Trace(positions="compact" if compact else "original")
         self.entered: dict[int, Entered] = {}
         self.signals: dict[Signal, Tensor] = {}
+        self.later: dict[int, Tensor] = {}
         self._memo: dict[Any, Any] = {}
         embeds: Tensor = kwargs["inputs_embeds"]
         self.batch, self.length = embeds.shape[:2]
@@ -295,6 +297,35 @@ class Forward:
                 made = tuple(gather_sequence(part, self.rel, -2) for part in given)
             self._memo[key] = made
         return self._memo[key]
+
+    def layer_positions(self, layer: int, given: Tensor) -> Tensor:
+        """Position ids that a layer reads itself, ``[B, P]``; ``given``: those of the first."""
+        ledger = self.ledger(layer)
+        if self.compact and self.differs(layer) and ledger is not self.ledger(0):
+            return self.table_positions(self.table, layer)
+        return given if self.table is self.first else gather_sequence(given, self.rel, -1)
+
+    def by_token(self, given: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
+        """Other arguments that have one row a token, ``[B, S, ...]``, of the slots ``index``."""
+        found = {}
+        for name, value in given.items():
+            if isinstance(value, Tensor) and self.images:
+                at = index.to(value.device).reshape(*index.shape, *[1] * (value.dim() - 2))
+                found[name] = value.gather(1, at.expand(-1, -1, *value.shape[2:]))
+        return found
+
+    def with_later(self, layer: int, hidden: Tensor) -> Tensor:
+        """Add the features that wait for a layer to the states that enter it, before its stages.
+
+        They go through what shortened the states on their way to it.
+        """
+        features = self.later.get(layer)
+        if features is None:
+            return hidden
+        for number in range(layer):
+            for step in self.entered[number].steps:
+                features = step(features)
+        return hidden + features.to(hidden.device, hidden.dtype)
 
     # Shortening ------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ class DecoderHooks:
         add(adapter.core.register_forward_hook(self._end, always_call=True))
         add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
         add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
-        if self._in_layers or self._flash:
+        if self._in_layers or self._flash or adapter.adds_later:
             for number, layer in enumerate(adapter.layers):
                 hook = partial(self._layer, number)
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -300,15 +300,23 @@ class DecoderHooks:
         hidden = kwargs["inputs_embeds"]
         in_layers = self._flash or (self._in_layers and (bool(fwd.images) or fwd.uneven))
         if fwd.images:
+            # Features that the decoder would add between its layers, by the places that its tokens
+            # had; they go the way of their tokens.
+            kwargs, fwd.later = self.adapter.later_features(kwargs)
+            in_layers = in_layers or bool(fwd.later)
             if self.encoder is not None:
-                hidden = self.encoder.start(fwd)(hidden)
+                step = self.encoder.start(fwd)
+                hidden = step(hidden)
+                fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             for number, stage in self.plan.projector_stages:
-                hidden = self._run(stage, number, fwd, hidden)[1]
+                step, hidden = self._run(stage, number, fwd, hidden)
+                fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             fwd.start_layers()
             if not in_layers:
                 for number in range(len(self.adapter.layers)):
                     fwd.enter(number, [], {})
         new = dict(kwargs, inputs_embeds=hidden, attention_mask=fwd.model_mask())
+        new.update(fwd.by_token({n: kwargs.get(n) for n in self.adapter.by_token}, fwd.table.index))
         ledger = fwd.ledger(0)
         if fwd.images or (fwd.compact and ledger is not None):
             new["position_ids"] = fwd.table_positions(fwd.table, 0)
@@ -326,6 +334,7 @@ class DecoderHooks:
         kwargs = dict(kwargs)
         fwd: Forward = kwargs.pop(_FORWARD)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        hidden = fwd.with_later(number, hidden)
         if number in fwd.entered:
             # Older transformers run hooks again when gradient checkpointing recomputes a layer: it
             # is then given what it was given the first time.
@@ -345,7 +354,7 @@ class DecoderHooks:
             for order, stage in self.plan.decoder_stages.get(number, ()):
                 if number in self.plan.own:
                     with self._timed(fwd):
-                        self._read_own(number, stage, layer, fwd, hidden, given)
+                        self._read_own(number, stage, layer, fwd, hidden, kwargs)
                 step, hidden = self._run(stage, order, fwd, hidden)
                 steps.append(step)
             if number in self.plan.states:
@@ -353,6 +362,11 @@ class DecoderHooks:
                 read_layer(self.plan.states[number], fwd, seen, "states")
         # Gaps in the ids look like packed sequences to FlashAttention.
         changed: dict[str, Any] = {"position_ids": None}
+        if self.adapter.reads_positions and kwargs.get("position_ids") is not None:
+            changed["position_ids"] = fwd.layer_positions(number, kwargs["position_ids"])
+        given_by_token = {n: kwargs.get(n) for n in self.adapter.by_token}
+        if fwd.table is not fwd.first:
+            changed.update(fwd.by_token(given_by_token, fwd.rel))
         if fwd.differs(number):
             changed["attention_mask"] = fwd.layer_mask(number, hidden)
             if given is not None:
@@ -423,9 +437,16 @@ class DecoderHooks:
             read_layer(stages, fwd, seen, "attention")
 
     def _read_own(
-        self, number: int, stage: Stage, layer: Any, fwd: Forward, hidden: Tensor, given: Any
+        self,
+        number: int,
+        stage: Stage,
+        layer: Any,
+        fwd: Forward,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
     ) -> None:
         """Read what a layer is about to attend to, from its own projections."""
+        given, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
         for unrotated in (False, True):
             mine = [
                 s
@@ -436,6 +457,9 @@ class DecoderHooks:
             if not mine:
                 continue
             rotary = fwd.rotary(number, hidden, given)
+            more = {}
+            if self.adapter.reads_positions:
+                more["position_ids"] = fwd.layer_positions(number, positions)
             if unrotated:
                 rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
             only = Stage(stage.site, stage.budget, tuple(mine))
@@ -448,6 +472,7 @@ class DecoderHooks:
                         attention_mask=None,
                         position_embeddings=rotary,
                         **{CACHE_ARGUMENT: None},
+                        **more,
                     )
             finally:
                 self._current.own = None

@@ -12,12 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from visprune.backbones.hf.features import entries, mark, marks
 from visprune.backbones.vlm.base import ImageLayout, Picture, VLMAdapter
 from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
 from visprune.errors import ConfigError
 from visprune.machine.threads import PerThread
-
-_MARK = "_visprune_picture"
 
 
 class _Current(PerThread):
@@ -26,14 +25,15 @@ class _Current(PerThread):
     Attributes:
         heard: signals of the encoding that is under way, by signal, ``[P, ...]``; or ``None``.
         latest: pictures of the core's call, by kind.
-        byhand: pictures encoded outside of a call, with their features, not yet used.
-        inside: whether a call of the core is under way.
+        byhand: pictures encoded outside of a call, not yet used: the pictures of each entry, the
+            tensor that holds its features, and its number there (``None``: all of it).
+        call: the arguments of the core, while a call of it is under way.
     """
 
     heard: dict[Any, Tensor] | None = None
     latest: dict[str, list[Picture]] | None = None
-    byhand: list[tuple[Picture, weakref.ref[Tensor]]] | None = None
-    inside: bool = False
+    byhand: list[tuple[list[Picture], weakref.ref[Tensor], int | None]] | None = None
+    call: dict[str, Any] | None = None
 
 
 class EncoderTap:
@@ -104,12 +104,12 @@ class EncoderTap:
 
     def begin(self, call: dict[str, Any]) -> None:
         """A call of the core begins."""
-        self._current.latest, self._current.inside = {}, True
+        self._current.latest, self._current.call = {}, call
 
     def pictures(self) -> dict[str, list[Picture]]:
         """What the call under way has encoded, by kind."""
         current = self._current
-        found, current.inside = dict(current.latest or {}), False
+        found, current.call = dict(current.latest or {}), None
         if found:
             current.byhand = None
         return found
@@ -120,20 +120,25 @@ class EncoderTap:
         if embeds is None or not current.byhand or embeds.shape[1] == 1:
             return []
         layouts, taken = [], set()
-        for picture, reference in current.byhand:
+        for pieces, reference, number in current.byhand:
             features = reference()
             if features is None:
                 continue
-            wanted = features.detach().to(embeds)
+            features = features if number is None else features[number]
+            wanted = features.detach().reshape(-1, features.shape[-1]).to(embeds)
             starts = (embeds[:, : embeds.shape[1] - len(wanted) + 1] == wanted[0]).all(-1).nonzero()
             for row, start in starts.tolist():
                 span = slice(start, start + len(wanted))
                 if (row, start) not in taken and torch.equal(embeds[row, span], wanted):
                     taken.add((row, start))
                     positions = torch.arange(start, start + len(wanted), device=embeds.device)
-                    layouts.append(ImageLayout(picture, row, positions))
+                    spans = positions.split([len(piece.free) for piece in pieces])
+                    layouts += [
+                        ImageLayout(piece, row, own)
+                        for piece, own in zip(pieces, spans, strict=True)
+                    ]
         layouts.sort(key=lambda layout: (layout.row, int(layout.positions[0])))
-        return layouts
+        return self.adapter.joined(call, layouts)
 
     def unplaced(self, call: dict[str, Any]) -> bool:
         """Whether pictures were encoded by hand, and this call was given merged embeddings."""
@@ -165,19 +170,26 @@ class EncoderTap:
         finally:
             current.heard = None
         bound = signature.bind_partial(*args, **kwargs).arguments
-        pictures = self.adapter.pictures({**bound.pop("kwargs", {}), **bound}, kind)
+        pieces = self.adapter.pieces({**bound.pop("kwargs", {}), **bound}, kind, output)
+        pictures = [piece for entry in pieces for piece in entry]
         if self.finish is not None:
             self.finish(pictures)
-        features = getattr(output, "pooler_output", output)
-        for picture, tensor in zip(pictures, features, strict=True):
+        for picture in pictures:
             self._finish(picture, heard)
-            setattr(tensor, _MARK, picture)
-        if current.inside:
+        mark(output, pieces)
+        if current.call is not None:
+            self._check(current.call, kind, output)
             current.latest = {**(current.latest or {}), kind: pictures}
         else:
-            pairs = zip(pictures, (weakref.ref(tensor) for tensor in features), strict=True)
-            current.byhand = [*(current.byhand or ()), *pairs][-64:]
+            current.byhand = [*(current.byhand or ()), *_refer(pieces, entries(output))][-64:]
         return output
+
+    def _check(self, call: dict[str, Any], kind: Literal["image", "video"], output: Any) -> None:
+        """Compare the placeholders of the call under way with what was encoded for it."""
+        if call.get("input_ids") is not None:
+            self.adapter.check_placeholders(
+                {"input_ids": call["input_ids"], "mm_encoder_outputs": {kind: output}}
+            )
 
     @torch.no_grad()
     def _attended(
@@ -213,18 +225,28 @@ class EncoderTap:
             picture.signals[signal] = own if picture.source.dim() == 1 else own.mean(1)
 
 
+def _refer(
+    pieces: list[list[Picture]], features: Tensor | Sequence[Tensor]
+) -> list[tuple[list[Picture], weakref.ref[Tensor], int | None]]:
+    """The pictures of each entry with where its features are, without keeping those alive."""
+    if isinstance(features, Tensor):
+        whole = weakref.ref(features)
+        return [(own, whole, number) for number, own in enumerate(pieces)]
+    each = zip(pieces, features, strict=True)
+    return [(own, weakref.ref(tensor), None) for own, tensor in each]
+
+
 def pictures_of(output: Any, kind: str) -> list[Picture]:
     """The pictures of features that were encoded earlier.
 
     Raises:
         ConfigError: the features carry none: another tool made them, or they were cut.
     """
-    marks = [getattr(tensor, _MARK, None) for tensor in output.pooler_output]
-    pictures = [mark for mark in marks if isinstance(mark, Picture)]
-    if len(pictures) != len(marks):
+    known = marks(output)
+    if known is None:
         raise ConfigError(
             f"The {kind} features in mm_encoder_outputs do not say which picture they come from, "
             f"so they cannot be pruned. Make them with visprune.encode_images, or inside the run; "
             f"a prefill in chunks that cut a picture is not supported (prefill_chunk_size=None)."
         )
-    return pictures
+    return [picture for entry in known for picture in entry]

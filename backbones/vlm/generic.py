@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of transformers that need no code of their own.
+
+They all merge alike: features of ``get_image_features`` take the places of placeholder tokens, and
+the decoder is given the embedded sequence. What is left to say is which pieces of the encoder's
+output are one picture, and where its tokens lie.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from visprune.backbones.hf.features import lengths
+from visprune.backbones.vlm.base import ImageLayout, Picture, VLMAdapter, grid
+from visprune.backbones.vlm.join import join
+from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
+from visprune.errors import UnsupportedModel
+
+Kind = Literal["image", "video"]
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_PROJECTORS = ("multi_modal_projector", "aligner", "connector", "projector", "mm_projector")
+_PIXELS = {
+    "image": ("pixel_values", "pixel_values_images"),
+    "video": ("pixel_values_videos", "pixel_values"),
+}
+
+
+class GenericAdapter(VLMAdapter):
+    """A family whose encoder makes one entry of each picture or clip.
+
+    Positions come from the grids that the processor gives; without them from the number of tokens
+    and the shape of the picture, in raster order (``Picture.placed`` is then ``"guessed"``, unless
+    the cells come out square).
+
+    Attributes:
+        queries: whether the tokens are learned queries and no patches: they stand in a line.
+    """
+
+    queries: ClassVar[bool] = False
+
+    def __init__(self, model: Any) -> None:
+        if not hasattr(getattr(model, "model", None), "get_image_features"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no inner model with get_image_features: where its "
+                f"pictures are encoded is not known."
+            )
+        super().__init__(model)
+
+    def find_decoder(self) -> Any:
+        """The decoder inside of ``core``."""
+        return find_decoder(self.core)
+
+    @cached_property
+    def multi_axis_rope(self) -> bool:  # type: ignore[override]
+        """Whether positions are (t, h, w)."""
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        return "mrope_section" in rope
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self._part(_TOWERS, "vision encoder")
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps the encoder's tokens to the decoder's."""
+        return self._part(_PROJECTORS, "projector")
+
+    def _part(self, names: tuple[str, ...], what: str) -> nn.Module:
+        for name in names:
+            found = getattr(self.core, name, None)
+            if isinstance(found, nn.Module):
+                return found
+        raise UnsupportedModel(
+            f"The {what} of {type(self.model).__name__} is not known: it is none of "
+            f"{', '.join(names)}."
+        )
+
+    @property
+    def no_encoder(self) -> str:
+        """Why there is no encoder."""
+        return f"which of the tokens of {self.config.model_type} is which patch is not known"
+
+    # Pictures --------------------------------------------------------------------------------
+
+    def counts(self, call: dict[str, Any], kind: Kind) -> list[int] | None:
+        """Not known before encoding."""
+        return None
+
+    def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
+        """One picture for each entry of the encoder's output."""
+        counts = lengths(output)
+        pixels = self.pixels_of(call, kind, counts)
+        grids = self.grids_of(call, kind)
+        if grids is None or len(grids) != len(counts):
+            grids = [None] * len(counts)
+        return [
+            [self.piece(count, own, cells, kind)]
+            for count, own, cells in zip(counts, pixels, grids, strict=True)
+        ]
+
+    def piece(
+        self,
+        count: int,
+        pixels: Tensor | None,
+        cells: tuple[int, int, int] | None,
+        kind: Kind,
+    ) -> Picture:
+        """A picture, a tile or a clip.
+
+        Args:
+            count: its tokens.
+            pixels: what the encoder was given of it.
+            cells: (t, h, w) in patches, where the processor says so.
+            kind: image or video.
+        """
+        pos, placed, grids = self.places(count, pixels, cells)
+        return Picture(
+            free=torch.ones(count, dtype=torch.bool), pos=pos, source=None, pixels=pixels,
+            kind=kind, grids=grids, placed=placed,
+        )  # fmt: skip
+
+    def places(
+        self, count: int, pixels: Tensor | None, cells: tuple[int, int, int] | None
+    ) -> tuple[Tensor, Literal["grid", "guessed", "queries"], tuple[tuple[int, int, int], ...]]:
+        """(t, h, w) of the tokens, how that is known, and the grids that the encoder saw."""
+        own = () if cells is None else (cells,)
+        if self.queries:
+            return grid(1, 1, count), "queries", own or ((1, 1, count),)
+        merged = None if cells is None else merged_grid(cells, count)
+        if merged is not None:
+            return grid(*merged), "grid", own
+        drawn = pixels is not None and pixels.dim() >= 3 and pixels.shape[-3] in (1, 3)
+        rows, columns, sure = likely_grid(count, pixels if drawn else None)
+        return grid(1, rows, columns), "grid" if sure else "guessed", own or ((1, rows, columns),)
+
+    def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
+        """(t, h, w) in patches of each entry, where the processor gives that."""
+        given = call.get(f"{kind}_grid_thw")
+        if given is None:
+            return None
+        return [tuple(row) for row in torch.as_tensor(given).tolist()]
+
+    def pixels_of(self, call: dict[str, Any], kind: Kind, counts: list[int]) -> list[Any]:
+        """What the encoder was given of each entry; all of it where that cannot be told."""
+        names = (*_PIXELS[kind], *call)
+        pixels = next(
+            (call[n] for n in names if "pixel_values" in n and call.get(n) is not None), None
+        )
+        if pixels is None:
+            return [None] * len(counts)
+        grids = self.grids_of(call, kind)
+        if grids is not None and len(grids) == len(counts):
+            patches = [t * h * w for t, h, w in grids]
+            if isinstance(pixels, Tensor) and sum(patches) == len(pixels):
+                return list(pixels.split(patches))
+        if len(pixels) != len(counts):
+            return [pixels] * len(counts)
+        sizes = call.get("image_sizes")
+        if sizes is None or len(sizes) != len(pixels) or pixels[0].dim() != 3:
+            return list(pixels)
+        sizes = torch.as_tensor(sizes).tolist()
+        return [own[..., :h, :w] for own, (h, w) in zip(pixels, sizes, strict=True)]
+
+
+class QueriesAdapter(GenericAdapter):
+    """A family that reads pictures with learned queries."""
+
+    queries = True
+
+
+class TilesAdapter(GenericAdapter):
+    """A family whose encoder makes one entry of each tile; tiles of a picture follow one another.
+
+    ``t`` of a token is the number of its tile: how the tiles lie in the picture is not told to the
+    model.
+
+    Attributes:
+        between: tokens between two tiles of one picture, at most.
+    """
+
+    between: ClassVar[int] = 0
+
+    def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
+        """Put tiles together that lie close enough."""
+        return join(
+            layouts,
+            lambda one, other: other.positions[0] - one.positions[-1] - 1 <= self.between,
+        )
+
+
+class MarkedTilesAdapter(TilesAdapter):
+    """One mark between two tiles (Ovis 2); an end and a start between two pictures."""
+
+    between = 1
+
+
+class RowsAdapter(TilesAdapter):
+    """A family whose encoder makes one entry of all pictures of a sample (Idefics 2).
+
+    Its pixels are ``[B, n, 3, H, W]``, all zero where a sample has fewer. Crops of a picture have
+    one mark between them, and so have two pictures without a word between them: these are counted
+    as one.
+    """
+
+    between = 1
+
+    def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
+        """Every picture or tile of each sample."""
+        pixels = call["pixel_values"]
+        there = (pixels != 0).flatten(2).any(-1)  # [B, n]
+        counts = lengths(output)
+        each = sum(counts) // max(1, int(there.sum()))
+        return [
+            [self.piece(each, one, None, kind) for one in row[real]]
+            for row, real in zip(pixels, there, strict=True)
+        ]
+
+
+class QueryRowsAdapter(RowsAdapter):
+    """The same, of learned queries."""
+
+    queries = True
+
+
+class NamedTilesAdapter(RowsAdapter):
+    """Every tile stands behind a mark with its place, the whole picture comes last (Idefics 3).
+
+    Whose mark the last tile of a row has is a whole picture, and ends one.
+    """
+
+    def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
+        """Put the tiles of a picture together, up to its whole."""
+        ids = call.get("input_ids")
+        if ids is None:  # merged by hand: the marks are gone
+            return layouts
+        marks = [int(ids[x.row, int(x.positions[0]) - 1]) for x in layouts]
+        ends = {
+            mark
+            for number, mark in enumerate(marks)
+            if number + 1 == len(layouts) or layouts[number + 1].row != layouts[number].row
+        }
+        mark_of = {id(layout): mark for layout, mark in zip(layouts, marks, strict=True)}
+        return join(layouts, lambda one, other: mark_of[id(one)] not in ends)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the pieces of a picture together: tiles and a thumbnail, as a person counts pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.backbones.vlm.base import ImageLayout, Picture
+from visprune.core.signals.base import PictureSignal
+
+
+def join(
+    layouts: Sequence[ImageLayout], one_picture: Callable[[ImageLayout, ImageLayout], Any]
+) -> list[ImageLayout]:
+    """Join each piece to the one before it where they are of one picture.
+
+    Args:
+        layouts: pieces in the order of the sequence.
+        one_picture: whether two of them that follow one another in a row are.
+    """
+    groups: list[list[ImageLayout]] = []
+    for layout in layouts:
+        before = groups[-1][-1] if groups else None
+        if before is not None and before.row == layout.row and bool(one_picture(before, layout)):
+            groups[-1].append(layout)
+        else:
+            groups.append([layout])
+    return [_joined(group) for group in groups]
+
+
+def _joined(group: list[ImageLayout]) -> ImageLayout:
+    if len(group) == 1:
+        return group[0]
+    positions = torch.cat([layout.positions for layout in group])
+    return ImageLayout(_picture([x.picture for x in group]), group[0].row, positions)
+
+
+def _picture(pieces: list[Picture]) -> Picture:
+    """One picture of several; t goes on from piece to piece."""
+    pos, first = [], 0
+    for piece in pieces:
+        pos.append(piece.pos + torch.tensor([first, 0, 0], device=piece.pos.device))
+        first += piece.extent[0] + 1
+    shared = set.intersection(*(set(piece.signals) for piece in pieces))
+    signals = {
+        signal: _of_all(signal, [piece.signals[signal] for piece in pieces]) for signal in shared
+    }
+    return Picture(
+        free=torch.cat([piece.free for piece in pieces]),
+        pos=torch.cat(pos),
+        source=_cat([piece.source for piece in pieces]),
+        pixels=None,
+        kind=pieces[0].kind,
+        grids=tuple(cells for piece in pieces for cells in piece.grids),
+        signals=signals,
+        alive=None,
+        size=_cat([piece.size for piece in pieces]),
+        placed=pieces[0].placed,
+    )
+
+
+def _of_all(signal: Any, values: list[Any]) -> Any:
+    if isinstance(signal, PictureSignal):
+        return signal.joined(values)
+    return torch.cat(values)
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds of every family: nothing dropped changes no bit, a dropped token is a hidden one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import visprune
+from tests import tiny as contract
+from tests.contract.oracle import alive, assert_close, error, forwards, grown
+from tests.families import tiny
+from tests.families.oracle import extended, hidden_logits
+from visprune.errors import ConfigError
+from visprune.machine.find import find_adapter
+
+FAMILIES = tuple(tiny.FAMILIES)
+DROPPING = ("random", "divprune", "fastv", "todre")
+METHODS = (*DROPPING, "pool")
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def few(name: str, num_keep: int = 3) -> dict[str, Any]:
+    more = {"tau": 0.0} if name == "todre" else {}
+    return {"num_keep": num_keep, "positions": "original", **more}
+
+
+def everything(name: str) -> dict[str, Any]:
+    return {"keep_ratio": 1.0, **({"tau": 0.0} if name == "todre" else {})}
+
+
+def batch(family: str) -> dict[str, Any]:
+    """Left padding, two pictures of two sizes in a row, a row of text alone."""
+    return tiny.inputs(family, [[3, "a", 6], [2, "b", 4, "C", 3], [5]])
+
+
+GENERATE = {
+    "max_new_tokens": 4,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "suppress_tokens": list(range(86, 100)),  # placeholders and marks
+}
+
+
+@every_family
+@torch.no_grad()
+def test_keep_all_is_bit_equal(family: str, models: Any) -> None:
+    model, inputs = models(family), batch(family)
+    plain, cached = model(**inputs).logits, model.generate(**inputs, **GENERATE)
+    for name in METHODS:
+        with forwards() as seen, visprune.prune(model, name, **everything(name)) as run:
+            assert torch.equal(model(**inputs).logits, plain)
+            generated = model.generate(**inputs, **GENERATE)
+        assert len(seen) == 2  # pictures were found, in forward and in generate
+        assert run.trace.image_rows == [0, 1, 1]  # as a person counts them
+        assert torch.equal(cached.sequences, generated.sequences)
+        for want, got in zip(cached.logits, generated.logits, strict=True):
+            assert torch.equal(want, got)
+        assert torch.equal(model(**inputs).logits, plain)  # removed
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@every_family
+@torch.no_grad()
+def test_drop_equals_hide_as_key(name: str, family: str, models: Any) -> None:
+    model, inputs = models(family), batch(family)
+    valid = inputs["attention_mask"].bool()
+    with forwards() as seen, visprune.prune(model, name, **few(name)):
+        logits = model(**inputs).logits
+        made = model.generate(**inputs, **GENERATE)
+    keep = alive(seen[0])
+    eager = models(family, "eager")
+    want = hidden_logits(eager, inputs, keep)
+    there = keep[-1] & valid
+    assert_close(logits[there], want[there])
+    # Teeth: the untouched model says something else.
+    plain = model(**inputs, use_cache=False).logits
+    assert error(plain[:2, -1], want[:2, -1]) > 1e-3
+
+    keep = alive(seen[1])
+    new = made.sequences[:, inputs["input_ids"].shape[1] :]
+    longer = extended(inputs, new[:, :-1])
+    want = hidden_logits(eager, longer, grown(keep, longer["input_ids"].shape[1]))
+    start = inputs["input_ids"].shape[1] - 1
+    for number, got in enumerate(made.logits):
+        assert_close(got, want[:, start + number])
+
+
+@every_family
+@torch.no_grad()
+def test_a_batch_equals_its_samples_alone(family: str, models: Any) -> None:
+    model, rows = models(family), [[3, "a", 6], [2, "b", 4, "C", 3], [5]]
+    inputs = tiny.inputs(family, rows)
+    valid = inputs["attention_mask"].bool()
+    for name in METHODS:
+        with visprune.prune(model, name, **few(name)) as run:
+            together, kept = model(**inputs).logits, run.trace.kept
+            alone = []
+            for number, row in enumerate(rows):
+                single = model(**tiny.inputs(family, [row])).logits[0]
+                assert error(together[number, valid[number]], single) <= 2e-5
+                if number < 2:
+                    alone += run.trace.kept
+        assert [k.tolist() for k in kept] == [k.tolist() for k in alone]
+
+
+@every_family
+def test_loss_and_gradients_are_finite(family: str, models: Any) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6], [2, "b", 4]])
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(labels == tiny.IMAGE, -100)
+    with visprune.prune(model, "fastv", num_keep=3):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    assert bool(torch.isfinite(loss))
+    assert all(bool(torch.isfinite(grad).all()) for grad in found)
+    assert sum(bool(grad.any()) for grad in found) > len(found) // 2
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if tiny.FAMILIES[name].clip])
+@pytest.mark.parametrize("name", ["random", "fastv"])
+@torch.no_grad()
+def test_clips_among_pictures(name: str, family: str, models: Any) -> None:
+    model = models(family)
+    inputs = tiny.inputs(family, [[3, "a", 2, "v", 4], [2, "v", 3]])
+    plain = model(**inputs, use_cache=False).logits
+    with visprune.prune(model, name, keep_ratio=1.0):
+        assert torch.equal(model(**inputs, use_cache=False).logits, plain)
+    with forwards() as seen, visprune.prune(model, name, **few(name)) as run:
+        logits = model(**inputs).logits
+        made = model.generate(**inputs, **GENERATE)
+    assert [len(kept) for kept in run.trace.kept] == [3, 3, 3]
+    keep = alive(seen[0])
+    want = hidden_logits(models(family, "eager"), inputs, keep)
+    there = keep[-1] & inputs["attention_mask"].bool()
+    assert_close(logits[there], want[there])
+    assert_close(made.logits[0], want[:, -1])
+
+
+@every_family
+@torch.no_grad()
+def test_beams_are_those_of_the_untouched_model(family: str, models: Any) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6], [2, "b", 4, "C", 3]])
+    options = {**GENERATE, "num_beams": 2, "max_new_tokens": 3}
+    want = model.generate(**inputs, **options).sequences
+    with visprune.prune(model, "fastv", keep_ratio=1.0) as run:
+        assert torch.equal(model.generate(**inputs, **options).sequences, want)
+        assert run.trace.image_rows == [0, 1, 2, 2, 3, 3]
+
+
+@every_family
+def test_the_features_that_wait_go_with_their_tokens(family: str, models: Any) -> None:
+    # Teeth of DeepStack: a run that forgets what its tokens are given later is caught above.
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6]])
+    with forwards() as seen, visprune.prune(model, "random", num_keep=3), torch.no_grad():
+        model(**inputs)
+    adds = find_adapter(model).adds_later
+    assert bool(seen[0].later) == adds
+    for features in seen[0].later.values():
+        assert features.shape[1] == seen[0].table.num_slots
+        assert int(features.abs().sum(-1).gt(0).sum()) == 3
+
+
+def test_every_row_of_the_registry_has_a_tiny_model(models: Any) -> None:
+    claimed = {models(name).config.model_type for name in FAMILIES}
+    assert claimed | set(contract.FAMILIES) == set(visprune.list_models())
+
+
+@every_family
+@torch.no_grad()
+def test_placeholders_that_do_not_fit_are_refused(family: str, models: Any) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6]])
+    last = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero().max())
+    cut = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    cut["input_ids"][0, last] = 7
+    with visprune.prune(model, "random", num_keep=3):
+        for call in (model, model.generate):
+            with pytest.raises(ConfigError, match="it was cut off"):
+                call(**cut)
+        model(**inputs)

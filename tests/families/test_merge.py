@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method that merges equals the decoder on the merged sequence, made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import visprune
+from tests.contract.oracle import assert_close, error
+from tests.families import tiny
+from visprune.backbones.vlm.base import ImageLayout
+from visprune.machine.decoder.hooks import DecoderHooks
+from visprune.machine.find import find_adapter
+
+PROMPT = [2, "b", 4, "C", 3]
+
+
+def decoder_call(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the untouched decoder is called with."""
+    seen: dict[str, Any] = {}
+    decoder = find_adapter(model).language_model
+    handle = decoder.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return seen
+
+
+def map_of(length: int, layouts: list[ImageLayout], trace: Any) -> tuple[Tensor, Tensor]:
+    """What each slot is made of, ``[K, S]``, and the place that it stands at, ``[K]``."""
+    slots: list[tuple[int, int, Tensor]] = []
+    eye = torch.eye(length)
+    visual = {int(p) for layout in layouts for p in layout.positions[layout.picture.free]}
+    slots += [(at, at, eye[at]) for at in range(length) if at not in visual]
+    for number, layout in enumerate(layouts):
+        free = layout.positions[layout.picture.free]
+        matrix = trace.whole(number).matrix()[0]
+        last = -1
+        for row, token in zip(matrix, trace.kept[number].tolist(), strict=True):
+            at = int(free[token])
+            last = max(last, at)  # slots stay in the selection's order
+            slots.append((last, at, row @ eye[free]))
+    slots.sort(key=lambda slot: slot[0])
+    return torch.stack([slot[2] for slot in slots]), torch.tensor([slot[1] for slot in slots])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_pooling_equals_the_decoder_on_the_means(
+    family: str, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = models(family), tiny.inputs(family, [PROMPT])
+    call = decoder_call(model, inputs)
+    found: list[list[ImageLayout]] = []
+    plain = DecoderHooks._layouts
+    monkeypatch.setattr(
+        DecoderHooks, "_layouts", lambda self: found.append(plain(self)) or found[-1]
+    )
+    with visprune.prune(model, "pool", num_keep=4, positions="original") as run:
+        pooled = model.model(**inputs, use_cache=False).last_hidden_state
+    trace = run.trace
+    assert any(selection.merges for chosen in trace.chosen for selection in chosen)
+    embeds, ids = call["inputs_embeds"], call.get("position_ids")
+    made, stands = map_of(embeds.shape[1], found[0], trace)
+    short = dict(call, inputs_embeds=(made @ embeds[0])[None], use_cache=False)
+    ids = torch.arange(embeds.shape[1])[None] if ids is None else ids
+    short["position_ids"] = ids[..., stands]
+    short["attention_mask"] = torch.ones(1, len(stands), dtype=torch.long)
+    mask = call.get("visual_pos_masks")
+    if mask is not None:
+        visual = mask[0, stands]
+        whole = embeds.new_zeros(len(call["deepstack_visual_embeds"]), *embeds.shape[1:])
+        for number, features in enumerate(call["deepstack_visual_embeds"]):
+            whole[number, mask[0]] = features
+        short["visual_pos_masks"] = visual[None]
+        short["deepstack_visual_embeds"] = [(made @ one)[visual] for one in whole]
+    want = find_adapter(model).language_model(**short).last_hidden_state[0]
+    assert_close(pooled[0, stands], want)
+    untouched = model.model(**inputs, use_cache=False).last_hidden_state
+    assert error(pooled[0, -1], untouched[0, -1]) > 1e-3
