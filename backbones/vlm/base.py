@@ -431,6 +431,17 @@ class VLMAdapter:
         counts = [len(picture.free) for picture in pictures]
         if sum(counts) != len(places):
             raise mismatch(kind, len(places), counts, self.token_id(kind))
+        ends = torch.tensor(counts).cumsum(0)[: len(places)]
+        rows = places[:, 0].cpu()
+        split = [n for n, end in enumerate(ends.tolist())
+                 if counts[n] and rows[end - 1] != rows[end - counts[n]]]  # fmt: skip
+        if split:
+            raise ConfigError(
+                f"Placeholders of {kind} {split[0]} lie in two samples: the {kind}s come in another "
+                f"order than the samples that show them. (With beams, some families of "
+                f"transformers repeat the {kind}s of a sample in the wrong order: give one picture "
+                f"a sample, or do without beams.)"
+            )
         return [
             ImageLayout(picture=picture, row=int(span[0, 0]), positions=span[:, 1])
             for picture, span in zip(pictures, places.split(counts), strict=True)
