@@ -437,8 +437,8 @@ class VLMAdapter:
                  if counts[n] and rows[end - 1] != rows[end - counts[n]]]  # fmt: skip
         if split:
             raise ConfigError(
-                f"Placeholders of {kind} {split[0]} lie in two samples: the {kind}s come in another "
-                f"order than the samples that show them. (With beams, some families of "
+                f"Placeholders of {kind} {split[0]} lie in two samples: the {kind}s come in "
+                f"another order than the samples that show them. (With beams, some families of "
                 f"transformers repeat the {kind}s of a sample in the wrong order: give one picture "
                 f"a sample, or do without beams.)"
             )

@@ -18,11 +18,18 @@ from visprune.backbones.hf.features import lengths
 from visprune.backbones.vlm.base import ImageLayout, Picture, VLMAdapter, grid
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
+from visprune.cost.cost import ModelShape
 from visprune.errors import UnsupportedModel
 
 Kind = Literal["image", "video"]
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 _PROJECTORS = ("multi_modal_projector", "aligner", "connector", "projector", "mm_projector")
+# Whose operations are those that a counter of matrix products sees.
+COUNTED: tuple[str, ...] = (
+    *("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge", "internvl", "qianfan_ocr"),
+    *("smolvlm", "idefics3", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
+    *("deepseek_vl", "janus", "vipllava"),
+)
 _PIXELS = {
     "image": ("pixel_values", "pixel_values_images"),
     "video": ("pixel_values_videos", "pixel_values"),
@@ -68,7 +75,32 @@ class GenericAdapter(VLMAdapter):
     @property
     def projector(self) -> nn.Module:
         """What maps the encoder's tokens to the decoder's."""
-        return self._part(_PROJECTORS, "projector")
+        merger = getattr(self.tower, "merger", None)
+        return merger if isinstance(merger, nn.Module) else self._part(_PROJECTORS, "projector")
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that becomes one token."""
+        for config in (self.config.vision_config, self.config):
+            for name in ("spatial_merge_size", "scale_factor"):
+                if isinstance(getattr(config, name, None), int):
+                    return int(getattr(config, name))
+        shrunk = getattr(self.config, "downsample_ratio", None)
+        return 1 if shrunk is None else round(1 / shrunk)
+
+    def cost_shape(self) -> ModelShape:
+        """What the whole model costs by token, where that was compared with an own count.
+
+        Raises:
+            UnsupportedModel: it was not.
+        """
+        kind = self.config.model_type
+        if kind not in COUNTED:
+            raise UnsupportedModel(
+                f"What {kind} costs by token has not been compared with an independent count, so "
+                f"it is not told. Families of this adapter whose cost is: {', '.join(COUNTED)}."
+            )
+        return super().cost_shape()
 
     def _part(self, names: tuple[str, ...], what: str) -> nn.Module:
         for name in names:
@@ -134,9 +166,20 @@ class GenericAdapter(VLMAdapter):
         merged = None if cells is None else merged_grid(cells, count)
         if merged is not None:
             return grid(*merged), "grid", own
-        drawn = pixels is not None and pixels.dim() >= 3 and pixels.shape[-3] in (1, 3)
-        rows, columns, sure = likely_grid(count, pixels if drawn else None)
-        return grid(1, rows, columns), "grid" if sure else "guessed", own or ((1, rows, columns),)
+        if pixels is not None and (pixels.dim() < 3 or pixels.shape[-3] not in (1, 3)):
+            pixels = None  # patches in a line
+        rows, columns, sure = likely_grid(count, pixels)
+        if not own:
+            own = (self._cut(pixels) or (1, rows, columns),)
+        return grid(1, rows, columns), "grid" if sure else "guessed", own
+
+    def _cut(self, pixels: Tensor | None) -> tuple[int, int, int] | None:
+        """The grid of patches that the encoder cuts a picture into, ``None`` where not known."""
+        size = getattr(self.config.vision_config, "patch_size", None)
+        if pixels is None or size is None:
+            return None
+        down, across = size if isinstance(size, list | tuple) else (size, size)
+        return 1, pixels.shape[-2] // down, pixels.shape[-1] // across
 
     def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
         """(t, h, w) in patches of each entry, where the processor gives that."""
