@@ -11,7 +11,12 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 from transformers.masking_utils import create_causal_mask
 
 from visprune.core.slots import SlotTable
@@ -134,6 +139,24 @@ class Ledger:
             self._derived = (key, new)
         return self._derived[1]
 
+    def stale(self, window: int) -> int:
+        """Leading slots that lie outside of the window of every token to come, in every row."""
+        inside = (self.index > self.seen - window).any(0)
+        return int(inside.to(torch.uint8).argmax()) if bool(inside.any()) else inside.numel()
+
+    def without(self, count: int) -> Ledger:
+        """The ledger of what is left when the first ``count`` slots are let go."""
+        if not count:
+            return self
+        key = ("without", count)
+        if self._derived is None or self._derived[0] != key:
+            left = Ledger(
+                self.owner, self.seen, self.index[:, count:], self.valid[:, count:],
+                self.padded, self.shift,
+            )  # fmt: skip
+            self._derived = (key, left)
+        return self._derived[1]
+
     def cropped(self, count: int) -> Ledger:
         """Remove the last ``count`` tokens.
 
@@ -163,11 +186,21 @@ class SlotLayer(DynamicLayer):
     ``keys.shape[-2]`` is physical.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, ledger: Ledger) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, ledger: Ledger, window: int | None = None
+    ) -> None:
         super().__init__()
+        self.window, self.trimmed = window, False
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.ledger = keys, values, ledger
         self.is_initialized = True
+
+    def settle(self, ledger: Ledger, stale: int) -> None:
+        """Take the ledger of what is stored, without its first slots, which no query will see."""
+        self.ledger = ledger.without(stale)
+        if stale:
+            self.keys, self.values = self.keys[..., stale:, :], self.values[..., stale:, :]
+            self.trimmed = True
 
     def _check(self) -> None:
         owner = self.ledger.owner
@@ -212,6 +245,11 @@ class SlotLayer(DynamicLayer):
         """
         seen = self.ledger.seen
         count = max(0, seen - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        if count and self.trimmed:
+            raise ConfigError(
+                f"Cannot crop {count} tokens from this cache: its sliding-window layers have let "
+                f"go of what the tokens before would see. Start the prompt anew instead."
+            )
         if count:
             self.ledger = self.ledger.cropped(count)
             self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
@@ -234,8 +272,12 @@ class SlotLayer(DynamicLayer):
         self.ledger = self.ledger.derive(indices, lambda x: x[indices.to(x.device)])
 
 
-def check_cache(cache: Any) -> None:
+def check_cache(cache: Any, *, windows: bool = False) -> None:
     """Refuse caches whose layers cannot hold a pruned prompt.
+
+    Args:
+        cache: of a call.
+        windows: whether the decoder has sliding-window layers that are pruned.
 
     Raises:
         UnsupportedModel: with the kind given and the kinds that work.
@@ -248,12 +290,36 @@ def check_cache(cache: Any) -> None:
             f"{type(cache).__name__} cannot hold. Use a DynamicCache (the default of generate; "
             f"no cache_implementation)."
         )
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if windows else (DynamicLayer,)
     for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer and not isinstance(layer, SlotLayer):
+        if type(layer) not in kinds and not isinstance(layer, SlotLayer):
             raise UnsupportedModel(
                 f"Layer {number} of the cache is a {type(layer).__name__}; visprune prunes "
-                f"full-attention layers only (DynamicLayer)."
+                f"{' and '.join(kind.__name__ for kind in kinds)} only."
             )
+
+
+def open_windows(cache: Any) -> Any:
+    """Let sliding-window layers of an empty cache hold every slot, until ledgers say which to keep.
+
+    Returns:
+        The cache; a new one for ``None``.
+
+    Raises:
+        UnsupportedModel: such a layer holds tokens that no run has counted.
+    """
+    if cache is None:
+        return DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicSlidingWindowLayer:
+            continue
+        if layer.get_seq_length():
+            raise UnsupportedModel(
+                "The cache holds a turn without a picture, of which sliding-window layers have let "
+                "go of tokens. Give the conversation in one prompt, with its pictures."
+            )
+        cache.layers[number] = DynamicLayer()
+    return cache
 
 
 def stored_length(cache: Cache | None, layer: int) -> int:
@@ -274,10 +340,30 @@ def ledger_of(cache: Cache | None, layer: int) -> Ledger | None:
     return entry.ledger if isinstance(entry, SlotLayer) else None
 
 
-def adopt(cache: Cache, ledger_for: Callable[[int], Ledger]) -> None:
-    """Give every layer of ``cache`` the ledger of what it now stores, in place."""
+def adopt(
+    cache: Cache,
+    ledger_for: Callable[[int], Ledger],
+    window_of: Callable[[int], int | None] = lambda layer: None,
+) -> None:
+    """Give every layer of ``cache`` the ledger of what it now stores, in place.
+
+    Args:
+        cache: as a forward left it.
+        ledger_for: of a layer, the ledger of all its slots.
+        window_of: of a layer, how far its queries see; slots that none will see are let go.
+    """
+    stale: dict[tuple[int, int], int] = {}
     for number, entry in enumerate(cache.layers):
-        if isinstance(entry, SlotLayer):
-            entry.ledger = ledger_for(number)
-        elif entry.keys is not None:
-            cache.layers[number] = SlotLayer(entry.keys, entry.values, ledger_for(number))
+        if entry.keys is None:
+            continue
+        ledger, window = ledger_for(number), window_of(number)
+        if not isinstance(entry, SlotLayer):
+            entry = SlotLayer(entry.keys, entry.values, ledger, window)
+            cache.layers[number] = entry
+        count = 0
+        if window is not None:
+            key = (id(ledger), window)
+            if key not in stale:
+                stale[key] = ledger.stale(window)
+            count = stale[key]
+        entry.settle(ledger, count)

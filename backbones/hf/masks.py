@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from visprune.backbones.hf.cache import CACHE_ARGUMENT
 
@@ -52,6 +52,75 @@ def slot_mask(config: Any, hidden: Tensor, valid: Tensor | None, stored: int) ->
         position_ids=None,
         **{CACHE_ARGUMENT: _Stored(stored)},
     )
+
+
+def masks_by_kind(
+    config: Any, hidden: Tensor, mask: Any, cache: Any, kinds: set[str]
+) -> dict[str, Any]:
+    """The masks that a decoder with several kinds of layers makes of a call, by kind.
+
+    Args:
+        config: the text config.
+        hidden: ``[B, S, D]``.
+        mask: what the decoder is given: already a dict, or two- or four-dimensional, or ``None``.
+        cache: the cache, before the call.
+        kinds: of its layers.
+    """
+    if not isinstance(mask, dict):
+        mask = create_masks_for_generate(
+            config=config, inputs_embeds=hidden, attention_mask=mask, position_ids=None,
+            **{CACHE_ARGUMENT: cache},
+        )  # fmt: skip
+    return mask if isinstance(mask, dict) else dict.fromkeys(kinds, mask)
+
+
+def window_mask(
+    given: Tensor | None,
+    query: Tensor,
+    old: Tensor,
+    old_valid: Tensor,
+    rows: Tensor,
+    real: Tensor,
+    *,
+    window: int | None,
+    additive: torch.dtype | None,
+) -> Tensor:
+    """The mask of a layer whose queries may see a window, by places and not by slots.
+
+    Args:
+        given: the mask that the untouched call has, ``[B, 1 or H, S, >= S]``: its last S columns
+            are the new tokens. ``None``: causal, and no window is shorter.
+        query: places of the query slots in all that was seen, ``[B, Q]``.
+        old: places of the stored slots, ``[B, C]``.
+        old_valid: which of them may be attended to, ``[B, C]``.
+        rows: places of the query slots within the call, ``[B, Q]``.
+        real: which query slots hold a token, ``[B, Q]``.
+        window: how many places back a query sees, itself among them; ``None``: all.
+        additive: dtype of a mask that is added to scores; ``None``: a bool mask.
+
+    Returns:
+        ``[B, 1 or H, Q, C + Q]``.
+    """
+    seen = old_valid[:, None] & torch.ones_like(query, dtype=torch.bool)[..., None]
+    if window is not None:
+        seen = seen & (old[:, None] > query[..., None] - window)
+    if given is None:
+        new = real[:, None] & (query[:, None] <= query[..., None])
+        if window is not None:
+            new = new & (query[:, None] > query[..., None] - window)
+        new = _as(new[:, None], additive)
+    else:
+        own = given[..., -int(given.shape[-2]) :]
+        new = gather_mask(own, rows, rows, real)
+    seen = _as(seen[:, None], additive).to(new.device)
+    return torch.cat([seen.expand(-1, new.shape[1], -1, -1), new], dim=-1)
+
+
+def _as(visible: Tensor, additive: torch.dtype | None) -> Tensor:
+    if additive is None:
+        return visible
+    out = torch.zeros(visible.shape, dtype=additive, device=visible.device)
+    return out.masked_fill(~visible, torch.finfo(additive).min)
 
 
 def gather_mask(mask: Tensor, query: Tensor, key: Tensor, valid: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ TABLE = {
     "got_ocr2": "visprune.backbones.vlm.generic:TilesAdapter",
     "qianfan_ocr": "visprune.backbones.vlm.generic:TilesAdapter",
     "apertus1p5": _GENERIC,
+    "gemma3": _GENERIC,
+    "exaone4_5": _GENERIC,
+    "aya_vision": "visprune.backbones.vlm.generic:MarkedTilesAdapter",
+    "cohere2_vision": "visprune.backbones.vlm.generic:MarkedTilesAdapter",
 }
 
 # Looked at, by `model_type`, and left out for a reason.

@@ -23,6 +23,7 @@ from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
 
 _EXPAND = "_expand_inputs_for_generation"
+_SLIDING = "sliding_attention"
 _KINDS: tuple[Literal["image", "video"], ...] = ("image", "video")
 
 
@@ -113,16 +114,34 @@ class VLMAdapter:
         return self.core.language_model
 
     def _check_layers(self) -> None:
-        types = getattr(self.text_config, "layer_types", None) or []
-        window = getattr(self.text_config, "sliding_window", None)
-        sliding = [i for i, t in enumerate(types) if t != "full_attention"]
-        if sliding or (not types and window is not None):
+        kinds = [self.kind_of(layer) for layer in range(len(self.layers))]
+        other = [n for n, kind in enumerate(kinds) if kind not in ("full_attention", _SLIDING)]
+        if other:
             raise UnsupportedModel(
-                f"Decoder layers {sliding or 'all'} of this {self.config.model_type} model use "
-                f"{types[sliding[0]] if sliding else 'sliding-window'} attention; their caches "
-                f"count tokens by a window that a shorter sequence would shift. Only "
-                f"full-attention decoders are supported."
+                f"Decoder layers {other} of this {self.config.model_type} model use "
+                f"{kinds[other[0]]}; decoders with full and sliding-window attention are supported."
             )
+        if self.windowed and str(self.text_config._attn_implementation) not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"This {self.config.model_type} model has sliding-window layers, whose window "
+                f"{self.text_config._attn_implementation} counts in what is stored, not in tokens "
+                f"that were seen. Use model.set_attn_implementation('sdpa')."
+            )
+
+    @cached_property
+    def windowed(self) -> bool:
+        """Whether masks differ from layer to layer, or are made before the decoder is called."""
+        return any(self.window(layer) is not None for layer in range(len(self.layers)))
+
+    @cached_property
+    def takes_masks(self) -> bool:
+        """Whether the decoder takes masks by kind of layer, ready made."""
+        return getattr(self.text_config, "layer_types", None) is not None
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a decoder layer sees, itself among them; ``None``: all."""
+        size = getattr(self.text_config, "sliding_window", None)
+        return size if self.kind_of(layer) == _SLIDING else None
 
     @property
     def text_config(self) -> Any:
@@ -208,11 +227,17 @@ class VLMAdapter:
     def kind_of(self, layer: int) -> str:
         """The kind of a decoder layer: layers of one kind share masks and rotary embeddings."""
         types = getattr(self.text_config, "layer_types", None)
-        return types[layer] if types else "full_attention"
+        if types:
+            return str(types[layer])
+        window = getattr(self.text_config, "sliding_window", None)
+        return "full_attention" if window is None else _SLIDING
 
     def rotary(self, hidden: Tensor, ids: Tensor, kind: str) -> Any:
         """The rotary embedding of position ids, for layers of a kind."""
-        return self.language_model.rotary_emb(hidden, position_ids=ids)
+        rotary = self.language_model.rotary_emb
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return rotary(hidden, ids, kind)
+        return rotary(hidden, position_ids=ids)
 
     by_token: tuple[str, ...] = ()
     """Arguments of the decoder with one row a token, beside embeddings, mask and positions."""

@@ -287,10 +287,10 @@ def test_the_inner_model_is_not_enough(family: str, models: Any) -> None:
     assert state(model) == before
 
 
-def test_sliding_window_layers_are_refused() -> None:
+def test_layers_of_other_kinds_are_refused() -> None:
     model = tiny.build("qwen2_5_vl")
-    model.config.text_config.layer_types = ["full_attention", "sliding_attention"] * 2
-    message = r"layers \[1, 3\].*sliding_attention.*full-attention"
+    model.config.text_config.layer_types = ["full_attention", "linear_attention"] * 2
+    message = r"layers \[1, 3\].*linear_attention.*full and sliding-window attention"
     with pytest.raises(UnsupportedModel, match=message):
         visprune.prune(model, "todre", num_keep=4)
 

@@ -10,7 +10,7 @@ import torch
 
 import visprune
 from tests import tiny as contract
-from tests.contract.oracle import alive, assert_close, error, forwards, grown
+from tests.contract.oracle import TOLERANCE, alive, assert_close, error, forwards, grown
 from tests.families import tiny
 from tests.families.oracle import extended, hidden_logits
 from visprune.errors import ConfigError
@@ -76,9 +76,12 @@ def test_drop_equals_hide_as_key(name: str, family: str, models: Any) -> None:
     eager = models(family, "eager")
     want = hidden_logits(eager, inputs, keep)
     there = keep[-1] & valid
-    assert_close(logits[there], want[there])
-    # Teeth: the untouched model says something else.
     plain = model(**inputs, use_cache=False).logits
+    # What two kernels say of the untouched model differs as much, in some families.
+    kernels = error(plain[valid], eager(**inputs, use_cache=False).logits[valid])
+    assert bool(torch.isfinite(logits[there]).all())
+    assert error(logits[there], want[there]) <= TOLERANCE + 2 * kernels < 1e-4
+    # Teeth: the untouched model says something else.
     assert error(plain[:2, -1], want[:2, -1]) > 1e-3
 
     keep = alive(seen[1])

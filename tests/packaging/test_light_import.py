@@ -57,7 +57,7 @@ def test_what_commands_check_names_with_is_light(module: str, tmp_path: Path) ->
         ("bench nope", 2, "Unknown benchmark 'nope'"),
         ("train nothing.yaml --out o", 2, "There is no recipe"),
         ("methods", 0, "todre"),
-        ("models", 0, "LlavaForConditionalGeneration"),
+        ("models", 0, "LLaVA-1.5"),
         ("tasks", 0, "POPE"),
     ],
 )

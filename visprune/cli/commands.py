@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -142,9 +143,9 @@ def methods() -> None:
 @app.command()
 def models() -> None:
     """List the model families that can be pruned, one line each."""
-    from visprune.catalog import adapters, encoders
+    from visprune.catalog import adapters, encoders, known_models
 
-    _print_registry(adapters)
+    _print_registry(adapters, known_models)
     _print_registry(encoders)
 
 
@@ -213,12 +214,12 @@ def _drawings() -> dict[str, str]:
     return {"neighborhood_attention": "visprune.eval.show.neighborhood_attention"}
 
 
-def _print_registry(registry: Registry) -> None:
-    """Print each name and the first line of its docstring, one line each."""
+def _print_registry(registry: Registry, told: Callable[[str], str] = lambda name: "") -> None:
+    """Print each name with what is told of it, or the first line of its docstring."""
     width = max((len(name) for name in registry), default=0)
     console = Console(highlight=False)
     for name in registry:
-        row = Text(f"{name:<{width}}  {registry.summary(name)}")
+        row = Text(f"{name:<{width}}  {told(name) or registry.summary(name)}")
         if console.is_terminal:  # a pipe gets the whole line
             row.truncate(console.width, overflow="ellipsis")
         console.print(row, soft_wrap=True)

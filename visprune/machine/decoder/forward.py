@@ -23,7 +23,7 @@ from visprune.backbones.hf.cache import (
     ledger_of,
     stored_length,
 )
-from visprune.backbones.hf.masks import gather_mask, slot_mask
+from visprune.backbones.hf.masks import gather_mask, slot_mask, window_mask
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
 from visprune.core.selection import Selection
 from visprune.core.signals.base import Signal
@@ -44,6 +44,7 @@ class Forward:
         compact: whether position ids close up over dropped tokens.
         prompt: tokens of the prompt, an answer behind them not counted: one number, or one per row
             ``[B]``, counted in columns from the beginning of the cache; ``None``: all.
+        masks: of a decoder whose layers see windows: the masks of the whole call, by kind.
 
     Raises:
         ConfigError: the attention mask does not cover the cached and the new tokens.
@@ -59,7 +60,9 @@ class Forward:
         *,
         compact: bool,
         prompt: int | Tensor | None = None,
+        masks: dict[str, Any] | None = None,
     ) -> None:
+        self.masks = masks
         self.adapter, self.owner, self.compact = adapter, owner, compact
         self.trace = Trace(positions="compact" if compact else "original")
         self.entered: dict[int, Entered] = {}
@@ -223,7 +226,9 @@ class Forward:
         table, ledger = self.table, self.ledger(layer)
         key = ("mask", self.adapter.kind_of(layer), table, ledger, hidden.device)
         if key not in self._memo:
-            if self.mask4d is not None:
+            if self.masks is not None and not self._plain(layer):
+                mask = self._by_place(layer, hidden.dtype)
+            elif self.mask4d is not None:
                 mask = self.cut(layer, table)
             else:
                 stored = stored_length(self.cache, layer)
@@ -232,6 +237,39 @@ class Forward:
                 )
             self._memo[key] = mask
         return self._memo[key]
+
+    def _plain(self, layer: int) -> bool:
+        """Whether the whole call is causal at a layer, and shorter than its window."""
+        assert self.masks is not None, "only of such decoders"
+        return self.masks[self.adapter.kind_of(layer)] is None and self.ledger(layer) is None
+
+    def _by_place(self, layer: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask of a layer that may see a window, or both ways within a picture."""
+        assert self.masks is not None, "only of such decoders"
+        table, ledger = self.table, self.ledger(layer)
+        if self.mask4d is not None and ledger is not None:
+            raise UnsupportedModel(
+                "A 4-D mask of a later turn is not cut down for sliding-window layers; pass a 2-D "
+                "padding mask, or the conversation in one prompt."
+            )
+        given = self.masks[self.adapter.kind_of(layer)]
+        old = table.index[:, :0] if ledger is None else ledger.index
+        old_valid = table.valid[:, :0] if ledger is None else ledger.valid
+        eager = self.adapter.text_config._attn_implementation == "eager"
+        mask = window_mask(
+            given,
+            table.index + self.seen,
+            old,
+            old_valid,
+            table.index,
+            table.real if given is not None else table.valid,
+            window=self.adapter.window(layer),
+            additive=dtype if eager else None,
+        )
+        # A kernel that is given no mask for one query that sees all computes other last bits.
+        if not eager and table.num_slots == 1 and bool(mask.all()):
+            return None
+        return mask
 
     def cut(self, layer: int, table: SlotTable) -> Tensor:
         """The user's 4-D mask, cut down to the slots of ``table`` at ``layer``."""
@@ -249,8 +287,11 @@ class Forward:
         Returns:
             Broadcastable to ``[B, H, R, stored + P]``: bool (true: visible) or added to scores.
         """
-        if self.mask4d is not None:
-            own = self.cut(layer, self.table).to(at.device)
+        own = self.cut(layer, self.table) if self.mask4d is not None else None
+        if self.masks is not None and not self._plain(layer):
+            own = self._by_place(layer, torch.float32)
+        if own is not None:
+            own = own.to(at.device)
             wanted = at[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
             return own.gather(2, wanted)
         valid = self.visible(layer, self.table)
@@ -451,7 +492,8 @@ class Forward:
         if cache is not None and (
             self.images or any(isinstance(x, SlotLayer) for x in cache.layers)
         ):
-            adopt(cache, self._next_ledger)
+            window = self.adapter.window if self.masks is not None else _no_window
+            adopt(cache, self._next_ledger, window)
         return self._finished() if self.images else None
 
     def _finished(self) -> Trace:
@@ -491,6 +533,10 @@ class Forward:
             start = old or Ledger.empty(self.owner, table)
             self._memo[key] = start.appended(table, start.shift + lost.to(start.shift.device))
         return self._memo[key]
+
+
+def _no_window(layer: int) -> int | None:
+    return None
 
 
 def _read_mask(

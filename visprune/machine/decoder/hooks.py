@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import Noticed
-from visprune.backbones.hf.cache import CACHE_ARGUMENT, Owner, cache_of, check_cache, stored_length
+from visprune.backbones.hf.cache import (
+    CACHE_ARGUMENT,
+    Owner,
+    SlotLayer,
+    cache_of,
+    check_cache,
+    open_windows,
+    stored_length,
+)
+from visprune.backbones.hf.masks import masks_by_kind
 from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
 from visprune.core.budget import Stage
@@ -117,7 +126,7 @@ class DecoderHooks:
         add(adapter.core.register_forward_hook(self._end, always_call=True))
         add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
         add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
-        if self._in_layers or self._flash or adapter.adds_later:
+        if self._in_layers or self._flash or adapter.adds_later or adapter.windowed:
             for number, layer in enumerate(adapter.layers):
                 hook = partial(self._layer, number)
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -219,7 +228,7 @@ class DecoderHooks:
         if told is not None:
             self._current.prompt = told
         call = self.adapter.bind(args, kwargs)
-        check_cache(cache_of(call))
+        check_cache(cache_of(call), windows=self.adapter.windowed)
         self._tap.begin(call)
         self._current.call = call
         return args, kwargs
@@ -271,11 +280,23 @@ class DecoderHooks:
         prompt = current.prompt
         if prompt is None and not self.method.asks_the_last_token:
             prompt = current.generating
+        call = self._current.call or {}
+        layouts = self._layouts()
+        masks = self._masks(kwargs, layouts) if self.adapter.windowed else None
+        if masks is not None or isinstance(kwargs.get("attention_mask"), dict):
+            # What the decoder is given may be a dict, made of this by the core.
+            plain = kwargs.get("attention_mask")
+            plain = call.get("attention_mask") if isinstance(plain, dict) else plain
+            cache = cache_of(kwargs)
+            if layouts and (cache is not None or self._caches(kwargs)):
+                cache = open_windows(cache)
+            kwargs = {**kwargs, "attention_mask": plain, CACHE_ARGUMENT: cache}
         fwd = Forward(
             self.adapter,
             self.owner,
-            self._layouts(),
+            layouts,
             kwargs,
+            masks=masks,
             compact=self.plan.positions == "compact",
             prompt=prompt,
         )
@@ -288,6 +309,30 @@ class DecoderHooks:
         current.forward = fwd
         return fwd
 
+    def _masks(self, kwargs: dict[str, Any], layouts: list[ImageLayout]) -> dict[str, Any] | None:
+        """The masks that a decoder with windows makes of the whole call; ``None``: leave it be."""
+        cache = cache_of(kwargs)
+        pruned = cache is not None and any(isinstance(x, SlotLayer) for x in cache.layers)
+        if not layouts and not pruned:
+            return None
+        adapter, mask = self.adapter, kwargs.get("attention_mask")
+        if layouts and isinstance(mask, dict) and cache is not None and cache.get_seq_length():
+            raise UnsupportedModel(
+                f"A picture of a later turn is seen both ways by {adapter.config.model_type}, and "
+                f"transformers gives that to the tokens at the beginning of the cache. Give the "
+                f"conversation in one prompt."
+            )
+        if pruned and isinstance(mask, Tensor) and mask.dim() == 2:
+            # Old tokens are seen by their places; of the new ones among each other it tells.
+            cache, mask = None, mask[:, -kwargs["inputs_embeds"].shape[1] :]
+        kinds = {adapter.kind_of(n) for n in range(len(adapter.layers))}
+        return masks_by_kind(adapter.text_config, kwargs["inputs_embeds"], mask, cache, kinds)
+
+    def _caches(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the decoder would make a cache of its own."""
+        use = kwargs.get("use_cache")
+        return bool(getattr(self.adapter.text_config, "use_cache", True) if use is None else use)
+
     @torch.compiler.disable
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the decoder: projector stages, and the arguments of the shorter sequence."""
@@ -295,8 +340,12 @@ class DecoderHooks:
             ids = kwargs.pop("input_ids", None)
             ids = args[0] if ids is None else ids
             args, kwargs = (), {**kwargs, "inputs_embeds": module.get_input_embeddings()(ids)}
-        check_cache(cache_of(kwargs))
+        check_cache(cache_of(kwargs), windows=self.adapter.windowed)
         fwd = self._open(kwargs)
+        if self.adapter.windowed and fwd.masks is None:
+            return args, kwargs  # nothing was dropped here or before
+        if fwd.masks is not None:
+            kwargs[CACHE_ARGUMENT] = fwd.cache
         hidden = kwargs["inputs_embeds"]
         in_layers = self._flash or (self._in_layers and (bool(fwd.images) or fwd.uneven))
         if fwd.images:
@@ -304,6 +353,8 @@ class DecoderHooks:
             # had; they go the way of their tokens.
             kwargs, fwd.later = self.adapter.later_features(kwargs)
             in_layers = in_layers or bool(fwd.later)
+        in_layers = in_layers or fwd.masks is not None
+        if fwd.images:
             if self.encoder is not None:
                 step = self.encoder.start(fwd)
                 hidden = step(hidden)
@@ -315,7 +366,10 @@ class DecoderHooks:
             if not in_layers:
                 for number in range(len(self.adapter.layers)):
                     fwd.enter(number, [], {})
-        new = dict(kwargs, inputs_embeds=hidden, attention_mask=fwd.model_mask())
+        mask: Any = None if fwd.masks is not None else fwd.model_mask()
+        if fwd.masks is not None and self.adapter.takes_masks:
+            mask = dict.fromkeys(fwd.masks)  # layers get theirs one by one
+        new = dict(kwargs, inputs_embeds=hidden, attention_mask=mask)
         new.update(fwd.by_token({n: kwargs.get(n) for n in self.adapter.by_token}, fwd.table.index))
         ledger = fwd.ledger(0)
         if fwd.images or (fwd.compact and ledger is not None):
@@ -367,10 +421,10 @@ class DecoderHooks:
         given_by_token = {n: kwargs.get(n) for n in self.adapter.by_token}
         if fwd.table is not fwd.first:
             changed.update(fwd.by_token(given_by_token, fwd.rel))
-        if fwd.differs(number):
+        if fwd.masks is not None or fwd.differs(number):
             changed["attention_mask"] = fwd.layer_mask(number, hidden)
-            if given is not None:
-                changed["position_embeddings"] = fwd.rotary(number, hidden, given)
+        if fwd.differs(number) and given is not None:
+            changed["position_embeddings"] = fwd.rotary(number, hidden, given)
         fwd.enter(number, steps, changed)
         return hidden
 
@@ -458,7 +512,7 @@ class DecoderHooks:
                 continue
             rotary = fwd.rotary(number, hidden, given)
             more = {}
-            if self.adapter.reads_positions:
+            if self.adapter.reads_positions and positions is not None:
                 more["position_ids"] = fwd.layer_positions(number, positions)
             if unrotated:
                 rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users know the families by, and what each can be shown."""
+
+from __future__ import annotations
+
+CLIPS = "pictures, clips"
+PICTURES = "pictures"
+TILES = "pictures (tiles are one)"
+
+# By `model_type`: the models, and what a budget is given for. Proved by tests on tiny models.
+KNOWN: dict[str, tuple[str, str]] = {
+    "llava": ("LLaVA-1.5, Pixtral", PICTURES),
+    "llava_next": ("LLaVA-NeXT (1.6)", TILES),
+    "qwen2_vl": ("Qwen2-VL", CLIPS),
+    "qwen2_5_vl": ("Qwen2.5-VL", CLIPS),
+    "qwen3_vl": ("Qwen3-VL", CLIPS),
+    "qwen3_vl_moe": ("Qwen3-VL, mixture of experts", CLIPS),
+    "internvl": ("InternVL 2.5, 3 and 3.5", TILES),
+    "mistral3": ("Mistral Small 3.1, Ministral 3", PICTURES),
+    "smolvlm": ("SmolVLM", TILES),
+    "idefics3": ("Idefics 3", TILES),
+    "idefics2": ("Idefics 2", TILES),
+    "qwen2_5_omni_thinker": ("Qwen2.5-Omni (`model.thinker`)", CLIPS),
+    "qwen3_omni_moe_thinker": ("Qwen3-Omni (`model.thinker`)", PICTURES),
+    "cosmos3_omni": ("Cosmos 3", CLIPS),
+    "cosmos3_edge": ("Cosmos 3 Edge", CLIPS),
+    "glm4v": ("GLM-4.1V", PICTURES),
+    "glm46v": ("GLM-4.6V", PICTURES),
+    "glm4v_moe": ("GLM-4.5V", PICTURES),
+    "glm_ocr": ("GLM-OCR", PICTURES),
+    "kimi_k25": ("Kimi K2.5", CLIPS),
+    "video_llama_3": ("VideoLLaMA 3", CLIPS),
+    "hyperclovax_vision_v2": ("HyperCLOVA X Vision", CLIPS),
+    "paddleocr_vl": ("PaddleOCR-VL", PICTURES),
+    "ovis2": ("Ovis 2", TILES),
+    "fast_vlm": ("FastVLM", PICTURES),
+    "deepseek_vl": ("DeepSeek-VL", PICTURES),
+    "deepseek_vl_hybrid": ("DeepSeek-VL, two encoders", PICTURES),
+    "janus": ("Janus", PICTURES),
+    "aria": ("Aria", PICTURES),
+    "vipllava": ("ViP-LLaVA", PICTURES),
+    "lighton_ocr": ("LightOnOCR", PICTURES),
+    "got_ocr2": ("GOT-OCR 2", TILES),
+    "qianfan_ocr": ("Qianfan-OCR", TILES),
+    "apertus1p5": ("Apertus 1.5", PICTURES),
+    "gemma3": ("Gemma 3 (sliding windows)", PICTURES),
+    "exaone4_5": ("EXAONE 4.5 (sliding windows)", PICTURES),
+    "aya_vision": ("Aya Vision (sliding windows)", TILES),
+    "cohere2_vision": ("Command A Vision (sliding windows)", TILES),
+}
+
+
+def table() -> str:
+    """The families as a table in Markdown."""
+    rows = [f"| `{kind}` | {models} | {shown} |" for kind, (models, shown) in KNOWN.items()]
+    return "\n".join(["| `model_type` | models | takes |", "|---|---|---|", *rows])
