@@ -13,7 +13,7 @@ from tests import tiny as contract
 from tests.contract.oracle import TOLERANCE, alive, assert_close, error, forwards, grown
 from tests.families import tiny
 from tests.families.oracle import extended, hidden_logits
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.find import find_adapter
 
 FAMILIES = tuple(tiny.FAMILIES)
@@ -204,3 +204,26 @@ def test_placeholders_that_do_not_fit_are_refused(family: str, models: Any) -> N
             with pytest.raises(ConfigError, match="it was cut off"):
                 call(**cut)
         model(**inputs)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_features_that_are_no_list_of_pictures_are_not_handed_over(
+    family: str, models: Any
+) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6]])
+    pixels = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(UnsupportedModel, match="Pass pixel_values with each prompt"):
+        visprune.encode_images(model, **pixels)
+
+
+@torch.no_grad()
+def test_features_of_a_list_are_handed_over(models: Any) -> None:
+    model, inputs = models("mistral3"), tiny.inputs("mistral3", [[3, "a", 6]])
+    pixels = {k: inputs.pop(k) for k in ("pixel_values", "image_sizes")}
+    encoded = visprune.encode_images(model, **pixels)
+    with visprune.prune(model, "random", num_keep=3) as run:
+        want = model(**inputs, **pixels).logits
+        kept = run.trace.kept
+        got = model(**inputs, mm_encoder_outputs=encoded.select()).logits
+    assert torch.equal(run.trace.kept[0], kept[0])
+    assert torch.equal(got, want)

@@ -106,7 +106,7 @@ def encode_images(
     if run is not None and run.encoder is not None:  # it listens itself
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             output = adapter.core.get_image_features(**inputs, return_dict=True)
-        return EncodedImages(list(output.pooler_output))
+        return _handed_over(adapter, output)
     shown = _shown(adapter, methods)
     tap = EncoderTap(
         adapter,
@@ -119,7 +119,19 @@ def encode_images(
             output = adapter.core.get_image_features(**inputs, return_dict=True)
     finally:
         tap.remove()
-    return EncodedImages(list(output.pooler_output))
+    return _handed_over(adapter, output)
+
+
+def _handed_over(adapter: Any, output: Any) -> EncodedImages:
+    """The features of an encoder's output, if there is one tensor of each picture and no more."""
+    features = output.pooler_output
+    if not isinstance(features, list | tuple) or output.get("deepstack_features") is not None:
+        raise UnsupportedModel(
+            f"The encoder of {adapter.config.model_type} does not give one tensor of features a "
+            f"picture (tiles or one stacked tensor, or DeepStack beside it), which could be "
+            f"handed over picture by picture. Pass pixel_values with each prompt."
+        )
+    return EncodedImages(list(features))
 
 
 def _shown(adapter: Any, methods: Iterable[PruningMethod] | None) -> list[Signal]:
