@@ -109,7 +109,7 @@ def test_a_control_that_is_also_listed_is_one_row() -> None:
         ({"limit": 2.5}, "limit is 2.5; it must be an int"),
         ({"tasks": [{"task": "embedded", "limit": 2.5}]}, "embedded: limit is 2.5; it must be an"),
         ({"tasks": [{"task": "embedded", "limit": "x"}]}, "embedded: limit is 'x'; it must be an"),
-        ({"pictures": "maybe"}, "pictures is 'maybe'; it must be bool"),
+        ({"pictures": "maybe"}, "pictures is 'maybe'; it must be True or False"),
         ({"generation": [1]}, r"generation is \[1\]; it must be a mapping"),
         ({"generation": {"max_new_tokns": 3}}, "Did you mean 'max_new_tokens'"),
         ({"generation": {"max_new_tokens": "x"}}, "whole number from 1"),
