@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a vision-language model, prepared and encoded once for all questions and methods.
 
-A prompt then needs its token ids alone: the processor writes as many placeholders into it as the
-picture has tokens, which depends on the picture and not on the words. That this is all that a
-processor does is checked on each picture; where it is not, or where the model takes no encoded
-pictures, nothing is shared and every prompt goes through the processor with its picture.
+A prompt then needs its token ids alone: a processor puts a run of ids in place of the picture's
+placeholder, which depends on the picture and not on the words. That this is all that it does is
+checked on each picture; where it is not, or where the model takes no encoded pictures, nothing is
+shared and every prompt goes through the processor with its picture.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class _Prepared:
     """A picture as the processor makes it.
 
     Attributes:
-        count: placeholders that stand for it in a prompt.
+        span: ids that stand for it in a prompt.
         images: the processor's tensors of it, on the model's device.
         typed: the prompt is accompanied by ``mm_token_type_ids``.
     """
 
-    count: int
+    span: list[int]
     images: Mapping[str, Tensor]
     typed: bool
 
@@ -91,13 +91,7 @@ class Encodings:
                 self.shares = False
                 return None
             prepared.append(known)
-        inputs = self._ids(
-            [
-                text.replace(token, token * one.count)
-                for text, one in zip(texts, prepared, strict=True)
-            ],
-            typed=prepared[0].typed,
-        )
+        inputs = self._ids(texts, [one.span for one in prepared], typed=prepared[0].typed)
         encoded = EncodedImages(
             [
                 self._encode(one, request, run).features[0]
@@ -115,12 +109,11 @@ class Encodings:
 
         def make() -> _Prepared:
             made = self.processor(text=[text], images=[[request.image]], return_tensors="pt")
-            made = dict(made.to(self.model.device, dtype=self.model.dtype))
-            count = int((made["input_ids"] == self._token_id).sum())
+            made = dict(made.to(self.model.device, dtype=self._dtype))
             images = {k: v for k, v in made.items() if k not in _TEXT}
-            one = _Prepared(count, images, typed="mm_token_type_ids" in made)
-            token = image_token(self.processor)
-            again = self._ids([text.replace(token, token * count)], typed=one.typed)
+            span = self._span(text, made["input_ids"][0].tolist())
+            one = _Prepared(span, images, typed="mm_token_type_ids" in made)
+            again = self._ids([text], [span], typed=one.typed)
             texts = {k: v for k, v in made.items() if k in _TEXT}
             if not _same(texts, again) or "pixel_values" not in images:
                 raise _Otherwise
@@ -131,15 +124,35 @@ class Encodings:
         except _Otherwise:
             return None
 
-    def _ids(self, texts: list[str], *, typed: bool) -> dict[str, Any]:
-        """Token ids of prompts with all their placeholders, padded on the left."""
-        made = self.processor.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt"
+    def _span(self, text: str, ids: list[int]) -> list[int]:
+        """What the processor put in place of the placeholder of a prompt that became ``ids``."""
+        short = self.processor.tokenizer(text)["input_ids"]
+        if short.count(self._token_id) != 1:
+            raise _Otherwise
+        before = short.index(self._token_id)
+        return ids[before : len(ids) - (len(short) - before - 1)]
+
+    def _ids(
+        self, texts: Sequence[str], spans: Sequence[list[int]], *, typed: bool
+    ) -> dict[str, Any]:
+        """Token ids of prompts with their pictures' ids in place, padded on the left."""
+        shorts = self.processor.tokenizer(list(texts))["input_ids"]
+        whole = []
+        for short, span in zip(shorts, spans, strict=True):
+            at = short.index(self._token_id)
+            whole.append([*short[:at], *span, *short[at + 1 :]])
+        made = self.processor.tokenizer.pad(
+            {"input_ids": whole}, padding=True, padding_side="left", return_tensors="pt"
         )
         inputs = {name: made[name].to(self.model.device) for name in _TEXT[:2]}
         if typed:
             inputs[_TEXT[2]] = (inputs["input_ids"] == self._token_id).to(torch.int64)
         return inputs
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def _token_id(self) -> int | None:

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 import visprune
+from tests.contract.test_processors import built, photo
 from tests.eval.small import small_embedded
 from tests.eval.test_evaluate import answers, requests
+from visprune.eval.models.base import Request
 from visprune.eval.models.encodings import Encodings
 from visprune.eval.models.held import Held
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.run.album import picture_hash
 from visprune.eval.run.runner import run_study
 from visprune.eval.study.grid import build_study
+from visprune.eval.tasks.embedded.task import EmbeddedTask
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +93,6 @@ def test_an_encoding_of_one_reduction_is_not_taken_for_another(vlm: VLM) -> None
 
 
 def _options(vlm: VLM) -> tuple[Any, ...]:
-    from visprune.eval.tasks.embedded.task import EmbeddedTask
-
     task = EmbeddedTask()
     return task, "plain", vlm.generation(task, {})
 
@@ -175,3 +177,32 @@ def test_records_of_a_batch_are_those_of_single_questions(vlm: VLM, tmp_path: Pa
         return [{k: v for k, v in row.items() if k not in ("seconds", "env")} for row in rows]
 
     assert run(1) == run(8)
+
+
+TEMPLATES = {
+    "llava": "USER : <image> {prompt} ASSISTANT :",
+    "llava_next": "USER : <image> {prompt} ASSISTANT :",
+    "qwen2_vl": "USER : <|vision_start|> <image> <|vision_end|> {prompt} ASSISTANT :",
+    "qwen2_5_vl": "USER : <|vision_start|> <image> <|vision_end|> {prompt} ASSISTANT :",
+}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_every_family_shares_pictures_of_any_size(family: str) -> None:
+    """Photos of two shapes through each family's own processor, questions of two lengths."""
+    model, processor, _ = built(family)
+    vlm = VLM(model, processor, name=family, style="plain", template=TEMPLATES[family])
+    task = EmbeddedTask(limit=4)
+    shots = [photo(320, 224, 0), photo(224, 280, 1)]
+    words = ["what is in this picture ?", "describe", "describe this and that", "what is that ?"]
+    asked = [
+        Request(sample, words[n], shots[n % 2], picture_hash(shots[n % 2]))
+        for n, sample in enumerate(task.samples())
+    ]
+    alone = [dataclasses.replace(request, digest=None) for request in asked]
+    for choice in ("none", visprune.get_method("todre", num_keep=16, tau=0.0),
+                   visprune.get_method("fastv", num_keep=16)):  # fmt: skip
+        shared = answers(vlm, choice, asked, 4)
+        assert vlm.encodings.shares
+        assert len(vlm.encodings._encoded) == 2
+        assert shared == answers(vlm, choice, alone, 4)
