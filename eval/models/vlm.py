@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visprune.core.method import PruningMethod
-from visprune.cost.cost import Cost
+from visprune.cost.cost import Cost, ModelShape
 from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
 from visprune.eval.models.base import (
     NO_IMAGE,
@@ -104,6 +105,14 @@ class VLM:
         """Floating-point type of the weights."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
+    @cached_property
+    def _shape(self) -> ModelShape | None:
+        """What the untouched model costs by token; ``None`` where that cannot be counted."""
+        try:
+            return None if self.adapter is None else self.adapter.cost_shape()
+        except UnsupportedModel:
+            return None
+
     def refusal(self, choice: Choice, task: Task) -> str | None:
         """Why it cannot run a method or a task, or ``None``."""
         if not task.generates:
@@ -151,6 +160,7 @@ class VLM:
         self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]
     ) -> Iterator[Answerer]:
         """Attach a method for as long as the context lasts."""
+        self._shape  # noqa: B018 - read before anything is attached to the model
 
         def ask(run: Run | None) -> Answerer:
             return lambda requests: self._answer(requests, run, style, dict(generation))
@@ -199,9 +209,12 @@ class VLM:
         costs: list[Cost | None] = [None] * len(requests)
         tokens: list[float | None] = [None] * len(requests)
         if run is not None:
-            costs, tokens = [*sample_costs(run, new_tokens=counts)], [*run.trace.mean_tokens]
+            costs = [*sample_costs(run, new_tokens=counts, shape=self._shape)]
+            tokens = [*run.trace.mean_tokens]
         elif self.adapter is not None:
-            costs = [*prompt_costs(self.adapter, inputs, layouts, new_tokens=counts)]
+            costs = [
+                *prompt_costs(self.adapter, inputs, layouts, new_tokens=counts, shape=self._shape)
+            ]
             seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
             tokens = [float(count) for count in seen]
         kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]

@@ -12,7 +12,7 @@ from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
-from visprune.cost.cost import Causal, Cost, sample_cost
+from visprune.cost.cost import Causal, Cost, ModelShape, sample_cost
 from visprune.errors import ConfigError
 from visprune.machine.encoder.plan import EncoderPlan
 from visprune.machine.encoder.price import encoder_cost
@@ -63,7 +63,12 @@ def run_cost(
 
 
 def sample_costs(
-    run: Priced, *, new_tokens: Sequence[int], causal: Causal = "ideal", padded: bool = False
+    run: Priced,
+    *,
+    new_tokens: Sequence[int],
+    causal: Causal = "ideal",
+    padded: bool = False,
+    shape: ModelShape | None = None,
 ) -> list[Cost]:
     """Price each sample of the last prefill of a run.
 
@@ -73,6 +78,8 @@ def sample_costs(
         causal: see :func:`run_cost`.
         padded: count the padding of the batch in what is stored; without, each sample is priced as
             if it had been alone.
+        shape: of the model; ``None``: read from its modules, which takes as long as a small
+            model's answer.
 
     Raises:
         ConfigError: nothing with a picture has run yet, or the lengths differ.
@@ -83,7 +90,7 @@ def sample_costs(
             "There is nothing to price: no prompt with a picture has run. Pass inputs, or call the "
             "model first."
         )
-    shape = run.adapter.cost_shape()
+    shape = run.adapter.cost_shape() if shape is None else shape
     dtype = next(run.adapter.language_model.parameters()).dtype
     samples = len(trace.tokens_per_layer)
     _check_lengths(new_tokens, samples)
@@ -125,6 +132,7 @@ def prompt_costs(
     *,
     new_tokens: Sequence[int],
     causal: Causal = "ideal",
+    shape: ModelShape | None = None,
 ) -> list[Cost]:
     """Price prompts under the untouched model, each sample as if it had been alone.
 
@@ -135,6 +143,7 @@ def prompt_costs(
         layouts: the pictures among them (``adapter.layouts``); none: a text prompt.
         new_tokens: tokens that each sample generates.
         causal: see :func:`run_cost`.
+        shape: see :func:`sample_costs`.
 
     Raises:
         ConfigError: the lengths differ.
@@ -142,7 +151,7 @@ def prompt_costs(
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     _check_lengths(new_tokens, len(lengths))
-    shape = adapter.cost_shape()
+    shape = adapter.cost_shape() if shape is None else shape
     dtype = next(adapter.language_model.parameters()).dtype
     return [
         sample_cost(
