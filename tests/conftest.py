@@ -23,6 +23,11 @@ import torch
 
 torch.set_num_threads(1)
 
+# Autograd counts the kinds of devices at its first backward, and starts threads for each but the
+# CPU; a process that has them cannot be forked. torch.export and torch.compile bring a kind along
+# ("meta"), so the first backward comes before them, and tests that fork may run after them.
+torch.ones(1, requires_grad=True).sum().backward()
+
 # Times on a busy two-core machine say nothing, and a failure should be the same one tomorrow.
 hypothesis.settings.register_profile("visprune", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("visprune")
