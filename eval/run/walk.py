@@ -302,12 +302,21 @@ def blocks_of(count: int, batch_size: int) -> list[range]:
 def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Places in a block, cut into batches of about the same length.
 
+    A batch whose prompts are all of one length needs no padding, and no mask: it is worth more than
+    a full one, and is closed where the next length begins, if it is at least half full.
+
     Args:
         lengths: of the block's prompts.
-        batch_size: of a batch; the last one may be smaller.
+        batch_size: of a batch, at most.
     """
-    order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = [[]]
+    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        batch = batches[-1]
+        even = bool(batch) and lengths[batch[0]] == lengths[batch[-1]] != lengths[place]
+        if len(batch) == batch_size or (even and 2 * len(batch) >= batch_size):
+            batches.append([])
+        batches[-1].append(place)
+    return batches
 
 
 def _title(cell: Cell) -> str:

@@ -409,7 +409,9 @@ def test_a_batch_that_was_cut_is_asked_whole_where_answers_depend_on_it(
 
 def test_batches_hold_questions_of_about_one_length() -> None:
     lengths = [5, 9, 5, 7, 9, 5, 7]
-    assert batches_of(lengths, 3) == [[0, 2, 5], [3, 6, 1], [4]]
+    assert batches_of(lengths, 3) == [[0, 2, 5], [3, 6], [1, 4]]  # no length is mixed
+    assert batches_of(lengths, 6) == [[0, 2, 5], [3, 6, 1, 4]]  # too few of 7 to stand alone
+    assert batches_of([3, 1, 2, 5, 4], 3) == [[1, 2, 0], [4, 3]]
     assert batches_of(lengths, 1) == [[0], [2], [5], [3], [6], [1], [4]]
     assert batches_of([0] * 5, 2) == [[0, 1], [2, 3], [4]]
 
