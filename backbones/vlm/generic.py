@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.hf.features import lengths
-from visprune.backbones.vlm.base import ImageLayout, Picture, VLMAdapter, grid
+from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.join import join
+from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
 from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
 from visprune.cost.cost import ModelShape
 from visprune.errors import UnsupportedModel

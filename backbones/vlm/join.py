@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.vlm.base import ImageLayout, Picture
+from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.core.signals.base import PictureSignal
 
 

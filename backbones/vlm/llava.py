@@ -11,7 +11,8 @@ from torch import nn
 
 from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.encoders.hf_clip import HfClip
-from visprune.backbones.vlm.base import Picture, VLMAdapter, grid
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import Picture, grid
 from visprune.errors import ConfigError, UnsupportedModel
 
 # One square grid for all pictures, with or without a class token.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from visprune.backbones.vlm.base import Picture
 from visprune.backbones.vlm.llava import SQUARE, LlavaAdapter
+from visprune.backbones.vlm.picture import Picture
 
 
 class LlavaNextAdapter(LlavaAdapter):

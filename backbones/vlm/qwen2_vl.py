@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from visprune.backbones.encoders.base import Instead
-from visprune.backbones.vlm.base import Picture, VLMAdapter, grid, mismatch
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import Picture, grid
+from visprune.backbones.vlm.placeholders import mismatch
 
 
 class Qwen2VLAdapter(VLMAdapter):

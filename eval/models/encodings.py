@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import ImageLayout
 from visprune.eval.models.base import Request
 from visprune.eval.models.held import Held
 from visprune.machine.run import Run

@@ -15,7 +15,7 @@ from torch import Tensor
 import visprune
 from tests.contract.oracle import assert_close, error
 from tests.families import tiny
-from visprune.backbones.vlm.base import ImageLayout
+from visprune.backbones.vlm.picture import ImageLayout
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.find import find_adapter
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visprune.backbones.vlm.base import grid
+from visprune.backbones.vlm.picture import grid
 from visprune.core.selection import Selection
 from visprune.methods.pool import best_grid, pool_tokens
 

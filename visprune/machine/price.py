@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from visprune.backbones.encoders.base import EncoderAdapter
-from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
 from visprune.cost.cost import Causal, Cost, ModelShape, sample_cost

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.features import encoder_output
-from visprune.backbones.vlm.base import Picture, VLMAdapter
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import Picture
 from visprune.core.method import PruningMethod
 from visprune.core.signals import (
     ClsAttention,

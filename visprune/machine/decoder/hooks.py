@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial, update_wrapper
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,47 +19,40 @@ from visprune.backbones.hf.cache import (
     cache_of,
     check_cache,
     open_windows,
-    stored_length,
 )
 from visprune.backbones.hf.masks import masks_by_kind
-from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
-from visprune.backbones.vlm.base import ImageLayout, VLMAdapter
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
-from visprune.core.signals.base import DecoderSignal
 from visprune.core.trace import Trace
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.machine.choose import Observer, now
+from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
 from visprune.machine.decoder.outputs import OutputHooks, grown
-from visprune.machine.decoder.shorten import read_layer, run_stage, seen_by
+from visprune.machine.decoder.prompt import PromptEnd
+from visprune.machine.decoder.reading import LayerReader, timed
+from visprune.machine.decoder.shorten import run_stage
 from visprune.machine.encoder.tap import EncoderTap, pictures_of
 from visprune.machine.encoder.within_vlm import EncoderReduction
 from visprune.machine.plan import Plan
 from visprune.machine.threads import Gate, PerThread
 
 _FORWARD = "visprune_forward"
-_PROMPT = "prompt_length"
 
 
 class _Current(PerThread):
     """What the hooks of one call hand to each other.
 
     Attributes:
-        prompt: where the prompt ends, as it was told to the model or to ``generate``.
-        generating: columns of the prompt of the ``generate`` that is under way.
         call: the arguments of the core, until the decoder is entered.
         forward: the call of the decoder that is under way.
-        own: the layer whose queries and keys are read ahead of its run, and who is shown them.
         trace: of the last forward of this thread that held pictures.
     """
 
-    prompt: int | Tensor | None = None
-    generating: int | None = None
     call: dict[str, Any] | None = None
     forward: Forward | None = None
-    own: tuple[int, Callable[[Attended], None]] | None = None
     trace: Trace | None = None
 
 
@@ -102,6 +93,9 @@ class DecoderHooks:
         self._in_layers = bool(plan.decoder_stages)
         self._flash = str(adapter.text_config._attn_implementation).startswith("flash")
         self._warned: set[str] = set()
+        everything = method.asks_the_last_token
+        self._prompt = PromptEnd(adapter, plan, method.name, everything, self._warn)
+        self._reader = LayerReader(adapter, plan, observers, self._under_way)
 
     @property
     def trace(self) -> Trace:
@@ -130,15 +124,11 @@ class DecoderHooks:
             for number, layer in enumerate(adapter.layers):
                 hook = partial(self._layer, number)
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        for number in self.plan.watched:
-            add(watch(adapter.attention(number), partial(self._wanted, number)))
-        self._handles += self._outputs.install() + adapter.guards()
+        self._handles += self._reader.install() + self._outputs.install() + adapter.guards()
         self._tap.install()
-        generate = adapter.model.generate
-        wrapped = update_wrapper(partial(self._generate, generate), generate)
         add(Noticed(adapter.core))
         add(Noticed(adapter.language_model))
-        add(_Instead(adapter.model, "generate", wrapped))
+        add(self._prompt.install())
 
     def remove(self) -> None:
         """Take them off, once no other thread is in a call."""
@@ -148,21 +138,6 @@ class DecoderHooks:
             self._handles.clear()
             self._outputs.remove()
             self._tap.remove()
-
-    # Where the prompt ends -------------------------------------------------------------------
-
-    def _generate(self, original: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """In place of the model's ``generate``: its prompt ends where its input does.
-
-        Guesses of an assistant come behind the prompt in one call, and without a cache so do the
-        tokens that were generated.
-        """
-        before = self._current.generating
-        self._current.generating = _prompt_columns(original, args, kwargs)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._current.generating = before
 
     @torch.compiler.disable
     def _told(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,43 +150,17 @@ class DecoderHooks:
                 f"exporting; a pruned image encoder alone exports (visprune.prune on it)."
             )
         kwargs = dict(kwargs)
-        told = kwargs.pop(_PROMPT, None)
-        labels = kwargs.get("labels")
-        if told is None and labels is not None and self._asks_the_prompt:
-            told = self._prompt_of(labels, kwargs.get("input_ids"))
-        self._current.prompt = told
+        self._prompt.model_begins(kwargs)
         return args, kwargs
 
     @torch.compiler.disable
     def _over(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the model, head and loss included; also after an error."""
-        self._current.prompt = None
+        self._prompt.model_ends()
         self.gate.leave()
 
-    @property
-    def _asks_the_prompt(self) -> bool:
-        """Whether a signal depends on where the prompt ends."""
-        return any(isinstance(s, DecoderSignal) for x in self.plan.stages for s in x.signals)
-
-    def _prompt_of(self, labels: Tensor, ids: Tensor | None) -> Tensor | None:
-        """Tokens before the first one that is to be learned, ``[B]``."""
-        wanted = labels != -100
-        first = wanted.to(torch.uint8).argmax(dim=1)
-        first = torch.where(wanted.any(dim=1), first, labels.shape[1])
-        token = self.adapter.token_id("image")
-        if ids is not None and token is not None and ids.shape == labels.shape:
-            pictured = (ids == token) & (torch.arange(ids.shape[1], device=ids.device)
-                                         >= first.to(ids.device)[:, None])  # fmt: skip
-            if bool(pictured.any()):
-                self._warn(
-                    "labels",
-                    f"{self.method.name} looks at the last token of the prompt, and the labels do "
-                    f"not say where the prompt ends: they begin before the picture. The last token "
-                    f"of the call is taken. Set labels of the prompt to -100, or pass "
-                    f"prompt_length=... (tokens of the prompt) to the model.",
-                )
-                return None
-        return first
+    def _under_way(self) -> Forward | None:
+        return self._current.forward
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -224,9 +173,7 @@ class DecoderHooks:
     def _begin(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before pictures are encoded: refuse what cannot work."""
         self.gate.enter()
-        told = kwargs.pop(_PROMPT, None) if _PROMPT in kwargs else None
-        if told is not None:
-            self._current.prompt = told
+        self._prompt.core_begins(kwargs)
         call = self.adapter.bind(args, kwargs)
         check_cache(cache_of(call), windows=self.adapter.windowed)
         self._tap.begin(call)
@@ -276,10 +223,6 @@ class DecoderHooks:
             )
 
     def _open(self, kwargs: dict[str, Any]) -> Forward:
-        current = self._current
-        prompt = current.prompt
-        if prompt is None and not self.method.asks_the_last_token:
-            prompt = current.generating
         call = self._current.call or {}
         layouts = self._layouts()
         masks = self._masks(kwargs, layouts) if self.adapter.windowed else None
@@ -298,15 +241,10 @@ class DecoderHooks:
             kwargs,
             masks=masks,
             compact=self.plan.positions == "compact",
-            prompt=prompt,
+            prompt=self._prompt.columns(),
         )
-        if fwd.images and fwd.prompt_goes_on and self._asks_the_prompt:
-            raise ConfigError(
-                f"{self.method.name} looks at the last token of the prompt, and this call ends "
-                f"before it (chunked prefill). Give the prompt in one call, or use a method that "
-                f"acts at the projector."
-            )
-        current.forward = fwd
+        self._prompt.check(fwd)
+        self._current.forward = fwd
         return fwd
 
     def _masks(self, kwargs: dict[str, Any], layouts: list[ImageLayout]) -> dict[str, Any] | None:
@@ -406,14 +344,10 @@ class DecoderHooks:
         steps: list[Step] = []
         if fwd.images:
             for order, stage in self.plan.decoder_stages.get(number, ()):
-                if number in self.plan.own:
-                    with self._timed(fwd):
-                        self._read_own(number, stage, layer, fwd, hidden, kwargs)
+                self._reader.before(number, stage, layer, fwd, hidden, kwargs)
                 step, hidden = self._run(stage, order, fwd, hidden)
                 steps.append(step)
-            if number in self.plan.states:
-                seen = seen_by(fwd, hidden, number)
-                read_layer(self.plan.states[number], fwd, seen, "states")
+            self._reader.states(number, fwd, hidden)
         # Gaps in the ids look like packed sequences to FlashAttention.
         changed: dict[str, Any] = {"position_ids": None}
         if self.adapter.reads_positions and kwargs.get("position_ids") is not None:
@@ -430,21 +364,9 @@ class DecoderHooks:
 
     def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> tuple[Step, Tensor]:
         """Run a stage; returns what shortens hidden states, and these ones shortened."""
-        with self._timed(fwd):
+        with timed(fwd, self.observers):
             step = run_stage(self.method, stage, number, fwd, hidden, self.observers)
             return step, step(hidden)
-
-    @contextmanager
-    def _timed(self, fwd: Forward) -> Iterator[None]:
-        """Add to what choosing took, if anyone observes it."""
-        if not self.observers:
-            yield
-            return
-        begin = now(fwd.device)
-        try:
-            yield
-        finally:
-            fwd.trace.selection_seconds += now(fwd.device) - begin
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -467,108 +389,6 @@ class DecoderHooks:
             output.hidden_states = (*output.hidden_states[:-1], output.last_hidden_state)
         return output
 
-    # Probes ----------------------------------------------------------------------------------
-
-    @torch.compiler.disable
-    def _wanted(self, number: int) -> Wanted | None:
-        """What is wanted of a call of the attention of a layer."""
-        current = self._current
-        if current.own is not None and current.own[0] == number:
-            return Wanted(current.own[1], stop=True)
-        fwd = current.forward
-        stages = self.plan.previous.get(number)
-        if fwd is None or not fwd.images or not stages:
-            return None
-        return Wanted(partial(self._read_previous, number, stages, fwd))
-
-    def _read_previous(
-        self, number: int, stages: list[Stage], fwd: Forward, attended: Attended
-    ) -> None:
-        # What entered the layer is not known here, and no signal that reads attention asks for it.
-        seen = seen_by(fwd, attended.query[:, 0], number)
-        _show(seen, attended, attended.key.shape[2] - fwd.table.num_slots)
-        with self._timed(fwd):
-            read_layer(stages, fwd, seen, "attention")
-
-    def _read_own(
-        self,
-        number: int,
-        stage: Stage,
-        layer: Any,
-        fwd: Forward,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Read what a layer is about to attend to, from its own projections."""
-        given, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        for unrotated in (False, True):
-            mine = [
-                s
-                for s in stage.signals
-                if isinstance(s, DecoderSignal) and s.layer == "own" and s.uses == "attention"
-                and s.unrotated == unrotated
-            ]  # fmt: skip
-            if not mine:
-                continue
-            rotary = fwd.rotary(number, hidden, given)
-            more = {}
-            if self.adapter.reads_positions and positions is not None:
-                more["position_ids"] = fwd.layer_positions(number, positions)
-            if unrotated:
-                rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
-            only = Stage(stage.site, stage.budget, tuple(mine))
-            self._current.own = (number, partial(self._record_own, number, only, fwd, hidden))
-            try:
-                with torch.no_grad():
-                    capture(
-                        self.adapter.attention(number),
-                        hidden_states=self.adapter.layer_input(layer, hidden),
-                        attention_mask=None,
-                        position_embeddings=rotary,
-                        **{CACHE_ARGUMENT: None},
-                        **more,
-                    )
-            finally:
-                self._current.own = None
-            each = self.adapter.qk_macs(number)
-            for row, tokens in enumerate(fwd.table.valid.sum(1).tolist()):
-                fwd.trace.spend(row, tokens * each)
-
-    def _record_own(
-        self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, attended: Attended
-    ) -> None:
-        stored = stored_length(fwd.cache, number)
-        if stored and fwd.cache is not None:
-            old = fwd.cache.layers[number]
-            attended.key = torch.cat([old.keys.to(attended.key), attended.key], dim=2)
-            attended.value = torch.cat([old.values.to(attended.value), attended.value], dim=2)
-        seen = seen_by(fwd, hidden, number)
-        _show(seen, attended, stored)
-        read_layer([stage], fwd, seen, "attention")
-
-
-class _Instead:
-    """An attribute of one instance, until it is removed."""
-
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._owner, self._name, self._value = owner, name, value
-        self._had = vars(owner).get(name)
-        vars(owner)[name] = value
-
-    def remove(self) -> None:
-        """Put back what was there, unless another took the place."""
-        if vars(self._owner).get(self._name) is not self._value:
-            return
-        if self._had is None:
-            del vars(self._owner)[self._name]
-        else:
-            vars(self._owner)[self._name] = self._had
-
-
-def _show(seen: Any, attended: Attended, stored: int) -> None:
-    seen.query, seen.key, seen.value = attended.query, attended.key, attended.value
-    seen.scale, seen.softcap, seen.stored = attended.scale, attended.softcap, stored
-
 
 def _whole(fwd: Forward, number: int, count: int, x: Tensor) -> Tensor:
     """One of the collected hidden states at the length of the input.
@@ -582,16 +402,3 @@ def _whole(fwd: Forward, number: int, count: int, x: Tensor) -> Tensor:
         if x.shape[1] == table.num_slots:
             return grown(table, x) if table.shortened else x
     return x
-
-
-def _prompt_columns(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Columns of the prompt that a ``generate`` is given."""
-    try:
-        bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-    except TypeError:
-        return None
-    given = {**bound.pop("kwargs", {}), **bound}
-    for name in ("inputs", "input_ids", "inputs_embeds"):
-        if isinstance(given.get(name), Tensor):
-            return int(given[name].shape[1])
-    return None

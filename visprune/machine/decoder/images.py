@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.vlm.base import ImageLayout
+from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.selection import Selection
 from visprune.core.slots import SlotTable
 

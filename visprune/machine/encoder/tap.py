@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.features import entries, mark, marks
-from visprune.backbones.vlm.base import ImageLayout, Picture, VLMAdapter
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
 from visprune.errors import ConfigError
 from visprune.machine.threads import PerThread

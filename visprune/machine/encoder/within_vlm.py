@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import EncoderAdapter
-from visprune.backbones.vlm.base import Picture, VLMAdapter
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import Picture
 from visprune.core.method import PruningMethod
 from visprune.core.selection import Selection
 from visprune.errors import ConfigError

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the signals of decoder layers: in the layer before a stage, or ahead of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, stored_length
+from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.core.budget import Stage
+from visprune.core.signals.base import DecoderSeen, DecoderSignal
+from visprune.machine.choose import Observer, now
+from visprune.machine.decoder.forward import Forward
+from visprune.machine.decoder.shorten import read_layer, seen_by
+from visprune.machine.plan import Plan
+from visprune.machine.threads import PerThread
+
+
+class _Ahead(PerThread):
+    """The layer whose queries and keys are read ahead of its run, and who is shown them."""
+
+    own: tuple[int, Callable[[Attended], None]] | None = None
+
+
+class LayerReader:
+    """Shows a method's stages what the decoder's layers attend to.
+
+    Args:
+        adapter: the model family.
+        plan: which signals are read where.
+        observers: whom the time of reading is counted for.
+        current: the forward that is under way in this thread.
+    """
+
+    def __init__(
+        self,
+        adapter: VLMAdapter,
+        plan: Plan,
+        observers: Sequence[Observer],
+        current: Callable[[], Forward | None],
+    ) -> None:
+        self._adapter, self._plan, self._observers = adapter, plan, observers
+        self._current, self._ahead = current, _Ahead()
+
+    def install(self) -> list[Any]:
+        """Watch the attention of the layers that a signal reads; returns what undoes it."""
+        return [
+            watch(self._adapter.attention(number), partial(self._wanted, number))
+            for number in self._plan.watched
+        ]
+
+    def before(
+        self,
+        number: int,
+        stage: Stage,
+        layer: Any,
+        fwd: Forward,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Read what the stage of a layer asks of that layer, before it chooses."""
+        if number in self._plan.own:
+            with timed(fwd, self._observers):
+                self._read_own(number, stage, layer, fwd, hidden, kwargs)
+
+    def states(self, number: int, fwd: Forward, hidden: Tensor) -> None:
+        """Read what later stages ask of the states that a layer works on."""
+        if number in self._plan.states:
+            read_layer(self._plan.states[number], fwd, seen_by(fwd, hidden, number), "states")
+
+    @torch.compiler.disable
+    def _wanted(self, number: int) -> Wanted | None:
+        """What is wanted of a call of the attention of a layer."""
+        own = self._ahead.own
+        if own is not None and own[0] == number:
+            return Wanted(own[1], stop=True)
+        fwd = self._current()
+        stages = self._plan.previous.get(number)
+        if fwd is None or not fwd.images or not stages:
+            return None
+        return Wanted(partial(self._read_previous, number, stages, fwd))
+
+    def _read_previous(
+        self, number: int, stages: list[Stage], fwd: Forward, attended: Attended
+    ) -> None:
+        # What entered the layer is not known here, and no signal that reads attention asks for it.
+        seen = seen_by(fwd, attended.query[:, 0], number)
+        _show(seen, attended, attended.key.shape[2] - fwd.table.num_slots)
+        with timed(fwd, self._observers):
+            read_layer(stages, fwd, seen, "attention")
+
+    def _read_own(
+        self,
+        number: int,
+        stage: Stage,
+        layer: Any,
+        fwd: Forward,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Read what a layer is about to attend to, from its own projections."""
+        given, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        for unrotated in (False, True):
+            mine = [
+                s
+                for s in stage.signals
+                if isinstance(s, DecoderSignal) and s.layer == "own" and s.uses == "attention"
+                and s.unrotated == unrotated
+            ]  # fmt: skip
+            if not mine:
+                continue
+            rotary = fwd.rotary(number, hidden, given)
+            more = {}
+            if self._adapter.reads_positions and positions is not None:
+                more["position_ids"] = fwd.layer_positions(number, positions)
+            if unrotated:
+                rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
+            only = Stage(stage.site, stage.budget, tuple(mine))
+            self._ahead.own = (number, partial(self._record_own, number, only, fwd, hidden))
+            try:
+                with torch.no_grad():
+                    capture(
+                        self._adapter.attention(number),
+                        hidden_states=self._adapter.layer_input(layer, hidden),
+                        attention_mask=None,
+                        position_embeddings=rotary,
+                        **{CACHE_ARGUMENT: None},
+                        **more,
+                    )
+            finally:
+                self._ahead.own = None
+            each = self._adapter.qk_macs(number)
+            for row, tokens in enumerate(fwd.table.valid.sum(1).tolist()):
+                fwd.trace.spend(row, tokens * each)
+
+    def _record_own(
+        self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, attended: Attended
+    ) -> None:
+        stored = stored_length(fwd.cache, number)
+        if stored and fwd.cache is not None:
+            old = fwd.cache.layers[number]
+            attended.key = torch.cat([old.keys.to(attended.key), attended.key], dim=2)
+            attended.value = torch.cat([old.values.to(attended.value), attended.value], dim=2)
+        seen = seen_by(fwd, hidden, number)
+        _show(seen, attended, stored)
+        read_layer([stage], fwd, seen, "attention")
+
+
+@contextmanager
+def timed(fwd: Forward, observers: Sequence[Observer]) -> Iterator[None]:
+    """Add to what choosing took in a forward, if anyone observes it."""
+    if not observers:
+        yield
+        return
+    begin = now(fwd.device)
+    try:
+        yield
+    finally:
+        fwd.trace.selection_seconds += now(fwd.device) - begin
+
+
+def _show(seen: DecoderSeen, attended: Attended, stored: int) -> None:
+    seen.query, seen.key, seen.value = attended.query, attended.key, attended.value
+    seen.scale, seen.softcap, seen.stored = attended.scale, attended.softcap, stored
