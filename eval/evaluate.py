@@ -19,7 +19,7 @@ from rich.table import Table
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
 from visprune.eval.environment import set_threads, without_hub
-from visprune.eval.models.base import EvalModel, ModelSpec
+from visprune.eval.models.base import EvalModel, ModelEntry
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Record, canonical
 from visprune.eval.report.failures import commonest_failure
@@ -107,7 +107,7 @@ def evaluate(
         ...                   budgets=[64], limit=200)  # doctest: +SKIP
     """
     loaded = None if isinstance(model, str) else _loaded(model, processor, name)
-    spec = ModelSpec(model if isinstance(model, str) else loaded.name if loaded else "")
+    spec = ModelEntry(model if isinstance(model, str) else loaded.name if loaded else "")
     study = build_study(
         {
             "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,

@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 
 from visprune.catalog import get_method
 from visprune.errors import ConfigError, UnsupportedModel
-from visprune.eval.models.base import NONE, ModelSpec
+from visprune.eval.models.base import NONE, ModelEntry
 from visprune.eval.models.load_vlm import load as load_vlm
 from visprune.eval.models.vlm import VLM
 from visprune.eval.run.runner import process_number
@@ -83,7 +83,7 @@ class Visprune(lmms):
         self._rank, self._world_size, local = process_number()
         # lmms-eval's own default device is the first GPU, also for the second process.
         wanted = "auto" if device in (None, "", "cuda", "cuda:0") else str(device)
-        spec = ModelSpec(
+        spec = ModelEntry(
             pretrained, dtype=dtype, device=wanted, attention=attn_implementation, revision=revision
         )
         self.vlm: VLM = load_vlm(spec, local)

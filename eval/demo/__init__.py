@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from visprune.eval.demo.run import BUDGETS, METHODS, Plan, run_demo
+from visprune.eval.demo.run import BUDGETS, METHODS, DemoGrid, run_demo
 
 __all__ = [
     "BUDGETS",
     "METHODS",
-    "Plan",
+    "DemoGrid",
     "run_demo",
 ]

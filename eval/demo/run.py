@@ -23,7 +23,7 @@ from visprune.eval.speed.measure import measure_study
 from visprune.eval.study.grid import Study, build_study
 from visprune.machine.run import prune
 
-__all__ = ["BUDGETS", "METHODS", "Plan", "run_demo"]
+__all__ = ["BUDGETS", "METHODS", "DemoGrid", "run_demo"]
 
 METHODS = ("random", "pool", "todre", "divprune", "fastv")
 BUDGETS = (192, 128, 64, 32)
@@ -33,7 +33,7 @@ _COMPARED = 3  # prompts on which keep_all's logits are held against the untouch
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoGrid:
     """What the demo runs.
 
     Attributes:
@@ -66,7 +66,7 @@ def run_demo(
     limit: int | None = None,
     threads: int | None = None,
     *,
-    plan: Plan | None = None,
+    grid: DemoGrid | None = None,
     model: tuple[Any, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare methods and budgets on the embedded model; print a table, write files into ``out``.
@@ -80,7 +80,7 @@ def run_demo(
         out: folder to write into; made if it is not there.
         limit: questions to ask; ``None``: 504, as many of each kind as pictures allow.
         threads: CPU threads; ``None``: two, or one where there is one.
-        plan: other methods and budgets.
+        grid: other methods and budgets.
         model: another (model, processor) of the embedded model's shape.
 
     Returns:
@@ -91,12 +91,12 @@ def run_demo(
             range, or there are no weights.
     """
     folder = writable_folder(out)
-    plan = plan or Plan()
-    plan = replace(plan, limit=limit) if limit is not None else plan
+    grid = grid or DemoGrid()
+    grid = replace(grid, limit=limit) if limit is not None else grid
     before = torch.get_num_threads()
     try:
         set_threads(threads)
-        return _run(folder, plan, model or _embedded())
+        return _run(folder, grid, model or _embedded())
     finally:
         torch.set_num_threads(before)
 
@@ -108,8 +108,8 @@ def _embedded() -> tuple[Any, Any]:
         return embedded.load()
 
 
-def _run(folder: Path, plan: Plan, loaded: tuple[Any, Any]) -> list[dict[str, Any]]:
-    study, console = plan.study(), Console()
+def _run(folder: Path, grid: DemoGrid, loaded: tuple[Any, Any]) -> list[dict[str, Any]]:
+    study, console = grid.study(), Console()
     vlm = VLM(*loaded, name=EMBEDDED, template=PLAIN, style="plain")
     with Progress(console) as bars:
         results = run_study(study, folder / "study", loader=lambda _: vlm, progress=bars)

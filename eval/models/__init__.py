@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from visprune.eval.models.base import (
     EMBEDDED,
     LIBRARIES,
@@ -11,7 +14,7 @@ from visprune.eval.models.base import (
     Answerer,
     Choice,
     EvalModel,
-    ModelSpec,
+    ModelEntry,
     Output,
     Request,
     offline,
@@ -27,10 +30,20 @@ __all__ = [
     "Answerer",
     "Choice",
     "EvalModel",
-    "ModelSpec",
+    "ModelEntry",
     "Output",
     "Request",
     "load_model",
     "offline",
     "weights_hash",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ModelSpec":
+        warnings.warn(
+            "visprune.eval.models.ModelSpec is called ModelEntry: an entry of a study's models.",
+            DeprecationWarning, stacklevel=2,
+        )  # fmt: skip
+        return ModelEntry
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ __all__ = [
     "Answerer",
     "Choice",
     "EvalModel",
-    "ModelSpec",
+    "ModelEntry",
     "Output",
     "Request",
     "offline",
@@ -115,7 +115,7 @@ class EvalModel(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelEntry:
     """A model as a study names it.
 
     Args:

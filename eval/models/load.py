@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from visprune.errors import ConfigError
-from visprune.eval.models.base import LIBRARIES, EvalModel, ModelSpec
+from visprune.eval.models.base import LIBRARIES, EvalModel, ModelEntry
 from visprune.eval.models.names import check_name
 from visprune.eval.tasks.loading import Unreachable
 from visprune.machine.written import finish
@@ -20,14 +20,14 @@ __all__ = ["load_model"]
 _ELSEWHERE = re.compile(r"\w[\w.-]*/[\w.-]+|(timm|open_clip):(?!local-dir:).+")
 
 
-def load_model(spec: ModelSpec | str, *, local_rank: int = 0) -> EvalModel:
+def load_model(spec: ModelEntry | str, *, local_rank: int = 0) -> EvalModel:
     """Load a model by name.
 
     Raises:
         Unreachable: another machine or the Hub may have it, and it cannot be had here.
         ConfigError: there is no such model.
     """
-    spec = ModelSpec(spec) if isinstance(spec, str) else spec
+    spec = ModelEntry(spec) if isinstance(spec, str) else spec
     check_name(spec)
     finish(Path(spec.name))
     try:
@@ -39,7 +39,7 @@ def load_model(spec: ModelSpec | str, *, local_rank: int = 0) -> EvalModel:
         raise Unreachable(str(error)) from error
 
 
-def _load(spec: ModelSpec, local_rank: int) -> EvalModel:
+def _load(spec: ModelEntry, local_rank: int) -> EvalModel:
     library, colon, name = spec.name.partition(":")
     if colon and library in LIBRARIES:
         from visprune.eval.models import load_vit

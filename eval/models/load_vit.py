@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from visprune.errors import ConfigError, did_you_mean, first_line
-from visprune.eval.models.base import EvalModel, ModelSpec, offline
+from visprune.eval.models.base import EvalModel, ModelEntry, offline
 from visprune.eval.models.vit import TimmClassifier, ZeroShot
 from visprune.eval.tasks.imagenet import zero_shot_classifier
 from visprune.machine.saved import load_pretrained, read_learned
@@ -18,7 +18,7 @@ __all__ = ["load"]
 _FOLDER = "local-dir:"  # timm's word for a folder in place of a name
 
 
-def load(spec: ModelSpec, library: str, name: str, local_rank: int = 0) -> EvalModel:
+def load(spec: ModelEntry, library: str, name: str, local_rank: int = 0) -> EvalModel:
     """Load a timm or open_clip model by name.
 
     Raises:
@@ -29,7 +29,7 @@ def load(spec: ModelSpec, library: str, name: str, local_rank: int = 0) -> EvalM
     return (_timm if library == "timm" else _open_clip)(spec, name, device, dtype)
 
 
-def _timm(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
+def _timm(spec: ModelEntry, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
     import timm
 
     import visprune.backbones.vit  # noqa: F401 - registers our architectures in timm
@@ -50,7 +50,7 @@ def _timm(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) 
     return TimmClassifier(model.to(device, dtype), name=spec.name, learned=learned)
 
 
-def _open_clip(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
+def _open_clip(spec: ModelEntry, name: str, device: torch.device, dtype: torch.dtype) -> EvalModel:
     import open_clip
 
     architecture, _, tag = name.partition("/")
@@ -67,7 +67,7 @@ def _open_clip(spec: ModelSpec, name: str, device: torch.device, dtype: torch.dt
 
 
 def _cannot(
-    spec: ModelSpec, library: str, name: str, known: Sequence[str], error: Exception
+    spec: ModelEntry, library: str, name: str, known: Sequence[str], error: Exception
 ) -> ConfigError:
     hint = did_you_mean(name, known) if name not in known else ""
     away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() else ""

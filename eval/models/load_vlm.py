@@ -10,14 +10,14 @@ import torch
 
 from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.eval.environment import quiet_loading
-from visprune.eval.models.base import EMBEDDED, ModelSpec, offline
+from visprune.eval.models.base import EMBEDDED, ModelEntry, offline
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.machine.saved import PROCESSOR_FILES, read_asked
 
 __all__ = ["load"]
 
 
-def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
+def load(spec: ModelEntry, local_rank: int = 0) -> VLM:
     """Load the embedded model, a folder's, or the Hub's.
 
     Raises:
@@ -40,7 +40,7 @@ def load(spec: ModelSpec, local_rank: int = 0) -> VLM:
     return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
 
 
-def _from_transformers(spec: ModelSpec) -> tuple[Any, Any]:
+def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     here = Path(spec.name).is_dir()

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.models.base import EMBEDDED, LIBRARIES, ModelSpec
+from visprune.eval.models.base import EMBEDDED, LIBRARIES, ModelEntry
 
 __all__ = ["check_name"]
 
 
-def check_name(spec: ModelSpec) -> None:
+def check_name(spec: ModelEntry) -> None:
     """Refuse what no machine and no download has a model for; nothing is loaded.
 
     Raises:
@@ -30,7 +30,7 @@ def check_name(spec: ModelSpec) -> None:
     (_check_timm if library == "timm" else _check_open_clip)(spec, name)
 
 
-def _check_timm(spec: ModelSpec, name: str) -> None:
+def _check_timm(spec: ModelEntry, name: str) -> None:
     import timm
 
     import visprune.backbones.vit  # noqa: F401 - registers our architectures in timm
@@ -48,7 +48,7 @@ def _check_timm(spec: ModelSpec, name: str) -> None:
         raise ConfigError(_no_weights(spec, tag, known))
 
 
-def _check_open_clip(spec: ModelSpec, name: str) -> None:
+def _check_open_clip(spec: ModelEntry, name: str) -> None:
     import open_clip
 
     architecture, _, tag = name.partition("/")
@@ -72,7 +72,7 @@ def _check_open_clip(spec: ModelSpec, name: str) -> None:
         raise ConfigError(_no_weights(spec, tag, known))
 
 
-def _no_weights(spec: ModelSpec, tag: str, known: Sequence[str]) -> str:
+def _no_weights(spec: ModelEntry, tag: str, known: Sequence[str]) -> str:
     return (
         f"{spec.name!r}: there are no pretrained weights {tag!r}.{did_you_mean(tag, known)} "
         f"There are: {_some(known)}."

@@ -56,7 +56,7 @@ class VLM:
         model: the model.
         processor: its processor.
         name: what it is called in tables.
-        template: markup around a prompt; see :class:`visprune.eval.models.base.ModelSpec`.
+        template: markup around a prompt; see :class:`visprune.eval.models.base.ModelEntry`.
         style: how questions are put; ``None``: by family.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from visprune.eval.report.cost import AXES
+from visprune.eval.report.efficiency import AXES
 from visprune.eval.report.estimate import interval
 from visprune.eval.report.front import on_front
 from visprune.eval.report.rows import Arm, Row, Table

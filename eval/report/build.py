@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From runs to tables: which of them make one row, and which rows one table."""
+"""From outcomes to tables: which of them make one row, and which rows one table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from visprune.eval.report.estimate import Draws, Scorer
 from visprune.eval.report.floors import pooled_floors
 from visprune.eval.report.front import pareto
-from visprune.eval.report.read import UNTOUCHED, Line, Results, Run, canonical
+from visprune.eval.report.read import UNTOUCHED, Line, Outcome, Results, canonical
 from visprune.eval.report.rows import Arm, Row, Table, build_row
 from visprune.eval.tasks.base import tasks as registry
 
@@ -22,17 +22,17 @@ _KINDS = 24  # columns of a breakdown; what is rarer goes into one more
 
 def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Table]:
     """Return one table for each model and task, in the order in which they come."""
-    models = _titles([run.cell.model for run in results.runs], "name")
-    tasks = _titles([_setting(run) for run in results.runs], "task", said=_said)
-    settings: dict[str, dict[str, list[Run]]] = {}
-    for run in results.runs:
-        by_model = settings.setdefault(canonical(_setting(run)), {})
-        by_model.setdefault(models[canonical(run.cell.model)], []).append(run)
+    models = _titles([outcome.cell.model for outcome in results.outcomes], "name")
+    tasks = _titles([_setting(outcome) for outcome in results.outcomes], "task", said=_said)
+    settings: dict[str, dict[str, list[Outcome]]] = {}
+    for outcome in results.outcomes:
+        by_model = settings.setdefault(canonical(_setting(outcome)), {})
+        by_model.setdefault(models[canonical(outcome.cell.model)], []).append(outcome)
     tables = []
     for by_model in settings.values():
-        runs = [run for group in by_model.values() for run in group]
+        outcomes = [outcome for group in by_model.values() for outcome in group]
         draws = Draws(
-            [line.cluster for run in runs for line in run.lines.values()],
+            [line.cluster for outcome in outcomes for line in outcome.lines.values()],
             resamples=resamples, seed=seed,
         )  # fmt: skip
         for model, group in by_model.items():
@@ -44,16 +44,16 @@ def build_tables(results: Results, *, resamples: int, seed: int = 0) -> list[Tab
     return sorted(tables, key=lambda table: (names.index(table.model), order.index(table.task)))
 
 
-def _task(run: Run) -> dict[str, Any]:
+def _task(outcome: Outcome) -> dict[str, Any]:
     """The task and how it was put, without the seed: seeds are pooled."""
-    task = {name: value for name, value in run.cell.task.items() if name != "seed"}
-    return {**task, "prompt_style": run.cell.prompt_style}
+    task = {name: value for name, value in outcome.cell.task.items() if name != "seed"}
+    return {**task, "prompt_style": outcome.cell.prompt_style}
 
 
-def _setting(run: Run) -> dict[str, Any]:
+def _setting(outcome: Outcome) -> dict[str, Any]:
     """The task, and how its answers are generated: what one table holds."""
-    generation = {f"generation.{name}": value for name, value in run.cell.generation.items()}
-    return {**_task(run), **generation}
+    generation = {f"generation.{name}": value for name, value in outcome.cell.generation.items()}
+    return {**_task(outcome), **generation}
 
 
 def _said(about: Mapping[str, Any]) -> list[str]:
@@ -112,37 +112,37 @@ def arm_label(label: str) -> str:
     return "untouched" if label == UNTOUCHED else label
 
 
-def arm_of(run: Run, model: str) -> Arm:
-    """Return the arm that a run belongs to; runs that differ in their seed alone share it."""
-    parameters = {k: v for k, v in run.cell.method.items() if k not in ("method", "seed")}
-    label = run.cell.label or run.method
+def arm_of(outcome: Outcome, model: str) -> Arm:
+    """Return the arm of an outcome; outcomes that differ in their seed alone share it."""
+    parameters = {k: v for k, v in outcome.cell.method.items() if k not in ("method", "seed")}
+    label = outcome.cell.label or outcome.method
     return Arm(
         model=model,
         label=arm_label(label),
-        method=run.method,
-        num_keep=run.cell.num_keep,
-        control=bool(run.cell.control),
+        method=outcome.method,
+        num_keep=outcome.cell.num_keep,
+        control=bool(outcome.cell.control),
         parameters=canonical(parameters),
     )
 
 
-def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
-    scorer = Scorer(runs[0].cell.task, draws, list(runs[0].lines.values()))
-    arms: dict[Arm, list[Run]] = {}
-    for run in runs:
-        arms.setdefault(arm_of(run, model), []).append(run)
-    whole: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.method == UNTOUCHED:
-            whole.setdefault(run.task, []).append(run)
-    samples = _samples(runs)
+def _table(model: str, title: str, outcomes: Sequence[Outcome], draws: Draws) -> Table:
+    scorer = Scorer(outcomes[0].cell.task, draws, list(outcomes[0].lines.values()))
+    arms: dict[Arm, list[Outcome]] = {}
+    for outcome in outcomes:
+        arms.setdefault(arm_of(outcome, model), []).append(outcome)
+    whole: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.method == UNTOUCHED:
+            whole.setdefault(outcome.task, []).append(outcome)
+    samples = _samples(outcomes)
     kinds = dict(Counter(line.kind for line in samples.values()).most_common())
     shown = list(kinds)[:_KINDS] if len(kinds) > 1 else []
     rows = [build_row(arm, group, whole, scorer, shown) for arm, group in arms.items()]
     pareto(rows)
-    about = {name: value for name, value in runs[0].cell.task.items() if name != "seed"}
+    about = {name: value for name, value in outcomes[0].cell.task.items() if name != "seed"}
     return Table(
-        model=model, task=title, about=about, prompt_style=runs[0].cell.prompt_style,
+        model=model, task=title, about=about, prompt_style=outcomes[0].cell.prompt_style,
         metric=getattr(scorer.task, "metric_name", "score"),
         unit=getattr(scorer.task, "unit", "%"),
         mean=scorer.mean, rows=rows, samples=len(samples),
@@ -152,14 +152,14 @@ def _table(model: str, title: str, runs: Sequence[Run], draws: Draws) -> Table:
     )  # fmt: skip
 
 
-def _samples(runs: Sequence[Run]) -> dict[tuple[str, str], Line]:
+def _samples(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], Line]:
     """Return a line of each sample of each seed: one without an error, where there is one."""
     found: dict[tuple[str, str], Line] = {}
-    for run in runs:
-        for name, line in run.lines.items():
-            held = found.setdefault((run.task, name), line)
+    for outcome in outcomes:
+        for name, line in outcome.lines.items():
+            held = found.setdefault((outcome.task, name), line)
             if held.error is not None and line.error is None:
-                found[run.task, name] = line
+                found[outcome.task, name] = line
     return found
 
 
@@ -173,7 +173,7 @@ def _by_seed(samples: Mapping[tuple[str, str], Line]) -> dict[str, list[Line]]:
 def _notes(
     rows: Sequence[Row],
     scorer: Scorer,
-    whole: Mapping[str, Sequence[Run]],
+    whole: Mapping[str, Sequence[Outcome]],
     samples: Mapping[Any, Line],
 ) -> list[str]:
     notes = [scorer.problem] if scorer.problem else []
@@ -193,9 +193,11 @@ def _notes(
     return notes
 
 
-def _versions(runs: Sequence[Run], environments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _versions(
+    outcomes: Sequence[Outcome], environments: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """A remark where a table's answers were made by several versions of a library."""
-    used = {line.env for run in runs for line in run.lines.values()}
+    used = {line.env for outcome in outcomes for line in outcome.lines.values()}
     known = [environments[name].get("versions") or {} for name in sorted(used & {*environments})]
     found = []
     for library in ("torch", "transformers", "timm", "open_clip_torch", "visprune"):

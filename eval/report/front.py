@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["on_front", "pareto"]
 
-from visprune.eval.report.cost import AXES
+from visprune.eval.report.efficiency import AXES
 from visprune.eval.report.read import NO_IMAGE
 from visprune.eval.report.rows import Row
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import visprune
 from visprune.eval.records.record import Cell
-from visprune.eval.report.cost import AXES, FLOP_PARTS, TIME_PARTS
+from visprune.eval.report.efficiency import AXES, FLOP_PARTS, TIME_PARTS
 from visprune.eval.report.formats import html_json, rounded
-from visprune.eval.report.read import Results, Run
+from visprune.eval.report.read import Outcome, Results
 from visprune.eval.report.rows import Arm, Figure, Row, Table
 from visprune.eval.report.samples import Chosen, choose, pictures, read_samples
 from visprune.eval.report.tables import FLOORS, HOW_TO_READ
@@ -107,13 +107,13 @@ def _samples(
     results: Results, tables: Sequence[Table], number: Mapping[Arm, int], limit: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Choose the samples of every task and read them: what was chosen, and the samples."""
-    runs: dict[str, list[Run]] = {}
+    outcomes: dict[str, list[Outcome]] = {}
     arms: dict[str, int] = {}
     for table in tables:
         for row in table.rows:
-            runs.setdefault(table.task, []).extend(row.runs)
-            arms |= {run.cell.id: number[row.arm] for run in row.runs}
-    chosen = [choose(task, group, limit) for task, group in runs.items()]
+            outcomes.setdefault(table.task, []).extend(row.outcomes)
+            arms |= {outcome.cell.id: number[row.arm] for outcome in row.outcomes}
+    chosen = [choose(task, group, limit) for task, group in outcomes.items()]
     return [_chosen(group) for group in chosen], read_samples(results, chosen, arms)
 
 
@@ -131,7 +131,7 @@ def _chosen(group: Chosen) -> dict[str, Any]:
 def _models(tables: Sequence[Table]) -> list[dict[str, Any]]:
     found: dict[str, Any] = {}
     for table in tables:
-        found.setdefault(table.model, dict(table.rows[0].runs[0].cell.model))
+        found.setdefault(table.model, dict(table.rows[0].outcomes[0].cell.model))
     return [{"title": title, "about": about} for title, about in found.items()]
 
 
@@ -182,7 +182,7 @@ def _row(row: Row, number: Mapping[Arm, int]) -> dict[str, Any]:
         },
         "pareto": row.pareto,
         "published": row.published,
-        "cells": [run.cell.id for run in row.runs],
+        "cells": [outcome.cell.id for outcome in row.outcomes],
     }  # fmt: skip
 
 

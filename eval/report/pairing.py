@@ -15,7 +15,7 @@ from visprune.eval.report.build import arm_label
 __all__ = ["by_task", "labels_of", "matched", "opened", "pairs_of", "same_folder", "titled"]
 
 Setting = tuple[str, str]  # name of the model; generation options and style of the prompts
-Records = dict[tuple[int, str], Record]  # by seed and sample
+BySample = dict[tuple[int, str], Record]  # by seed and sample
 
 
 def opened(text: str) -> tuple[ResultsFolder, str]:
@@ -57,13 +57,13 @@ def pairs_of(
     return [(label, label) for label in common]
 
 
-def by_task(folder: ResultsFolder, label: str) -> dict[str, dict[Setting, Records]]:
+def by_task(folder: ResultsFolder, label: str) -> dict[str, dict[Setting, BySample]]:
     """Records of a method by task (with options), then by setting, then by seed and sample.
 
     Raises:
         ConfigError: two cells of the same setting are called the same.
     """
-    found: dict[str, dict[Setting, Records]] = {}
+    found: dict[str, dict[Setting, BySample]] = {}
     cells = [cell for cell in folder.cells().values() if arm_label(cell.label) == label]
     places: dict[str, set[str]] = {}
     for cell in cells:
@@ -85,8 +85,8 @@ def by_task(folder: ResultsFolder, label: str) -> dict[str, dict[Setting, Record
 
 
 def matched(
-    first: Mapping[Setting, Records], second: Mapping[Setting, Records], names: tuple[str, str]
-) -> list[tuple[str, Records, Records]]:
+    first: Mapping[Setting, BySample], second: Mapping[Setting, BySample], names: tuple[str, str]
+) -> list[tuple[str, BySample, BySample]]:
     """What to compare of one task: each model with itself, where a folder has several.
 
     Two runs of one model each are compared whatever the models are.

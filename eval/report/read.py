@@ -13,7 +13,7 @@ from visprune.errors import ConfigError
 from visprune.eval.records import record as records
 from visprune.eval.records.folder import ResultsFolder
 
-__all__ = ["NO_IMAGE", "UNTOUCHED", "Line", "Results", "Run", "canonical", "read_results"]
+__all__ = ["NO_IMAGE", "UNTOUCHED", "Line", "Outcome", "Results", "canonical", "read_results"]
 
 UNTOUCHED = "none"  # the method's name in a cell without pruning
 NO_IMAGE = "no_image"
@@ -61,7 +61,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Run:
+class Outcome:
     """A cell and what it gave.
 
     Attributes:
@@ -92,14 +92,14 @@ class Results:
     Attributes:
         folder: where it is.
         study: the resolved study; empty where the folder has none.
-        runs: every cell that has records: untouched, controls, methods.
+        outcomes: every cell that has records: untouched, controls, methods.
         empty: cells without records.
         environments: command, versions and hardware, by id.
     """
 
     folder: ResultsFolder
     study: Mapping[str, Any]
-    runs: Sequence[Run]
+    outcomes: Sequence[Outcome]
     empty: Sequence[records.Cell]
     environments: Mapping[str, Mapping[str, Any]]
 
@@ -132,32 +132,32 @@ def read_results(path: str | Path) -> Results:
         if before is None or (before.error is not None and not values.get("error")):
             lines[name][sample] = reader.line(values, tasks[name])
     speed = folder.speed()
-    runs = [
-        Run(cell, dict(sorted(lines[name].items())), speed.get(name, {}))
+    outcomes = [
+        Outcome(cell, dict(sorted(lines[name].items())), speed.get(name, {}))
         for name, cell in cells.items() if lines[name]
     ]  # fmt: skip
-    if not runs:
+    if not outcomes:
         raise ConfigError(
             f"{str(path)!r} has {len(cells)} cells and no records yet; run `visprune eval` on it."
         )
     empty = [cell for name, cell in cells.items() if not lines[name]]
     study = folder.study
-    return Results(folder, study, _sorted(runs), empty, folder.environments())
+    return Results(folder, study, _sorted(outcomes), empty, folder.environments())
 
 
-def _sorted(runs: Sequence[Run]) -> list[Run]:
+def _sorted(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Untouched first, then controls, then methods as the study has them; large budgets first."""
     first: dict[str, int] = {}
-    for place, run in enumerate(runs):
-        first.setdefault(run.method, place)
+    for place, outcome in enumerate(outcomes):
+        first.setdefault(outcome.method, place)
 
-    def order(run: Run) -> tuple[Any, ...]:
-        rank = 0 if run.method == UNTOUCHED else 1 if run.cell.control else 2
-        ratio = _number(run.cell.method.get("keep_ratio")) or 0.0
-        budget = (-(run.cell.num_keep or 0), -ratio)
-        return (rank, first[run.method], *budget, run.cell.label, run.cell.seed)
+    def order(outcome: Outcome) -> tuple[Any, ...]:
+        rank = 0 if outcome.method == UNTOUCHED else 1 if outcome.cell.control else 2
+        ratio = _number(outcome.cell.method.get("keep_ratio")) or 0.0
+        budget = (-(outcome.cell.num_keep or 0), -ratio)
+        return (rank, first[outcome.method], *budget, outcome.cell.label, outcome.cell.seed)
 
-    return sorted(runs, key=order)
+    return sorted(outcomes, key=order)
 
 
 class _Reader:

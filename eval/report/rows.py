@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from visprune.eval.metrics.beside import Floors, loyal, yes_rate, yes_wanted
-from visprune.eval.report.cost import Cost, cost_of
+from visprune.eval.report.efficiency import Efficiency, efficiency_of
 from visprune.eval.report.estimate import Scorer, ratio
-from visprune.eval.report.read import UNTOUCHED, Line, Run
+from visprune.eval.report.read import UNTOUCHED, Line, Outcome
 
 __all__ = ["Arm", "Figure", "Row", "Table", "build_row", "pooled"]
 
@@ -92,9 +92,9 @@ class Row:
     yes_wanted: float | None
     spread: float | None
     figures: dict[str, float]
-    cost: Cost
+    cost: Efficiency
     kinds: dict[str, dict[str, Any]]
-    runs: list[Run]
+    outcomes: list[Outcome]
     pareto: list[str] = field(default_factory=list)
     published: list[dict[str, Any]] = field(default_factory=list)
     relative: np.ndarray | None = None  # replicates of score / untouched score, for the average
@@ -142,31 +142,31 @@ class Table:
 
 def build_row(
     arm: Arm,
-    runs: list[Run],
-    whole: Mapping[str, Sequence[Run]],
+    outcomes: list[Outcome],
+    whole: Mapping[str, Sequence[Outcome]],
     scorer: Scorer,
     kinds: Sequence[str],
 ) -> Row:
-    """Summarise the runs of one arm on one task.
+    """Summarise the outcomes of one arm on one task.
 
     Args:
         arm: which one.
-        runs: one per seed.
-        whole: the untouched model's runs, by task.
+        outcomes: one per seed.
+        whole: the untouched model's outcomes, by task.
         scorer: of the task.
         kinds: to break down by; what is rarer goes into one more.
     """
-    lines = [line for run in runs for line in run.lines.values()]
-    scored = _figures(runs, scorer, errors_count=False)
-    strict = [found["score"] for found in _figures(runs, scorer, errors_count=True)]
+    lines = [line for outcome in outcomes for line in outcome.lines.values()]
+    scored = _figures(outcomes, scorer, errors_count=False)
+    strict = [found["score"] for found in _figures(outcomes, scorer, errors_count=True)]
     values = [found["score"] for found in scored]
-    answered = [_both(run, whole) for run in runs]
-    by_run = [[(a, b) for a, b in pairs if None not in (a.score, b.score)] for pairs in answered]
-    both = [pair for pairs in by_run for pair in pairs]
-    score, delta, relative = _estimates(arm, runs, by_run, scored, scorer)
+    answered = [_both(outcome, whole) for outcome in outcomes]
+    by_seed = [[(a, b) for a, b in pairs if None not in (a.score, b.score)] for pairs in answered]
+    both = [pair for pairs in by_seed for pair in pairs]
+    score, delta, relative = _estimates(arm, outcomes, by_seed, scored, scorer)
     names = dict.fromkeys(name for found in scored for name in found)
     return Row(
-        arm=arm, seeds=[run.cell.seed for run in runs], n=len(lines),
+        arm=arm, seeds=[outcome.cell.seed for outcome in outcomes], n=len(lines),
         pictures=len({line.cluster for line in lines}), score=score,
         score_errors_wrong=float(np.mean(strict)) if strict else None, delta=delta,
         paired=len(both),
@@ -176,27 +176,32 @@ def build_row(
         yes_rate=_share(yes_rate(lines)), yes_wanted=_share(yes_wanted(lines)),
         spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         figures={n: float(np.mean([found[n] for found in scored if n in found])) for n in names},
-        cost=cost_of(lines, runs), kinds=_kinds(lines, both, arm, scorer, kinds), runs=runs,
-        relative=relative,
+        cost=efficiency_of(lines, outcomes), kinds=_kinds(lines, both, arm, scorer, kinds),
+        outcomes=outcomes, relative=relative,
     )  # fmt: skip
 
 
-def _figures(runs: Sequence[Run], scorer: Scorer, *, errors_count: bool) -> list[dict[str, float]]:
-    """What the task reports of each run that has a score."""
-    every = [scorer.figures(list(run.lines.values()), errors_count=errors_count) for run in runs]
+def _figures(
+    outcomes: Sequence[Outcome], scorer: Scorer, *, errors_count: bool
+) -> list[dict[str, float]]:
+    """What the task reports of each outcome that has a score."""
+    every = [
+        scorer.figures(list(outcome.lines.values()), errors_count=errors_count)
+        for outcome in outcomes
+    ]
     return [found for found in every if "score" in found]
 
 
-def _both(run: Run, whole: Mapping[str, Sequence[Run]]) -> list[Pair]:
+def _both(outcome: Outcome, whole: Mapping[str, Sequence[Outcome]]) -> list[Pair]:
     """Pairs of lines of the same sample, ours and the untouched model's, both with an answer."""
-    base = _base(run, whole.get(run.task, ()))
-    pairs = [(line, base[name]) for name, line in run.lines.items() if name in base]
+    base = _base(outcome, whole.get(outcome.task, ()))
+    pairs = [(line, base[name]) for name, line in outcome.lines.items() if name in base]
     return [(a, b) for a, b in pairs if a.error is None and b.error is None]
 
 
-def _base(run: Run, whole: Sequence[Run]) -> Mapping[str, Line]:
+def _base(outcome: Outcome, whole: Sequence[Outcome]) -> Mapping[str, Line]:
     """Lines of the untouched model: of the same seed, else (it draws nothing) of the first."""
-    same = [base for base in whole if base.cell.seed == run.cell.seed]
+    same = [base for base in whole if base.cell.seed == outcome.cell.seed]
     return (same or list(whole))[0].lines if whole else {}
 
 
@@ -205,22 +210,22 @@ def _share(percent: float | None) -> float | None:
 
 
 def _estimates(
-    arm: Arm, runs: Sequence[Run], both: Sequence[Sequence[Pair]],
+    arm: Arm, outcomes: Sequence[Outcome], both: Sequence[Sequence[Pair]],
     scored: Sequence[Mapping[str, float]], scorer: Scorer,
 ) -> tuple[Figure | None, Figure | None, np.ndarray | None]:  # fmt: skip
     """Return score, paired difference, and replicates of the score relative to the untouched.
 
     Args:
         arm: which one.
-        runs: one per seed.
-        both: scored pairs of each run.
-        scored: figures of the runs that have some.
+        outcomes: one per seed.
+        both: scored pairs of each outcome.
+        scored: figures of the outcomes that have some.
         scorer: of the task.
     """
     if not scored:
         return None, None, None
-    value, draws = pooled([list(run.lines.values()) for run in runs], scorer)
-    lines = [line for run in runs for line in run.lines.values()]
+    value, draws = pooled([list(outcome.lines.values()) for outcome in outcomes], scorer)
+    lines = [line for outcome in outcomes for line in outcome.lines.values()]
     score = (value, *scorer.interval(lines, draws))
     pairs = [pair for pairs in both for pair in pairs]
     if not pairs:

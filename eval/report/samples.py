@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from visprune.eval.report.read import Line, Results, Run
+from visprune.eval.report.read import Line, Outcome, Results
 
 __all__ = ["Chosen", "choose", "pictures", "read_samples"]
 
@@ -44,7 +44,7 @@ class Chosen:
     disagree: int
 
 
-def choose(task: str, runs: Sequence[Run], limit: int) -> Chosen:
+def choose(task: str, outcomes: Sequence[Outcome], limit: int) -> Chosen:
     """Choose up to ``limit`` samples: some that failed, half where methods disagree, the rest any.
 
     Within each group a hash of the id decides: the choice is the same every time and knows nothing
@@ -52,14 +52,14 @@ def choose(task: str, runs: Sequence[Run], limit: int) -> Chosen:
 
     Args:
         task: title of the task.
-        runs: all runs of it.
+        outcomes: all of it.
         limit: how many samples at most.
     """
-    about = runs[0].task
-    runs = [run for run in runs if run.task == about]
+    about = outcomes[0].task
+    outcomes = [outcome for outcome in outcomes if outcome.task == about]
     answers: dict[str, list[Line]] = {}
-    for run in runs:
-        for name, line in run.lines.items():
+    for outcome in outcomes:
+        for name, line in outcome.lines.items():
             answers.setdefault(name, []).append(line)
     order = sorted(answers, key=lambda name: hashlib.sha256(name.encode(errors="replace")).digest())
     failed = [n for n in order if any(line.error or line.answer is None for line in answers[n])]
@@ -86,12 +86,12 @@ def read_samples(
     Returns:
         In the order of ``chosen``: ``{"task", "id", "question", ... "got": {arm: answer}}``.
     """
-    tasks = {run.cell.id: run.task for run in results.runs}
+    tasks = {outcome.cell.id: outcome.task for outcome in results.outcomes}
     wanted: dict[tuple[str, str], dict[str, Any]] = {
         (group.about, name): {"task": number, "id": name, "got": {}}
         for number, group in enumerate(chosen) for name in group.names
     }  # fmt: skip
-    rank = {run.cell.id: place for place, run in enumerate(results.runs)}
+    rank = {outcome.cell.id: place for place, outcome in enumerate(results.outcomes)}
     best: dict[tuple[str, str, int], tuple[bool, int]] = {}
     for values in results.folder.lines():
         cell, name = str(values["cell"]), str(values["sample"])

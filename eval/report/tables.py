@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from visprune.eval.report.cost import FLOP_PARTS, TIME_PARTS, by_size
+from visprune.eval.report.efficiency import FLOP_PARTS, TIME_PARTS, by_size
 from visprune.eval.report.formats import csv_text, figure, latex, markdown, scale
 from visprune.eval.report.missing import NOT_IN_TABLES, Missing
 from visprune.eval.report.read import NO_IMAGE

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from visprune.eval.models.base import EvalModel, ModelSpec
+from visprune.eval.models.base import EvalModel, ModelEntry
 from visprune.eval.models.load import load_model
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import canonical
@@ -61,7 +61,7 @@ def plan_study(
     study: Study,
     out: str | Path | None = None,
     *,
-    loader: Callable[[ModelSpec], EvalModel] = load_model,
+    loader: Callable[[ModelEntry], EvalModel] = load_model,
 ) -> list[Planned]:
     """List the cells of a study, each once; nothing is written.
 
@@ -133,7 +133,7 @@ def _count(task: Task, sets: _Sets) -> int | None:
     return None if samples is None else len(samples)
 
 
-def _unloaded(study: Study, spec: ModelSpec, sets: _Sets) -> list[Planned]:
+def _unloaded(study: Study, spec: ModelEntry, sets: _Sets) -> list[Planned]:
     return [
         Planned(spec.name, _title(task), seed, variant.label, _count(task_at(task, seed), sets))
         for task in study.tasks

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from visprune.errors import ConfigError
-from visprune.eval.models.base import EvalModel, ModelSpec
+from visprune.eval.models.base import EvalModel, ModelEntry
 from visprune.eval.records.folder import ResultsFolder, write_json
 from visprune.eval.records.record import Cell, canonical
 from visprune.eval.run.claims import Presence, exclusive
@@ -181,7 +181,7 @@ _NOT_IDENTITY = ("label", "control", "device")
 
 
 def register(
-    folder: ResultsFolder, study: Study, spec: ModelSpec, jobs: Sequence[Job],
+    folder: ResultsFolder, study: Study, spec: ModelEntry, jobs: Sequence[Job],
     recorded: Collection[str],
 ) -> None:  # fmt: skip
     """Write the cells of a model and list them in ``study.json``, in order.

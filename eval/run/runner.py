@@ -9,7 +9,7 @@ from pathlib import Path
 
 from visprune.errors import ConfigError
 from visprune.eval.environment import describe
-from visprune.eval.models.base import EvalModel, ModelSpec
+from visprune.eval.models.base import EvalModel, ModelEntry
 from visprune.eval.models.load import load_model
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.run.claims import Done, Presence
@@ -57,7 +57,7 @@ def run_study(
     study: Study,
     out: str | Path,
     *,
-    loader: Callable[[ModelSpec], EvalModel] | None = None,
+    loader: Callable[[ModelEntry], EvalModel] | None = None,
     retry_errors: bool = False,
     progress: Silent | None = None,
 ) -> ResultsFolder:

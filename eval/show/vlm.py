@@ -15,7 +15,7 @@ from visprune.catalog import get_method
 from visprune.catalog import methods as method_registry
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
-from visprune.eval.models.base import EMBEDDED, ModelSpec, Request
+from visprune.eval.models.base import EMBEDDED, ModelEntry, Request
 from visprune.eval.models.load_vlm import load
 from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture
@@ -122,7 +122,7 @@ def _loaded(model: str | tuple[Any, Any] | None) -> VLM:
     """The model with its processor: the embedded pair, a folder's, the Hub's, or the given one."""
     if isinstance(model, tuple):
         return VLM(*model)
-    return load(ModelSpec(EMBEDDED if model is None else model))
+    return load(ModelEntry(EMBEDDED if model is None else model))
 
 
 def _target(out: str | Path) -> Path:

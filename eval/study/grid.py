@@ -13,7 +13,7 @@ import yaml
 
 from visprune.core.checked import build_section, check_values
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.models.base import ModelSpec
+from visprune.eval.models.base import ModelEntry
 from visprune.eval.study.flags import override
 from visprune.eval.study.options import KEYS, Options
 from visprune.eval.study.published import read_published
@@ -79,7 +79,7 @@ class Study:
         ConfigError: the grid is empty, something stands in it twice, or a value is not allowed.
     """
 
-    models: tuple[ModelSpec, ...]
+    models: tuple[ModelEntry, ...]
     variants: tuple[Variant, ...]
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (0,)
@@ -257,18 +257,18 @@ def _published(raw: Any) -> dict[str, Any]:
     return read_published(tables if isinstance(raw, list) else next(iter(tables), None))
 
 
-def _model(entry: Any) -> ModelSpec:
-    if isinstance(entry, ModelSpec):
+def _model(entry: Any) -> ModelEntry:
+    if isinstance(entry, ModelEntry):
         return entry
     if isinstance(entry, str):
-        return ModelSpec(entry)
+        return ModelEntry(entry)
     if isinstance(entry, Mapping) and not isinstance(entry.get("name"), str):
         raise ConfigError(f"A model needs a name; got {entry!r}.")
-    spec: ModelSpec = build_section(ModelSpec, entry, "A model")
+    spec: ModelEntry = build_section(ModelEntry, entry, "A model")
     return spec
 
 
-def _saved_methods(models: Iterable[ModelSpec]) -> list[dict[str, Any]]:
+def _saved_methods(models: Iterable[ModelEntry]) -> list[dict[str, Any]]:
     """The methods that folders of models were saved with: they are rows without being asked for."""
     folders = (model.name.removeprefix("timm:local-dir:") for model in models)
     found = (read_method(folder) for folder in folders if Path(folder).is_dir())

@@ -14,7 +14,7 @@ from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, check_option
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, read_object, require_columns
-from visprune.eval.tasks.rows import FileRows, HubRows, Picture, Rows
+from visprune.eval.tasks.rows import FileRows, HubRows, ImageLoader, Rows
 from visprune.eval.tasks.scoring import whole_output
 
 __all__ = ["GQA"]
@@ -39,7 +39,7 @@ class _TwoTables:
         """Return a question."""
         return self.questions.row(number)
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLoader:
         """Return what loads the picture of a question."""
         name = self.questions.row(number)["imageId"]
         if name not in self.numbers:

@@ -34,7 +34,7 @@ from visprune.eval.tasks.base import (
 )
 from visprune.eval.tasks.data import DataTask
 from visprune.eval.tasks.loading import find_file, jsonl_lines
-from visprune.eval.tasks.rows import FileRows, HubRows, Picture, Rows
+from visprune.eval.tasks.rows import FileRows, HubRows, ImageLoader, Rows
 
 __all__ = ["RefCOCO"]
 
@@ -73,7 +73,7 @@ class _Expressions:
         row = self.objects.row(which)
         return {**row, "answer": row["answer"][expression]}
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLoader:
         """Return what loads the picture."""
         return self.objects.picture(self.index[number][0])
 

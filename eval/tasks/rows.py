@@ -24,9 +24,9 @@ from visprune.eval.tasks.loading import (
     require_columns,
 )
 
-__all__ = ["FileRows", "HubRows", "Picture", "Rows", "import_datasets"]
+__all__ = ["FileRows", "HubRows", "ImageLoader", "Rows", "import_datasets"]
 
-Picture = Callable[[], Image.Image]
+ImageLoader = Callable[[], Image.Image]
 
 
 class Rows(Protocol):
@@ -41,7 +41,7 @@ class Rows(Protocol):
     def row(self, number: int) -> Mapping[str, Any]:
         """Return the text columns of a row."""
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLoader:
         """Return what loads the picture of a row."""
 
     def place(self, number: int) -> str:
@@ -62,11 +62,11 @@ class FileRows:
     """
 
     rows: Sequence[Mapping[str, Any]]
-    files: Sequence[Path | Picture]
+    files: Sequence[Path | ImageLoader]
     places: Sequence[str] = ()
 
     @classmethod
-    def of(cls, found: Iterable[tuple[str, Mapping[str, Any], Path | Picture]]) -> FileRows:
+    def of(cls, found: Iterable[tuple[str, Mapping[str, Any], Path | ImageLoader]]) -> FileRows:
         """Build them from the place, the columns and the picture of each row."""
         listed = list(found)
         return cls([row for _, row, _ in listed], [file for _, _, file in listed],
@@ -83,7 +83,7 @@ class FileRows:
         """Return the text columns of a row."""
         return self.rows[number]
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLoader:
         """Return what loads the picture of a row."""
         file = self.files[number]
         return ImageFile(file, self.place(number)) if isinstance(file, Path) else file
@@ -140,7 +140,7 @@ class HubRows:
         """Return the text columns of a row."""
         return self._text[number]
 
-    def picture(self, number: int) -> Picture:
+    def picture(self, number: int) -> ImageLoader:
         """Return what loads the picture of a row."""
         return functools.partial(_decode_row, self, number)
 

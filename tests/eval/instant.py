@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from visprune.errors import ConfigError
-from visprune.eval.models.base import Answerer, Choice, ModelSpec, Output, Request
+from visprune.eval.models.base import Answerer, Choice, ModelEntry, Output, Request
 from visprune.eval.study.grid import Study, build_study
 from visprune.eval.tasks.base import Parsed, PromptStyle, Sample, SampleError, Task
 
@@ -138,14 +138,14 @@ def instant_study(**changes: Any) -> Study:
     """A study of the two; keys as in a study's YAML."""
     limit = changes.pop("limit", 24)
     task = changes.pop("task", Tiling(limit=limit))
-    raw: dict[str, Any] = {"models": [ModelSpec("instant")], "tasks": [task], "controls": ["none"]}
+    raw: dict[str, Any] = {"models": [ModelEntry("instant")], "tasks": [task], "controls": ["none"]}
     return build_study({**raw, **changes})
 
 
 def loader(model: Instant) -> Any:
     """What run_study loads models with."""
 
-    def load(spec: ModelSpec) -> Instant:
+    def load(spec: ModelEntry) -> Instant:
         if spec.name != model.name:
             raise ConfigError(f"Unknown model {spec.name!r}.")
         return model

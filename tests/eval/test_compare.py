@@ -10,7 +10,7 @@ import pytest
 
 from tests.eval.instant import Instant, Tiling, instant_study, loader
 from visprune.errors import ConfigError
-from visprune.eval.models.base import ModelSpec
+from visprune.eval.models.base import ModelEntry
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Cell, Record
 from visprune.eval.report.compare import compare, mcnemar, to_text
@@ -90,7 +90,7 @@ def test_two_methods_of_one_folder(folders: tuple[str, str]) -> None:
 def test_each_model_is_compared_with_itself(tmp_path: Path) -> None:
     """Several models of a folder share labels and questions: their answers are not one run."""
     both = {"good": Instant(name="good"), "bad": Wrong(name="bad", weights="1" * 16)}
-    specs = [ModelSpec(name) for name in both]
+    specs = [ModelEntry(name) for name in both]
     for folder, models in (("two", specs), ("one", specs[:1]), ("other", specs[1:])):
         study = instant_study(
             task=Tiling(limit=70), models=models, methods=["todre"], budgets=[4]
@@ -111,7 +111,7 @@ def test_each_model_is_compared_with_itself(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_paired_are_named(tmp_path: Path) -> None:
     for folder, names in (("two", ("a", "b")), ("one", ("c",))):
-        study = instant_study(task=Tiling(limit=4), models=[ModelSpec(name) for name in names])
+        study = instant_study(task=Tiling(limit=4), models=[ModelEntry(name) for name in names])
         run_study(
             study, tmp_path / folder,
             loader=lambda spec: Instant(name=spec.name, weights=spec.name * 16),

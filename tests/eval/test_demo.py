@@ -17,7 +17,7 @@ from PIL import Image
 from tests.eval.small import small_embedded
 from visprune.errors import ConfigError
 from visprune.eval.demo import run as demo
-from visprune.eval.demo.run import Plan, run_demo
+from visprune.eval.demo.run import DemoGrid, run_demo
 from visprune.eval.demo.sheet import most_typical
 from visprune.eval.models.base import Request
 from visprune.eval.models.vlm import PLAIN, VLM
@@ -29,7 +29,7 @@ from visprune.eval.tasks.embedded import blind_floor, load
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.machine.run import prune
 
-PLAN = Plan(methods=("random", "pool", "fastv"), budgets=(64, 32), limit=14, prompts=2)
+GRID = DemoGrid(methods=("random", "pool", "fastv"), budgets=(64, 32), limit=14, prompts=2)
 REQUIRED = {
     *("method", "num_keep", "accuracy", "ci95", "delta", "tokens_mean", "gflops", "prefill_ms"),
     *("speedup", "kv_mib"),
@@ -55,7 +55,7 @@ def inputs_of(vlm: VLM, count: int = 1) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written(small: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    run_demo(out, threads=1, plan=PLAN, model=small)
+    run_demo(out, threads=1, grid=GRID, model=small)
     return out
 
 
@@ -66,7 +66,7 @@ def rows(written: Path) -> list[dict[str, Any]]:
 
 def test_rows_are_the_methods_at_the_budgets(rows: list[dict[str, Any]]) -> None:
     named = [(row["method"], row["num_keep"]) for row in rows]
-    wanted = [("keep_all", 576)] + [(m, k) for m in PLAN.methods for k in PLAN.budgets]
+    wanted = [("keep_all", 576)] + [(m, k) for m in GRID.methods for k in GRID.budgets]
     assert named == wanted
     assert all(set(row) >= REQUIRED for row in rows)
 
@@ -130,7 +130,7 @@ def test_pictures_are_drawn(written: Path) -> None:
 def test_everything_but_the_times_is_deterministic(
     small: tuple[Any, Any], rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    again = run_demo(tmp_path, threads=1, plan=PLAN, model=small)
+    again = run_demo(tmp_path, threads=1, grid=GRID, model=small)
     timed = ("prefill_ms", "prefill_iqr_ms", "speedup")
     for first, second in zip(rows, again, strict=True):
         assert all(math.isfinite(second[key]) for key in timed)
@@ -142,8 +142,8 @@ def test_everything_but_the_times_is_deterministic(
 def test_the_table_names_the_floor_and_the_machine(
     small: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan(methods=("random",), budgets=(32,), limit=7, prompts=1)
-    run_demo(tmp_path, threads=1, plan=plan, model=small)
+    grid = DemoGrid(methods=("random",), budgets=(32,), limit=7, prompts=1)
+    run_demo(tmp_path, threads=1, grid=grid, model=small)
     out = capsys.readouterr().out
     assert "blind" in out
     assert "seed 0" in out
@@ -160,7 +160,7 @@ def test_threads_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_a_demo_of_keep_all_alone_runs(small: tuple[Any, Any], tmp_path: Path) -> None:
-    rows = run_demo(tmp_path, threads=1, plan=Plan((), (), limit=1, prompts=1), model=small)
+    rows = run_demo(tmp_path, threads=1, grid=DemoGrid((), (), limit=1, prompts=1), model=small)
     assert [row["method"] for row in rows] == ["keep_all"]
 
 
@@ -185,7 +185,7 @@ def test_the_records_are_a_study_that_goes_on_and_can_be_reported(
     assert {"none", "keep_all"} <= {cell.label for cell in cells.values()}
     assert len(folder.records()) == 14 * len(cells) == 14 * (len(rows) + 1)
     before = list(folder.lines())
-    again = run_demo(written, threads=1, plan=PLAN, model=small)
+    again = run_demo(written, threads=1, grid=GRID, model=small)
     assert again == rows  # times too: nothing was asked or timed again
     assert list(folder.lines()) == before
     page = write_report(written / "study")["page"]

@@ -17,7 +17,7 @@ from visprune.eval.tasks.embedded import (
     SHAPES,
     SIDE,
     SPLITS,
-    Picture,
+    Scene,
     SceneObject,
     blind_floor,
     draw_picture,
@@ -30,12 +30,12 @@ from visprune.eval.tasks.embedded.questions import PLURALS
 
 
 @pytest.fixture(scope="module")
-def symbolic() -> list[Picture]:
+def symbolic() -> list[Scene]:
     """600 test pictures with two questions of each kind, not painted."""
     return [make_sample("test", i, per_kind=2, draw=False) for i in range(600)]
 
 
-def named(picture: Picture, phrase: str) -> list[SceneObject]:
+def named(picture: Scene, phrase: str) -> list[SceneObject]:
     """The objects that a phrase such as "red circle", "circle" or "red object" fits."""
     fits = list(picture.objects)
     for word in phrase.split():
@@ -48,7 +48,7 @@ def named(picture: Picture, phrase: str) -> list[SceneObject]:
     return fits
 
 
-def solve(picture: Picture, kind: str, text: str) -> str:
+def solve(picture: Scene, kind: str, text: str) -> str:
     """Answer a question from the objects alone, by its words; written apart from the generator."""
     body = text.removesuffix("?")
     if kind == "existence":
@@ -107,13 +107,13 @@ def test_splits_share_no_picture() -> None:
     assert len(set().union(*scenes.values())) == 400 * len(SPLITS)
 
 
-def test_every_answer_follows_from_the_objects(symbolic: list[Picture]) -> None:
+def test_every_answer_follows_from_the_objects(symbolic: list[Scene]) -> None:
     for picture in symbolic:
         for question in picture.questions:
             assert solve(picture, question.kind, question.text) == question.answer, question
 
 
-def test_objects_are_apart_and_have_different_names(symbolic: list[Picture]) -> None:
+def test_objects_are_apart_and_have_different_names(symbolic: list[Scene]) -> None:
     for picture in symbolic:
         objects = picture.objects
         assert 3 <= len(objects) <= 6
@@ -127,7 +127,7 @@ def test_objects_are_apart_and_have_different_names(symbolic: list[Picture]) -> 
         assert taken.max() == 1
 
 
-def test_blind_answers_stay_near_the_floor(symbolic: list[Picture]) -> None:
+def test_blind_answers_stay_near_the_floor(symbolic: list[Scene]) -> None:
     floor = blind_floor(symbolic)
     for kind, answers in ANSWERS.items():
         assert 1 / len(answers) <= floor[kind] <= 1 / len(answers) + 0.06, (kind, floor[kind])
@@ -194,3 +194,15 @@ def test_unknown_kind_suggests() -> None:
 def test_limit_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         load("test", 0)
+
+
+def test_former_names_go_on_with_a_warning() -> None:
+    from visprune.eval import models
+    from visprune.eval.tasks import embedded
+
+    with pytest.warns(DeprecationWarning, match="ModelEntry"):
+        assert models.ModelSpec is models.ModelEntry
+    with pytest.warns(DeprecationWarning, match="Scene"):
+        assert embedded.Picture is Scene
+    with pytest.raises(AttributeError):
+        _ = models.Spec

@@ -31,7 +31,7 @@ from visprune.eval.evaluate import Evaluation, run_command
 from visprune.eval.llava_files import write_questions
 from visprune.eval.metrics.yesno import parse_yes_no
 from visprune.eval.models import vlm as models_vlm
-from visprune.eval.models.base import ModelSpec, Output, Request
+from visprune.eval.models.base import ModelEntry, Output, Request
 from visprune.eval.models.identity import weights_hash
 from visprune.eval.models.load import load_model
 from visprune.eval.models.vit import TimmClassifier
@@ -232,12 +232,12 @@ def test_a_model_that_is_not_there_is_named(name: str, match: str) -> None:
 
 def test_model_options_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean 'float32'"):
-        ModelSpec("embedded", dtype="float33")
+        ModelEntry("embedded", dtype="float33")
     with pytest.raises(ConfigError, match="Unknown device"):
-        load_model(ModelSpec("embedded", device="gpu9"))
+        load_model(ModelEntry("embedded", device="gpu9"))
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU"):
-            load_model(ModelSpec("embedded", device="cuda:0"))
+            load_model(ModelEntry("embedded", device="cuda:0"))
 
 
 def test_a_model_without_an_adapter_answers_untouched_only(

@@ -25,7 +25,7 @@ from visprune.eval.records.record import Cell, Record
 from visprune.eval.report import estimate, write_report
 from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
-from visprune.eval.report.cost import FLOP_PARTS
+from visprune.eval.report.efficiency import FLOP_PARTS
 from visprune.eval.report.formats import csv_text, figure, html_json, latex, markdown
 from visprune.eval.report.groups import all_averages
 from visprune.eval.report.missing import missing_cells
@@ -274,8 +274,8 @@ def test_a_model_without_the_picture_is_a_floor_and_on_no_front(folder: ResultsF
 def test_kinds_are_means_with_paired_differences(made: ResultsFolder) -> None:
     table = tables(made)[0]
     row = next(row for row in table.rows if row.arm.label == "todre 32")
-    lines = list(row.runs[0].lines.values())
-    base = table.rows[0].runs[0].lines
+    lines = list(row.outcomes[0].lines.values())
+    base = table.rows[0].outcomes[0].lines
     for kind, found in row.kinds.items():
         mine = [line for line in lines if line.kind == kind]
         scores = [line.score for line in mine if line.score is not None]
@@ -553,7 +553,7 @@ def test_repeats_collapse_as_in_the_records(folder: ResultsFolder) -> None:
                          record(whole, 0, score=0.0)])  # fmt: skip
     with folder.record_files()[0].open("ab") as file:
         file.write(b'{"v": 1, "cell": "')  # torn
-    (run,) = read_results(folder.path).runs
+    (run,) = read_results(folder.path).outcomes
     assert [line.score for line in run.lines.values()] == [0.5]
     (kept,) = folder.records()
     assert kept.score == 0.5
@@ -648,21 +648,21 @@ def test_json_cannot_leave_its_script() -> None:
 
 def test_samples_are_chosen_alike_every_time_and_say_what_is_left_out(made: ResultsFolder) -> None:
     results = read_results(made.path)
-    runs = [run for run in results.runs if run.cell.task["task"] == "embedded"]
-    total = len(runs[0].lines)
-    some = choose("embedded", runs, 30)
-    assert some == choose("embedded", list(reversed(runs)), 30)
+    outcomes = [run for run in results.outcomes if run.cell.task["task"] == "embedded"]
+    total = len(outcomes[0].lines)
+    some = choose("embedded", outcomes, 30)
+    assert some == choose("embedded", list(reversed(outcomes)), 30)
     assert len(some.names) == 30
     assert some.of == total
     assert some.failed == 5
     assert some.disagree == 15
-    everything = choose("embedded", runs, 10_000)
+    everything = choose("embedded", outcomes, 10_000)
     assert len(everything.names) == total
     assert (everything.failed, everything.disagree) == (0, 0)
-    assert choose("embedded", runs, 0).names == []
-    got = read_samples(results, [some], {run.cell.id: i for i, run in enumerate(runs)})
+    assert choose("embedded", outcomes, 0).names == []
+    got = read_samples(results, [some], {run.cell.id: i for i, run in enumerate(outcomes)})
     assert [sample["id"] for sample in got] == list(some.names)
-    assert all(len(sample["got"]) == len(runs) for sample in got)
+    assert all(len(sample["got"]) == len(outcomes) for sample in got)
     uris = pictures(results, got)
     assert {sample["picture"] for sample in got} == set(uris)
     assert all(uri.startswith("data:image/jpeg;base64,/9j/") for uri in uris.values())
@@ -676,7 +676,7 @@ def test_no_picture_outside_the_folder_is_read(folder: ResultsFolder) -> None:
     names = ["../../secret", "abc", "evil", 7, None]
     fill(folder, whole, [record(whole, i, picture=name) for i, name in enumerate(names)])
     results = read_results(folder.path)
-    chosen = choose("t", results.runs, 10)
+    chosen = choose("t", results.outcomes, 10)
     samples = read_samples(results, [chosen], {whole.id: 0})
     assert [sample["picture"] for sample in samples] == [None, "abc", None, None, None]
     assert pictures(results, samples) == {}

@@ -17,7 +17,7 @@ import torch
 
 from tests.eval.instant import Instant, Tile, Tiling, instant_study, loader
 from visprune.errors import ConfigError
-from visprune.eval.models.base import ModelSpec
+from visprune.eval.models.base import ModelEntry
 from visprune.eval.records import files as record_files
 from visprune.eval.records.folder import ResultsFolder, write_json
 from visprune.eval.run.album import picture_hash
@@ -250,7 +250,7 @@ def test_a_first_try_that_asked_nothing_binds_nobody(tmp_path: Path) -> None:
         def samples(self) -> Any:
             raise ConfigError("There is no folder 'data'.")
 
-    wrong = instant_study(models=[ModelSpec("instnat")], methods=["todre"], budgets=[4], limit=6)
+    wrong = instant_study(models=[ModelEntry("instnat")], methods=["todre"], budgets=[4], limit=6)
     away = instant_study(task=Away(words="elsewhere"), methods=["fastv"], budgets=[4])
     for study, message in ((wrong, "Unknown model"), (away, "no folder")):
         with pytest.raises(ConfigError, match=message):
@@ -262,11 +262,11 @@ def test_a_first_try_that_asked_nothing_binds_nobody(tmp_path: Path) -> None:
 
 
 def test_what_was_never_asked_can_be_left_out_and_what_was_asked_cannot(tmp_path: Path) -> None:
-    two = [ModelSpec("instant"), ModelSpec("instnat")]
+    two = [ModelEntry("instant"), ModelEntry("instnat")]
     with pytest.raises(ConfigError, match="Unknown model"):
         run(instant_study(models=two, limit=6), tmp_path)
     assert len(run(instant_study(limit=6), tmp_path).records()) == 6
-    other = instant_study(models=[ModelSpec("other")], limit=6)
+    other = instant_study(models=[ModelEntry("other")], limit=6)
     with pytest.raises(ConfigError, match=r"holds another study.*such as none \(instant, tiling"):
         run(other, tmp_path, Instant(name="other"))
 
@@ -352,7 +352,7 @@ def test_a_method_that_the_model_cannot_run_is_left_out_with_the_reason(tmp_path
 def test_what_is_one_cell_is_asked_once(tmp_path: Path) -> None:
     """A control under a label of its own, and a model on two devices, are no second cell."""
     study = instant_study(
-        models=[ModelSpec("instant"), ModelSpec("instant", device="cpu")], limit=4, budgets=[4],
+        models=[ModelEntry("instant"), ModelEntry("instant", device="cpu")], limit=4, budgets=[4],
         methods=[{"method": "random", "label": "chance"}], controls=["none", "random"],
     )  # fmt: skip
     model = Instant()
@@ -374,7 +374,7 @@ def test_a_study_of_which_nothing_can_run_says_why_once(tmp_path: Path) -> None:
         run(study, tmp_path, Other(), progress=heard)
     assert not heard.said
     two = instant_study(
-        models=[ModelSpec("instant"), ModelSpec("other")], limit=4, controls=["none", "keep_all"]
+        models=[ModelEntry("instant"), ModelEntry("other")], limit=4, controls=["none", "keep_all"]
     )
     models = {"instant": Instant(), "other": Other(name="other")}
     run_study(two, tmp_path / "b", loader=lambda spec: models[spec.name], progress=heard)

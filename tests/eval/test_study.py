@@ -13,7 +13,7 @@ import pytest
 from visprune.cli import study as cli_study
 from visprune.errors import ConfigError
 from visprune.eval.evaluate import evaluate
-from visprune.eval.models.base import ModelSpec
+from visprune.eval.models.base import ModelEntry
 from visprune.eval.study.grid import SpeedPlan, Study, build_study, read_study
 from visprune.eval.study.options import FLAGS, KEYS
 from visprune.eval.tasks.embedded.task import EmbeddedTask
@@ -62,7 +62,7 @@ def test_budgets_go_to_the_methods_that_take_them() -> None:
 
 def test_built_objects_are_taken_as_they_are() -> None:
     made = build_study(
-        {"models": [ModelSpec("embedded")], "tasks": study().tasks, "methods": [FastV(num_keep=9)]}
+        {"models": [ModelEntry("embedded")], "tasks": study().tasks, "methods": [FastV(num_keep=9)]}
     )
     assert "fastv 9" in labels(made)
 

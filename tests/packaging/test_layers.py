@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from tests.packaging.layers import (
@@ -157,3 +159,18 @@ def test_a_nested_module_belongs_to_its_folder() -> None:
     assert layer_of("visprune.kernels.common.device") == "kernels.common"
     assert layer_of("visprune.newcomer.part") is None
     assert layer_of("visprune.cost_macs") is None
+
+
+WORDS = ("Cost", "ModelSpec", "Picture", "Plan", "Recipe", "Record", "Run", "Stage")
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_means_one_thing(word: str) -> None:
+    defined = []
+    for module, path in SOURCES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.name] if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            defined += [module] * (word in names)
+    assert len(defined) <= 1, f"{word} is defined in {defined}: give one of them another name"

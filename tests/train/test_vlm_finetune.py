@@ -15,7 +15,7 @@ from PIL import Image
 import visprune
 from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError
-from visprune.eval.models.base import ModelSpec, Request
+from visprune.eval.models.base import ModelEntry, Request
 from visprune.eval.models.load import load_model
 from visprune.eval.tasks.base import get_task
 from visprune.machine.sharing import encode_images
@@ -95,7 +95,7 @@ def test_the_folder_is_asked_as_it_was_taught(
     tuned: tuple[Path, dict[str, Any], dict[str, Any]], bench: Path
 ) -> None:
     folder = tuned[0] / "weights"
-    vlm: Any = load_model(ModelSpec(str(folder), device="cpu"))
+    vlm: Any = load_model(ModelEntry(str(folder), device="cpu"))
     assert vlm.style == "plain"
     assert vlm.template == "USER: <image>\n{prompt} ASSISTANT:"
     task = get_task("folder", path=str(bench), instruction="")
@@ -104,7 +104,7 @@ def test_the_folder_is_asked_as_it_was_taught(
     method = visprune.get_method("pool", num_keep=16)
     with vlm.answering(method, task, vlm.style, vlm.generation(task, {})) as answer:
         assert answer([request])[0].text == "crimson"
-    other: Any = load_model(ModelSpec(str(folder), device="cpu", template="{prompt} <image>"))
+    other: Any = load_model(ModelEntry(str(folder), device="cpu", template="{prompt} <image>"))
     assert other.template == "{prompt} <image>"
     model, method_in_force = visprune.load_pretrained(folder)
     assert method_in_force is not None
@@ -133,8 +133,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(
             with pytest.raises(KeyboardInterrupt):
                 run(raw, cut)
         run(raw, cut, resume=True)
-    whole = load_model(ModelSpec(str(out / "weights"), device="cpu"))
-    again = load_model(ModelSpec(str(cut / "weights"), device="cpu"))
+    whole = load_model(ModelEntry(str(out / "weights"), device="cpu"))
+    again = load_model(ModelEntry(str(cut / "weights"), device="cpu"))
     want, got = whole.model.state_dict(), again.model.state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(want[key], got[key]) for key in want)
 
@@ -156,7 +156,7 @@ def test_frozen_parts_stay(bench: Path, tmp_path: Path) -> None:
 
 def test_pictures_shared_in_a_batch_give_the_loss_and_gradients_of_single_ones(bench: Path) -> None:
     def gradients(grouped: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        vlm: Any = load_model(ModelSpec("embedded", device="cpu"))
+        vlm: Any = load_model(ModelEntry("embedded", device="cpu"))
         questions = Questions(get_task("folder", path=str(bench), instruction=""))
         torch.manual_seed(0)
         add_words(vlm, questions, 1)
@@ -188,7 +188,7 @@ def test_pictures_shared_in_a_batch_give_the_loss_and_gradients_of_single_ones(b
 
 
 def test_groups_hold_every_question_once_and_one_picture_each(bench: Path) -> None:
-    vlm: Any = load_model(ModelSpec("embedded", device="cpu"))
+    vlm: Any = load_model(ModelEntry("embedded", device="cpu"))
     questions = Questions(get_task("folder", path=str(bench), instruction=""))
     groups = [*GroupedQuestions(vlm, questions, 2, 0).dataset]  # type: ignore[call-overload]
     assert sorted(n for group in groups for n in group) == list(range(6))
@@ -198,7 +198,7 @@ def test_groups_hold_every_question_once_and_one_picture_each(bench: Path) -> No
 
 
 def test_new_words_leave_the_old_logits_as_they_were(bench: Path) -> None:
-    vlm: Any = load_model(ModelSpec("embedded", device="cpu"))
+    vlm: Any = load_model(ModelEntry("embedded", device="cpu"))
     task = get_task("embedded", split="test", limit=2)
     requests = [Request(s, task.prompt(s, vlm.style), s.image()) for s in task.samples()]
     inputs = vlm.inputs(requests, vlm.style)
@@ -246,7 +246,7 @@ def test_wrong_recipes_are_refused(
 
 
 def test_a_tokenizer_of_pieces_needs_no_words(bench: Path) -> None:
-    vlm: Any = load_model(ModelSpec("embedded", device="cpu"))
+    vlm: Any = load_model(ModelEntry("embedded", device="cpu"))
     vlm.processor.tokenizer = object()
     with pytest.raises(ConfigError, match="one token per word"):
         add_words(vlm, Questions(get_task("folder", path=str(bench))), 1)

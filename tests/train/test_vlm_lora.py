@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import visprune
 from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError
-from visprune.eval.models.base import ModelSpec
+from visprune.eval.models.base import ModelEntry
 from visprune.eval.models.load import load_model
 from visprune.eval.tasks.base import get_task
 from visprune.machine.sharing import EncodedImages
@@ -105,7 +105,7 @@ def test_only_the_decoder_changed_and_the_folder_comes_back_pruned(
     for name, value in merged.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-6, rtol=1e-5)
     # Asked as `visprune eval` asks: the folder is a model like any other.
-    again = load_model(ModelSpec(str(out / "weights"), dtype="float32", device="cpu"))
+    again = load_model(ModelEntry(str(out / "weights"), dtype="float32", device="cpu"))
     assert type(again).__name__ == "VLM"
 
 
@@ -144,7 +144,7 @@ def test_answers_stand_behind_prompts() -> None:
 
 
 def test_encoded_once_is_the_same_loss() -> None:
-    vlm: Any = load_model(ModelSpec("embedded", device="cpu"))
+    vlm: Any = load_model(ModelEntry("embedded", device="cpu"))
     questions = Questions(get_task("embedded", split="train", limit=9))
     numbers = [0, 8, 3]
     with visprune.prune(vlm.model, "todre", num_keep=20), torch.no_grad():

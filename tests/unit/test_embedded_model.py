@@ -14,7 +14,7 @@ from transformers import LlavaProcessor as Processor
 from visprune.backbones.vlm import embedded
 from visprune.backbones.vlm.embedded import PROMPT, WEIGHTS, build_model, build_processor, load
 from visprune.errors import ConfigError
-from visprune.eval.tasks.embedded import KINDS, Picture, words
+from visprune.eval.tasks.embedded import KINDS, Scene, words
 from visprune.eval.tasks.embedded import load as load_questions
 
 Loaded = tuple[Llava, Processor]
@@ -26,15 +26,15 @@ def loaded() -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
+def pictures() -> list[Scene]:
     return load_questions("test", 98)
 
 
-def prompts(picture: Picture) -> list[str]:
+def prompts(picture: Scene) -> list[str]:
     return [PROMPT.format(question=q.text) for q in picture.questions]
 
 
-def answers(loaded: Loaded, picture: Picture) -> list[str]:
+def answers(loaded: Loaded, picture: Scene) -> list[str]:
     model, processor = loaded
     texts = prompts(picture)
     images = [picture.image] * len(texts)
@@ -66,7 +66,7 @@ def test_weights_hold_every_parameter(loaded: Loaded) -> None:
     assert not report["mismatched_keys"]
 
 
-def test_answers_are_mostly_right(loaded: Loaded, pictures: list[Picture]) -> None:
+def test_answers_are_mostly_right(loaded: Loaded, pictures: list[Scene]) -> None:
     right = {kind: [] for kind in KINDS}
     for picture in pictures:
         for question, answer in zip(picture.questions, answers(loaded, picture), strict=True):
@@ -77,7 +77,7 @@ def test_answers_are_mostly_right(loaded: Loaded, pictures: list[Picture]) -> No
         assert sum(hits) / len(hits) > 0.5, kind
 
 
-def test_without_the_picture_it_is_near_the_floor(loaded: Loaded, pictures: list[Picture]) -> None:
+def test_without_the_picture_it_is_near_the_floor(loaded: Loaded, pictures: list[Scene]) -> None:
     model, processor = loaded
     right = total = 0
     for picture in pictures[:12]:
@@ -92,9 +92,7 @@ def test_without_the_picture_it_is_near_the_floor(loaded: Loaded, pictures: list
     assert right / total < 0.5
 
 
-def test_a_padded_batch_answers_like_single_prompts(
-    loaded: Loaded, pictures: list[Picture]
-) -> None:
+def test_a_padded_batch_answers_like_single_prompts(loaded: Loaded, pictures: list[Scene]) -> None:
     model, processor = loaded
     picture = pictures[0]
     texts = prompts(picture)
@@ -108,7 +106,7 @@ def test_a_padded_batch_answers_like_single_prompts(
             torch.testing.assert_close(model(**one).logits[0, -1], together[row], atol=1e-4, rtol=0)
 
 
-def test_an_answer_is_one_word_and_an_end(loaded: Loaded, pictures: list[Picture]) -> None:
+def test_an_answer_is_one_word_and_an_end(loaded: Loaded, pictures: list[Scene]) -> None:
     model, processor = loaded
     inputs = processor(images=pictures[0].image, text=prompts(pictures[0])[0], return_tensors="pt")
     output = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
@@ -116,7 +114,7 @@ def test_an_answer_is_one_word_and_an_end(loaded: Loaded, pictures: list[Picture
     assert output[-1] == processor.tokenizer.eos_token_id
 
 
-def test_auto_classes_and_pipeline(loaded: Loaded, pictures: list[Picture]) -> None:
+def test_auto_classes_and_pipeline(loaded: Loaded, pictures: list[Scene]) -> None:
     model = AutoModelForImageTextToText.from_pretrained(WEIGHTS)
     processor = AutoProcessor.from_pretrained(WEIGHTS)
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
@@ -135,7 +133,7 @@ def test_chat_template_writes_the_prompt(loaded: Loaded) -> None:
     assert text == PROMPT.format(question="is there a red circle?")
 
 
-def test_processor_feeds_the_pixels_it_is_given(loaded: Loaded, pictures: list[Picture]) -> None:
+def test_processor_feeds_the_pixels_it_is_given(loaded: Loaded, pictures: list[Scene]) -> None:
     inputs = loaded[1](images=pictures[0].image, text="USER: <image>", return_tensors="pt")
     plain = torch.from_numpy(pictures[0].pixels).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(inputs["pixel_values"][0], plain, atol=1e-6, rtol=0)

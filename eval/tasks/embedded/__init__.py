@@ -8,9 +8,11 @@ disjoint seed spaces, so they share no picture.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,8 +43,8 @@ __all__ = [
     "SIDE",
     "SPLITS",
     "VERSION",
-    "Picture",
     "Question",
+    "Scene",
     "SceneObject",
     "blind_floor",
     "draw_picture",
@@ -70,8 +72,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture, what is in it and what is asked about it.
+class Scene:
+    """A drawn picture, what is in it and what is asked about it.
 
     Attributes:
         id: ``split/index``.
@@ -102,7 +104,7 @@ def make_sample(
     per_kind: int | Mapping[str, int] = 1,
     kinds: Sequence[str] = KINDS,
     draw: bool = True,
-) -> Picture:
+) -> Scene:
     """Make one picture with its questions; the same arguments always give the same.
 
     Args:
@@ -137,7 +139,7 @@ def make_sample(
     pixels = np.zeros((0, 0, 3), np.uint8)
     if draw:
         pixels = draw_scene(np.random.default_rng(seeds[2]), objects, SIDE)
-    return Picture(f"{split}/{index}", pixels, tuple(objects), questions)
+    return Scene(f"{split}/{index}", pixels, tuple(objects), questions)
 
 
 def draw_picture(
@@ -158,7 +160,7 @@ def draw_picture(
     return draw_scene(rng, objects, side), objects, patch_owner(objects, side)
 
 
-def load(split: str, limit: int | None = 2100, per_kind: int = 1) -> list[Picture]:
+def load(split: str, limit: int | None = 2100, per_kind: int = 1) -> list[Scene]:
     """The first pictures of a split, with ``limit`` questions together.
 
     Args:
@@ -175,17 +177,17 @@ def load(split: str, limit: int | None = 2100, per_kind: int = 1) -> list[Pictur
     limit = 2100 if limit is None else limit
     if limit < 1:
         raise ConfigError(f"limit is {limit}; it counts questions and must be at least 1.")
-    pictures: list[Picture] = []
+    pictures: list[Scene] = []
     left = limit
     while left > 0:
         picture = make_sample(split, len(pictures), per_kind)
         kept = picture.questions[:left]
-        pictures.append(Picture(picture.id, picture.pixels, picture.objects, kept))
+        pictures.append(Scene(picture.id, picture.pixels, picture.objects, kept))
         left -= len(kept)
     return pictures
 
 
-def blind_floor(pictures: Sequence[Picture], prefix_words: int | None = None) -> dict[str, float]:
+def blind_floor(pictures: Sequence[Scene], prefix_words: int | None = None) -> dict[str, float]:
     """Accuracy of always giving the commonest answer, which needs no picture.
 
     Args:
@@ -219,3 +221,14 @@ def _check(name: str, allowed: Sequence[str], what: str) -> None:
     if name not in allowed:
         hint = did_you_mean(name, allowed)
         raise ConfigError(f"Unknown {what} {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Picture":
+        warnings.warn(
+            "visprune.eval.tasks.embedded.Picture is called Scene: a drawn picture, its objects "
+            "and questions.",
+            DeprecationWarning, stacklevel=2,
+        )  # fmt: skip
+        return Scene
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

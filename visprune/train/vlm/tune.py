@@ -18,7 +18,7 @@ from visprune.catalog import get_method
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.environment import describe
-from visprune.eval.models.base import NONE, ModelSpec
+from visprune.eval.models.base import NONE, ModelEntry
 from visprune.eval.models.load import load_model
 from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import get_task
@@ -92,7 +92,7 @@ def train(
 
 
 def _load(recipe: VLMRecipe) -> VLM:
-    model = load_model(ModelSpec(recipe.model, dtype=recipe.dtype, device=recipe.device))
+    model = load_model(ModelEntry(recipe.model, dtype=recipe.dtype, device=recipe.device))
     if not isinstance(model, VLM):
         raise ConfigError(
             f"{recipe.model!r} answers with classes; {recipe.task} tunes models that talk."

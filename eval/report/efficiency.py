@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from visprune.eval.report.read import Line, Run
+from visprune.eval.report.read import Line, Outcome
 
-__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Cost", "by_size", "cost_of"]
+__all__ = ["AXES", "FLOP_PARTS", "TIME_PARTS", "Efficiency", "by_size", "efficiency_of"]
 
 FLOP_PARTS = ("vision", "projector", "selection", "prefill", "decode", "lm_head")
 TIME_PARTS = ("vision_ms", "selection_ms", "prefill_ms", "decode_ms_per_token", "total_ms")
@@ -20,7 +20,7 @@ AXES = ("flops", "total_ms", "prefill_ms", "tokens", "kv_bytes")
 
 
 @dataclass(frozen=True)
-class Cost:
+class Efficiency:
     """Means over the records of an arm, and medians of its measurements.
 
     Attributes:
@@ -76,16 +76,16 @@ def by_size(batch: str) -> tuple[float, str]:
     return (int(batch) if batch.isdecimal() else float("inf"), batch)
 
 
-def cost_of(lines: Sequence[Line], runs: Sequence[Run]) -> Cost:
-    """Average the records of an arm and take the first measurement among its runs."""
+def efficiency_of(lines: Sequence[Line], outcomes: Sequence[Outcome]) -> Efficiency:
+    """Average the records of an arm and take the first measurement among its outcomes."""
     macs = [line.macs for line in lines if line.macs]
     parts = [*FLOP_PARTS, *sorted({name for found in macs for name in found} - {*FLOP_PARTS})]
     flops = {
         part: 2 * float(np.mean([found.get(part, 0.0) for found in macs]))
         for part in parts if any(part in found for found in macs)
     }  # fmt: skip
-    measured = next((run.speed for run in runs if run.speed), {})
-    return Cost(
+    measured = next((outcome.speed for outcome in outcomes if outcome.speed), {})
+    return Efficiency(
         tokens=_mean([line.tokens for line in lines]),
         flops=flops,
         kv_bytes=_mean([line.kv_bytes for line in lines]),
