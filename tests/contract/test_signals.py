@@ -35,6 +35,7 @@ from visprune.core.signals import (
     EncoderQueriesKeys,
     FinalNormStates,
     Fingerprint,
+    Frames,
     HiddenStates,
     KeysValues,
     LastQueryAttention,
@@ -260,6 +261,18 @@ def test_pictures_have_fingerprints(family: str, models: Any) -> None:
     inputs = batch(family, ROWS)
     found = looked(models(family), inputs, Fingerprint(), Site.projector())
     assert len(found) == len(set(found)) == 2
+
+
+def test_tokens_of_a_clip_know_their_frame(models: Any) -> None:
+    inputs = batch("qwen2_5_vl", [[3, "v", 6]])
+    found = looked(models("qwen2_5_vl"), inputs, Frames(), Site.projector(), first=0.5)
+    assert found.tolist() == [[0, 0, 1, 1]]  # of two pairs of frames, 2 x 2 tokens each
+
+
+def test_tokens_of_a_picture_are_one_frame(models: Any) -> None:
+    """Also where LLaVA-NeXT counts its thumbnail and its tiles in ``pos``."""
+    found = looked(models("llava_next"), batch("llava_next", ROWS), Frames(), Site.decoder(LAYER))
+    assert not found.any()
 
 
 def test_a_layer_that_is_not_there(models: Any) -> None:

@@ -10,6 +10,7 @@ from visprune.core.signals.base import (
     EncoderSignal,
     PictureSignal,
     Signal,
+    TokenSignal,
 )
 from visprune.core.signals.decoder_attention import (
     AttentionRows,
@@ -30,7 +31,7 @@ from visprune.core.signals.encoder_attention import (
     ReceivedAttention,
 )
 from visprune.core.signals.encoder_features import EncoderFeatures
-from visprune.core.signals.pictures import Fingerprint, PatchPositions
+from visprune.core.signals.pictures import Fingerprint, Frames, PatchPositions
 from visprune.core.signals.text import TextStates
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "EncoderSignal",
     "FinalNormStates",
     "Fingerprint",
+    "Frames",
     "HiddenStates",
     "KeysValues",
     "LastQueryAttention",
@@ -55,5 +57,6 @@ __all__ = [
     "ReceivedAttention",
     "Signal",
     "TextStates",
+    "TokenSignal",
     "VisualShare",
 ]

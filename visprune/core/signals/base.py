@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from visprune import ops
+from visprune.core.tokens import VisualTokens
 
 EncoderLayer = int | Literal["last", "feature", "own"]
 DecoderLayer = Literal["previous", "own"]
@@ -45,6 +46,15 @@ class Signal:
     def missing(self, model: Capabilities) -> str | None:
         """Return why a model cannot show it, or ``None``."""
         return next((why for x in self.requires if (why := model.why_not(x)) is not None), None)
+
+
+@dataclass(frozen=True)
+class TokenSignal(Signal):
+    """Something that the tokens of a stage show by themselves: places, sizes, features."""
+
+    def read(self, tokens: VisualTokens) -> Tensor:
+        """What methods get of B pictures of N tokens: ``[B, ...]``."""
+        raise NotImplementedError  # pragma: no cover - abstract
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visprune.core.signals.base import PictureSignal, Signal
+from visprune.core.signals.base import PictureSignal, Signal, TokenSignal
+from visprune.core.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,21 @@ class Fingerprint(PictureSignal):
     def joined(self, parts: list[int]) -> int:
         """A checksum of those of the parts."""
         return zlib.crc32(b"".join(part.to_bytes(4, "little") for part in parts))
+
+
+@dataclass(frozen=True)
+class Frames(TokenSignal):
+    """The frame that each token belongs to, int64 ``[B, N]``: 0 the first of its clip.
+
+    Where an encoder makes one token of two frames (Qwen-VL), such a pair counts as one. Tokens of
+    a still picture are in frame 0, tiles or not.
+    """
+
+    def read(self, tokens: VisualTokens) -> Tensor:
+        """Their place in time."""
+        return (
+            tokens.pos[..., 0] if tokens.kind == "video" else torch.zeros_like(tokens.pos[..., 0])
+        )
 
 
 @dataclass(frozen=True)

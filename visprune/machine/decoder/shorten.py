@@ -12,7 +12,7 @@ from torch import Tensor
 from visprune.core.budget import Stage
 from visprune.core.method import Context, PruningMethod
 from visprune.core.selection import Selection
-from visprune.core.signals.base import DecoderSeen, DecoderSignal, EncoderSignal
+from visprune.core.signals.base import DecoderSeen, DecoderSignal, EncoderSignal, TokenSignal
 from visprune.core.tokens import VisualTokens
 from visprune.machine.choose import Observer, choose
 from visprune.machine.decoder.forward import Forward
@@ -48,7 +48,7 @@ def run_stage(
             tokens = _visual_tokens([image for _, image in group], hidden)
             context = Context(
                 stage=number,
-                signals=_signals(stage, fwd, [image for _, image in group]),
+                signals=_signals(stage, fwd, [image for _, image in group], tokens),
                 original=len(group[0][1].layout.picture.pos),
             )
             selection = choose(method, stage, tokens, context, observers)
@@ -139,13 +139,18 @@ def _visual_tokens(images: list[ImageState], hidden: Tensor) -> VisualTokens:
     )
 
 
-def _signals(stage: Stage, fwd: Forward, images: list[ImageState]) -> dict[Any, Any]:
+def _signals(
+    stage: Stage, fwd: Forward, images: list[ImageState], tokens: VisualTokens
+) -> dict[Any, Any]:
     """Every signal of a stage that is there, for the images of one group."""
     found: dict[Any, Any] = {}
     for signal in stage.signals:
         if isinstance(signal, DecoderSignal):
             if signal in fwd.signals:
                 found[signal] = _of_images(signal, fwd.signals[signal], images)
+            continue
+        if isinstance(signal, TokenSignal):
+            found[signal] = signal.read(tokens)
             continue
         known: list[Any] = [image.layout.picture.signals.get(signal) for image in images]
         if any(value is None for value in known):

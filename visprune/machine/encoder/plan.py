@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from visprune.core.budget import Schedule, Stage
 from visprune.core.method import ModelSpec, PruningMethod
-from visprune.core.signals.base import DecoderSignal, EncoderSignal
+from visprune.core.signals.base import DecoderSignal, EncoderSignal, TokenSignal
 from visprune.errors import ConfigError
 
 Numbered = tuple[int, Stage]
@@ -81,6 +81,10 @@ def _check(method: PruningMethod, stage: Stage) -> None:
         if isinstance(signal, DecoderSignal):
             raise ConfigError(
                 f"{method.name}: {signal} is not there inside an encoder: no decoder has run."
+            )
+        if isinstance(signal, TokenSignal):
+            raise ConfigError(
+                f"{method.name}: {signal} is not there inside an encoder. Act at the projector."
             )
         if isinstance(signal, EncoderSignal):
             if signal.layer != "own" or signal.uses != "attention":
