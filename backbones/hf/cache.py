@@ -231,7 +231,8 @@ class SlotLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append new slots; returns all keys and values."""
-        self._check()
+        if not self.ledger.owner.active:
+            self._check()
         return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
@@ -343,7 +344,7 @@ def ledger_of(cache: Cache | None, layer: int) -> Ledger | None:
 def adopt(
     cache: Cache,
     ledger_for: Callable[[int], Ledger],
-    window_of: Callable[[int], int | None] = lambda layer: None,
+    window_of: Callable[[int], int | None] | None = None,
 ) -> None:
     """Give every layer of ``cache`` the ledger of what it now stores, in place.
 
@@ -351,19 +352,20 @@ def adopt(
         cache: as a forward left it.
         ledger_for: of a layer, the ledger of all its slots.
         window_of: of a layer, how far its queries see; slots that none will see are let go.
+            ``None``: all see all.
     """
     stale: dict[tuple[int, int], int] = {}
     for number, entry in enumerate(cache.layers):
         if entry.keys is None:
             continue
-        ledger, window = ledger_for(number), window_of(number)
+        ledger, window = ledger_for(number), None if window_of is None else window_of(number)
         if not isinstance(entry, SlotLayer):
             entry = SlotLayer(entry.keys, entry.values, ledger, window)
             cache.layers[number] = entry
-        count = 0
-        if window is not None:
-            key = (id(ledger), window)
-            if key not in stale:
-                stale[key] = ledger.stale(window)
-            count = stale[key]
-        entry.settle(ledger, count)
+        if window is None:
+            entry.ledger = ledger
+            continue
+        key = (id(ledger), window)
+        if key not in stale:
+            stale[key] = ledger.stale(window)
+        entry.settle(ledger, stale[key])

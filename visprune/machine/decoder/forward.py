@@ -173,6 +173,10 @@ class Forward(Call):
         """Position ids of the slots of ``table``."""
         if not self.compact:
             return gather_sequence(self.full_positions(), table.index, -1)
+        ledger = self.ledger(layer)
+        if not table.shortened:  # as at every decoded token
+            ids = self.full_positions()
+            return ids if ledger is None else ids - ledger.shift[:, None].to(ids.device)
         # Ids close up in slot order, also where a merged slot stands behind its own token's place.
         end = -1 if self.pad_side == "left" else self.length
         index = torch.where(table.real, table.index, end).sort(dim=1).values
@@ -181,7 +185,6 @@ class Forward(Call):
         gone = self.first_valid & ~table.kept()
         before = torch.cumsum(gone.long(), dim=1) - gone.long()
         ids = ids - before.gather(1, index).to(ids.device)
-        ledger = self.ledger(layer)
         return ids if ledger is None else ids - ledger.shift[:, None].to(ids.device)
 
     def rotary(self, layer: int, hidden: Tensor, given: Any) -> Any:
@@ -260,8 +263,8 @@ class Forward(Call):
         if cache is not None and (
             self.images or any(isinstance(x, SlotLayer) for x in cache.layers)
         ):
-            window = self.adapter.window if self.masks is not None else _no_window
-            adopt(cache, self._next_ledger, window)
+            windows = self.adapter.window if self.masks is not None else None
+            adopt(cache, self._next_ledger, windows)
         return self._finished() if self.images else None
 
     def _finished(self) -> Trace:
@@ -295,13 +298,10 @@ class Forward(Call):
         old = self.ledger(layer)
         key = ("next", old, table)
         if key not in self._memo:
-            lost = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+            start = old or Ledger.empty(self.owner, table)
+            shift = start.shift
             if table.shortened or table.padded:
                 lost = self.first_valid.sum(1) - table.valid.sum(1)
-            start = old or Ledger.empty(self.owner, table)
-            self._memo[key] = start.appended(table, start.shift + lost.to(start.shift.device))
+                shift = shift + lost.to(shift.device)
+            self._memo[key] = start.appended(table, shift)
         return self._memo[key]
-
-
-def _no_window(layer: int) -> int | None:
-    return None
