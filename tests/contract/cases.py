@@ -12,7 +12,8 @@ from torch import Tensor
 import visprune
 import visprune.catalog
 from tests import tiny
-from visprune.machine.plan import inside_only
+from visprune.core.method import ModelSpec
+from visprune.machine.plan import inside_only, why_not
 
 # What acts inside the image encoder alone has a contract of its own: test_vision_site.py.
 INSIDE = [
@@ -22,29 +23,63 @@ METHODS = [name for name in visprune.list_methods() if name not in INSIDE]
 # The registry names every family; the tiny models are built for these.
 FAMILIES = tiny.FAMILIES
 NO_CLASS_TOKEN = ("qwen2_vl", "qwen2_5_vl")
-UNSUPPORTED = {("visionzip", family) for family in NO_CLASS_TOKEN}
-ALL_PAIRS = [(method, family) for family in FAMILIES for method in METHODS]
+# These take every path of the machine, and run on every family of the suite; what came later takes
+# the same paths, and runs on one family of each kind.
+FIRST = ("todre", "divprune", "fastv", "pyramiddrop", "visionzip", "keep_all", "random", "uniform",
+         "pool")  # fmt: skip
+LATER_FAMILIES = ("llava", "qwen2_5_vl")
+# Options under which a method without a budget drops nothing (None: there are none), and some.
+NO_BUDGET: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "keep_all": ({}, {}),
+    "vtw": (None, {}),
+}
+# Methods with a published setting that no budget names, which stands where none is given.
+OPTIONAL_BUDGET = ("v2drop",)
+# Their rules read rotated keys by themselves: another place in the sequence, another choice.
+BY_PLACE = ("dart",)
+NO_ATTENTION = ModelSpec("", num_layers=4, has_cls=False, multi_axis_rope=True, encoder_refusal="-",
+                         lacking={"encoder_attention": "its encoder packs pictures"})  # fmt: skip
+NEEDS_CLASS_TOKEN = tuple(
+    name for name in METHODS if why_not(visprune.catalog.methods.get(name), NO_ATTENTION)
+)
+UNSUPPORTED = {
+    (name, family)
+    for name in NEEDS_CLASS_TOKEN
+    for family in NO_CLASS_TOKEN
+    if name in FIRST or family in LATER_FAMILIES
+}
+ALL_PAIRS = [
+    (method, family)
+    for family in FAMILIES
+    for method in METHODS
+    if method in FIRST or family in LATER_FAMILIES
+]
 PAIRS = [pair for pair in ALL_PAIRS if pair not in UNSUPPORTED]
 MERGING = ("visionzip", "pool")
+BUDGETED = [pair for pair in PAIRS if pair[0] not in NO_BUDGET or pair[0] == "keep_all"]
+LOSSLESS = [pair for pair in PAIRS if NO_BUDGET.get(pair[0], ({}, {}))[0] is not None]
 DROPPING = [pair for pair in PAIRS if pair[0] not in (*MERGING, "keep_all")]
 LINE_FAMILIES = ("llava", "llava_next")
 
 every_pair = pytest.mark.parametrize(("name", "family"), PAIRS)
+every_budgeted_pair = pytest.mark.parametrize(("name", "family"), BUDGETED)
+every_lossless_pair = pytest.mark.parametrize(("name", "family"), LOSSLESS)
 every_dropping_pair = pytest.mark.parametrize(("name", "family"), DROPPING)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def everything(name: str) -> dict[str, Any]:
-    """Parameters under which a method drops nothing."""
-    if name == "keep_all":
-        return {}
+    """Parameters under which a method drops nothing; what a method without such takes else."""
+    if name in NO_BUDGET:
+        lossless, some = NO_BUDGET[name]
+        return dict(some if lossless is None else lossless)
     return {"keep_ratio": 1.0, **({"tau": 0.0} if name == "todre" else {})}
 
 
 def few(name: str, num_keep: int = 5, **params: Any) -> dict[str, Any]:
-    """Parameters under which a method keeps ``num_keep`` tokens of each picture."""
-    if name == "keep_all":
-        return params
+    """Parameters under which a method keeps ``num_keep`` tokens of each picture, or few."""
+    if name in NO_BUDGET:
+        return {**NO_BUDGET[name][1], **params}
     return {"num_keep": num_keep, **({"tau": 0.0} if name == "todre" else {}), **params}
 
 

@@ -15,7 +15,7 @@ from tests.contract.cases import (
     LINE_FAMILIES,
     batch,
     every_dropping_pair,
-    every_pair,
+    every_lossless_pair,
     everything,
     few,
 )
@@ -24,7 +24,7 @@ attentions = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 
 @attentions
-@every_pair
+@every_lossless_pair
 def test_keep_all_is_bit_equal(name: str, family: str, attn: str, models: Any) -> None:
     model, inputs = models(family, attn), batch(family)
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True,

@@ -14,6 +14,7 @@ from tests.contract import oracle
 from tests.contract.cases import (
     DROPPING,
     LINE_FAMILIES,
+    LOSSLESS,
     MERGING,
     PAIRS,
     batch,
@@ -46,9 +47,10 @@ def test_every_search_keeps_what_it_kept(name: str, family: str, search: Any, mo
     model, inputs = models(family), batch(family)
     torch.manual_seed(5)
     want = model.generate(**inputs, **search)
-    with visprune.prune(model, name, **everything(name)):
-        torch.manual_seed(5)
-        assert torch.equal(model.generate(**inputs, **search), want)
+    if (name, family) in LOSSLESS:
+        with visprune.prune(model, name, **everything(name)):
+            torch.manual_seed(5)
+            assert torch.equal(model.generate(**inputs, **search), want)
     found = []
     for _ in range(2):
         with visprune.prune(model, name, **few(name)):

@@ -11,7 +11,16 @@ import torch
 import visprune
 from tests import tiny
 from tests.contract import oracle
-from tests.contract.cases import METHODS, batch, every_family, every_pair, few, places
+from tests.contract.cases import (
+    METHODS,
+    NEEDS_CLASS_TOKEN,
+    NO_BUDGET,
+    batch,
+    every_family,
+    every_pair,
+    few,
+    places,
+)
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
 
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
@@ -111,8 +120,15 @@ def test_encode_images_reads_its_input(models: Any) -> None:
 # Videos --------------------------------------------------------------------------------------
 
 
+CLIPPED = [
+    name
+    for name in METHODS
+    if name not in NEEDS_CLASS_TOKEN and (name not in NO_BUDGET or name == "keep_all")
+]
+
+
 @pytest.mark.parametrize("family", QWENS)
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "visionzip"])
+@pytest.mark.parametrize("name", CLIPPED)
 @torch.no_grad()
 def test_videos_have_a_budget_each(name: str, family: str, models: Any) -> None:
     model, inputs = models(family), batch(family, MIXED)

@@ -21,14 +21,18 @@ from transformers import (
 import visprune
 from tests import tiny
 from tests.contract import oracle
-from tests.contract.cases import METHODS, everything, few
+from tests.contract.cases import METHODS, NEEDS_CLASS_TOKEN, NO_BUDGET, everything, few
 from tests.unit import cost_configs
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.find import find_adapter
 
 BREAK, END, STEP = 94, 95, 4
 SIZES = {"a": (12, 20), "b": (24, 8), "c": (16, 16)}
-READABLE = [name for name in METHODS if name != "visionzip"]  # it needs a class token
+READABLE = [
+    name
+    for name in METHODS
+    if name not in NEEDS_CLASS_TOKEN and (name not in NO_BUDGET or name == "keep_all")
+]
 ROWS: list[list[Any]] = [[3, "a", 6], [2, "b", 4, "c", 3], [5]]
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "patch_size": STEP,
           "num_attention_heads": 2, "image_size": 24}  # fmt: skip

@@ -22,11 +22,20 @@ from transformers import (
 
 import visprune
 from tests import tiny
-from tests.contract.cases import LINE_FAMILIES, METHODS, batch, every_family, everything
+from tests.contract.cases import (
+    LINE_FAMILIES,
+    METHODS,
+    NEEDS_CLASS_TOKEN,
+    NO_BUDGET,
+    OPTIONAL_BUDGET,
+    batch,
+    every_family,
+    everything,
+)
 from tests.contract.test_removal import state
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel, VispruneError
 
-BUDGETED = [name for name in METHODS if name != "keep_all"]
+BUDGETED = [name for name in METHODS if name not in NO_BUDGET]
 FAMILY_LIST = ", ".join(visprune.list_models())
 
 
@@ -43,6 +52,9 @@ def llava(models: Any) -> Iterator[Any]:
 def test_a_budget_is_one_of_two(name: str, llava: Any) -> None:
     with pytest.raises(BudgetError, match=r"got both: num_keep=4, keep_ratio=0.5. Give exactly"):
         visprune.prune(llava, name, num_keep=4, keep_ratio=0.5)
+    if name in OPTIONAL_BUDGET:
+        visprune.prune(llava, name).remove()
+        return
     with pytest.raises(BudgetError, match=r"num_keep .* or keep_ratio .*got neither"):
         visprune.prune(llava, name)
 
@@ -97,7 +109,7 @@ def test_unknown_parameter(name: str, llava: Any) -> None:
     message = rf"{name} has no parameter 'positionss'.*Did you mean 'positions'"
     with pytest.raises(ConfigError, match=message):
         visprune.prune(llava, name, **everything(name), positionss="compact")
-    if name != "keep_all":
+    if name in BUDGETED:
         message = r"'numkeep'. Did you mean 'num_keep'\? Parameters: .*keep_ratio"
         with pytest.raises(ConfigError, match=message):
             visprune.prune(llava, name, numkeep=4)
@@ -314,7 +326,7 @@ def test_pruning_twice_is_refused(family: str, models: Any) -> None:
 
 
 @pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in LINE_FAMILIES])
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "visionzip"])
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in NEEDS_CLASS_TOKEN])
 def test_compact_positions_need_a_line(name: str, family: str, models: Any) -> None:
     model = models(family)
     before = state(model)

@@ -10,8 +10,17 @@ import torch
 
 import visprune
 from tests.contract import oracle
-from tests.contract.cases import batch, every_family, every_pair, few, places
+from tests.contract.cases import (
+    FIRST,
+    batch,
+    every_budgeted_pair,
+    every_family,
+    every_pair,
+    few,
+    places,
+)
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
+from visprune.core.method import ModelSpec
 from visprune.core.site import Site
 from visprune.methods.pool import pool_tokens
 
@@ -26,10 +35,24 @@ def per_layer(name: str, params: dict[str, Any], count: int) -> list[int]:
         return [count, count, keep, keep]
     if name == "pyramiddrop":
         return [count, min(count, keep * 4), min(count, keep * 2), keep]
+    if name not in FIRST:
+        return scheduled(name, params, count)
     return [min(keep, count)] * LAYERS
 
 
-@every_pair
+def scheduled(name: str, params: dict[str, Any], count: int) -> list[int]:
+    """What a method's own stages say, which the methods' tests hold to their papers."""
+    spec = ModelSpec("x", num_layers=LAYERS, has_cls=True, multi_axis_rope=False)
+    left, found = count, [count] * LAYERS
+    for stage in visprune.get_method(name, **params).schedule(spec):
+        assert stage.budget is not None
+        left = stage.budget.resolve(left, count)
+        first = 0 if stage.site.kind == "projector" else stage.site.resolve(LAYERS)
+        found[first:] = [left] * (LAYERS - first)
+    return found
+
+
+@every_budgeted_pair
 @torch.no_grad()
 def test_tokens_per_layer_equal_the_schedule(name: str, family: str, models: Any) -> None:
     model, inputs, params = models(family), batch(family), few(name)
@@ -95,7 +118,7 @@ def test_strict_refuses_a_budget_above_the_count(family: str, models: Any) -> No
             assert run.trace.kept == []
 
 
-@every_pair
+@every_budgeted_pair
 @torch.no_grad()
 def test_a_budget_above_every_count_keeps_all(name: str, family: str, models: Any) -> None:
     model, inputs = models(family), batch(family)

@@ -41,7 +41,10 @@ from visprune.core.signals import (
     LastQueryAttention,
     QueriesKeys,
     ReceivedAttention,
+    SampleKeysValues,
     Signal,
+    Slots,
+    TextSlots,
     TextStates,
     VisualShare,
 )
@@ -321,3 +324,29 @@ def test_no_signal_switches_the_kernel(models: Any) -> None:
         assert calls["sdpa"] == want
     assert model.config.text_config._attn_implementation == "sdpa"
     assert tiny.FAMILIES
+
+
+def test_slots_say_which_entries_of_a_sample_are_whose(family: str) -> None:
+    model, inputs = tiny.build(family), batch(family, ROWS)
+    whole = looked(model, inputs, SampleKeysValues())
+    slots = looked(model, inputs, Slots())
+    own = looked(model, inputs, KeysValues())
+    at = slots[:, None, None, :, None].expand(own.shape)
+    assert torch.equal(whole.gather(3, at), own)
+    for (_, free), found in zip(visual(family, inputs), slots, strict=True):
+        assert found.tolist() == free.tolist()
+    after = looked(model, inputs, TextSlots())
+    for row, (_, free), found in zip(range(2), visual(family, inputs), after, strict=True):
+        wanted = [
+            n
+            for n in range(int(free.max()) + 1, whole.shape[3])
+            if bool(inputs["attention_mask"][row, n])
+        ]
+        assert found[found >= 0].tolist() == wanted
+    plain, normed = (
+        looked(model, inputs, TextStates(which="after_image", normed=n)) for n in (False, True)
+    )
+    want = model.model.language_model.norm(plain)
+    there = plain.abs().sum(-1) > 0
+    torch.testing.assert_close(normed[there], want[there])
+    assert bool((normed[~there] == 0).all())

@@ -24,6 +24,10 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "pyramiddrop": [{"num_keep": 7, "depths": (0.5, 0.75), "factor": 0.25}],
     "visionzip": [{"num_keep": 7, "contextual": 0}, {"keep_ratio": 0.5, "contextual": 3}],
     "random": [{"num_keep": 7, "seed": 12}],
+    "random_deep": [{"num_keep": 7, "seed": 12, "layer": 3}],
+    "v2drop": [{}, {"ratios": (0.5, 0.25), "layers": (2, 7)}, {"keep_ratio": 0.1}],
+    "dart": [{"num_keep": 7, "pivot_image": 2, "pivot_text": 6, "official": True}],
+    "vtw": [{}, {"layer": 3}],
     "keep_all": [{}],
     "tome": [{"r": 8}, {"r": (8, 4, 0), "prop_attn": False}, {"r": 8, "inflect": -1.0}],
     "pitome": [{"keep_ratio": 0.9, "margin": 0.5}],
@@ -39,7 +43,12 @@ INSIDE = [name for name in METHODS if inside_only(visprune.catalog.methods.get(n
 
 def plain(name: str) -> dict[str, Any]:
     by_ratio = {"tome": {"r": 4}, "pitome": {"keep_ratio": 0.9}, "evit": {"keep_ratio": 0.7}}
-    return by_ratio.get(name, {} if name == "keep_all" else {"num_keep": 16})
+    return by_ratio.get(name, {} if name in NO_BUDGET else {"num_keep": 16})
+
+
+# What decides itself how many stay, or at which layer they leave.
+NO_BUDGET = ("keep_all", "vtw")
+CLASS_TOKEN = ("visionzip",)
 
 
 def test_the_nine_methods() -> None:
@@ -80,8 +89,10 @@ def test_schedules_go_down(name: str, layers: int) -> None:
     assert depths == sorted(set(depths))
     kept = [s.budget.resolve(576) for s in stages if s.budget is not None]
     assert kept == sorted(kept, reverse=True)
+    assert kept or name in NO_BUDGET
     # The budget is what survives the last selection.
-    assert kept[-1] == (576 if name == "keep_all" else 16)
+    if name not in NO_BUDGET:
+        assert kept[-1] == 16
 
 
 @pytest.mark.parametrize("layers", [2, 12, 24, 27])
@@ -106,7 +117,7 @@ def test_what_acts_behind_an_encoder_is_named(has_cls: bool) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         make_plan(visprune.get_method("evit"), spec)
     named = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
-    assert named == [n for n in METHODS if n not in INSIDE and (has_cls or n != "visionzip")]
+    assert named == [n for n in METHODS if n not in INSIDE and (has_cls or n not in CLASS_TOKEN)]
     for name in named:
         make_plan(visprune.get_method(name, **plain(name)), spec)
 
@@ -142,7 +153,10 @@ def test_values_of_another_type_in_a_built_method() -> None:
         visprune.get_method(built)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m not in ("keep_all", "tome", "evit")])
+SHORT = ("tome", "evit")  # less a letter, they are others' names
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in (*NO_BUDGET, *SHORT)])
 def test_a_wrong_name_says_which_is_meant(name: str) -> None:
     with pytest.raises(ConfigError, match=f"Did you mean '{name}'"):
         visprune.get_method(name[:-1], num_keep=4)

@@ -99,7 +99,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepBudget:
-    """What one layer of an image encoder keeps, in the terms of the papers on vision transformers.
+    """What one layer keeps, in the terms of the papers on vision transformers.
 
     Exactly one of the three is given.
 
@@ -148,8 +148,8 @@ class Stage:
 
     Attributes:
         site: where.
-        budget: tokens that each image keeps from here on, a ``StepBudget`` inside an encoder;
-            ``None``: the method decides itself how many (:meth:`Selection.where`).
+        budget: tokens that each image keeps from here on, a ``StepBudget`` inside an encoder or
+            a decoder; ``None``: the method decides itself how many (:meth:`Selection.where`).
         needs: signals that the method is shown, and refuses a model without.
         wants: signals that it is shown where the model has them.
     """

@@ -170,10 +170,10 @@ def _positions(method: PruningMethod, spec: ModelSpec) -> PositionRule:
 
 
 def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stage: Stage) -> None:
-    if isinstance(stage.budget, StepBudget):
+    if isinstance(stage.budget, StepBudget) and stage.site.kind != "decoder":
         raise ConfigError(
-            f"{method.name} has a StepBudget at {stage.site}; only a site inside an encoder has "
-            f"steps. Give a Budget."
+            f"{method.name} has a StepBudget at {stage.site}; only a site inside an encoder or a "
+            f"decoder has steps. Give a Budget."
         )
     for signal in stage.signals:
         if isinstance(signal, EncoderSignal) and signal.layer == "own":

@@ -18,4 +18,8 @@ TABLE = {
     "evit": "visprune.methods.evit:EViT",
     "topk": "visprune.methods.topk:TopK",
     "dynamicvit": "visprune.methods.dynamicvit:DynamicViT",
+    "random_deep": "visprune.methods.random_deep:RandomDeep",
+    "v2drop": "visprune.methods.v2drop:V2Drop",
+    "dart": "visprune.methods.dart:DART",
+    "vtw": "visprune.methods.vtw:VTW",
 }

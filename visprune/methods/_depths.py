@@ -58,3 +58,19 @@ def geometric(
         site = Site.encoder(layer, after_attention=after_attention)
         stages.append(Stage(site, step, needs))
     return tuple(stages)
+
+
+def increasing(name: str, layers: Iterable[int | float]) -> tuple[int | float, ...]:
+    """Return a method's decoder ``layers`` as a tuple.
+
+    Raises:
+        ConfigError: there is none, or they are not all of one kind and in rising order.
+    """
+    found = tuple(layers)
+    alike = len({isinstance(layer, float) for layer in found}) == 1
+    if not alike or list(found) != sorted(set(found)):
+        raise ConfigError(
+            f"{name} takes layers in rising order, all 0-based numbers or all fractions of the "
+            f"depth, at least one; got {found}."
+        )
+    return found

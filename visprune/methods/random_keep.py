@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from visprune.core import (
     BudgetedMethod,
     Context,
@@ -20,6 +18,7 @@ from visprune.core import (
 )
 from visprune.core.signals import Fingerprint
 from visprune.methods._depths import DEPTHS, geometric
+from visprune.methods._draw import draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +48,4 @@ class RandomKeep(BudgetedMethod):
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Draw for each picture."""
-        drawn = []
-        for fingerprint in ctx[Fingerprint()]:
-            state = self.seed * 1_000_003 + ctx.stage * 7_919 + fingerprint
-            generator = torch.Generator().manual_seed(state % 2**63)
-            drawn.append(torch.randperm(tokens.num_tokens, generator=generator)[: ctx.num_keep])
-        return Selection.keep(torch.stack(drawn).to(tokens.features.device), tokens.num_tokens)
+        return draw(tokens, ctx.num_keep, ctx[Fingerprint()], self.seed, ctx.stage)

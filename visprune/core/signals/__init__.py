@@ -32,6 +32,7 @@ from visprune.core.signals.encoder_attention import (
 )
 from visprune.core.signals.encoder_features import EncoderFeatures
 from visprune.core.signals.pictures import Fingerprint, Frames, PatchPositions
+from visprune.core.signals.sample import SampleKeysValues, Slots, TextSlots
 from visprune.core.signals.text import TextStates
 
 __all__ = [
@@ -55,7 +56,10 @@ __all__ = [
     "PictureSignal",
     "QueriesKeys",
     "ReceivedAttention",
+    "SampleKeysValues",
     "Signal",
+    "Slots",
+    "TextSlots",
     "TextStates",
     "TokenSignal",
     "VisualShare",

@@ -20,15 +20,22 @@ class TextStates(DecoderSignal):
 
     Attributes:
         which: all text, or that after the first visual token.
+        normed: behind the norm of the decoder's end.
     """
 
     uses: ClassVar[Literal["attention", "states", "sequence"]] = "sequence"
     token_dim: ClassVar[int | None] = None
 
     which: Literal["text", "after_image"] = "text"
+    normed: bool = False
 
     def read(self, seen: DecoderSeen) -> Tensor:
         """The slots that hold text."""
         at = seen.queries(self.which).to(seen.hidden.device)
         place = at.clamp(min=0)[..., None].expand(-1, -1, seen.hidden.shape[-1])
-        return torch.where((at >= 0)[..., None], seen.hidden.gather(1, place), 0.0)
+        states = seen.hidden.gather(1, place)
+        if self.normed:
+            if seen.norm is None:
+                raise LookupError("This decoder has no norm behind its last layer.")
+            states = seen.norm(states)
+        return torch.where((at >= 0)[..., None], states, 0.0)
