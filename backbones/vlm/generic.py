@@ -23,7 +23,7 @@ from visprune.cost.cost import ModelShape
 from visprune.errors import UnsupportedModel
 
 Kind = Literal["image", "video"]
-_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 _PROJECTORS = ("multi_modal_projector", "aligner", "connector", "projector", "mm_projector")
 # Whose operations are those that a counter of matrix products sees.
 COUNTED: tuple[str, ...] = (
@@ -151,11 +151,18 @@ class GenericAdapter(VLMAdapter):
             cells: (t, h, w) in patches, where the processor says so.
             kind: image or video.
         """
-        pos, placed, grids = self.places(count, pixels, cells)
+        free = self.free(count, cells)
+        pos, placed, grids = self.places(int(free.sum()), pixels, cells)
         return Picture(
-            free=torch.ones(count, dtype=torch.bool), pos=pos, source=None, pixels=pixels,
-            kind=kind, grids=grids, placed=placed,
-        )  # fmt: skip
+            free=free, pos=pos, source=None, pixels=pixels, kind=kind, grids=grids, placed=placed
+        )
+
+    def free(self, count: int, cells: tuple[int, int, int] | None) -> Tensor:
+        """Which tokens of a picture are of its patches, ``[count]`` bool; the others are marks.
+
+        Marks (the end of a row, a separator of views) are protected and outside the budget.
+        """
+        return torch.ones(count, dtype=torch.bool)
 
     def places(
         self, count: int, pixels: Tensor | None, cells: tuple[int, int, int] | None
@@ -255,10 +262,21 @@ class RowsAdapter(TilesAdapter):
 
     def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
         """Every picture or tile of each sample."""
-        pixels = call["pixel_values"]
-        there = (pixels != 0).flatten(2).any(-1)  # [B, n]
-        counts = lengths(output)
-        each = sum(counts) // max(1, int(there.sum()))
+        return self.rows(call["pixel_values"], None, output, kind)
+
+    def rows(
+        self, pixels: Tensor, there: Tensor | None, output: Any, kind: Kind
+    ) -> list[list[Picture]]:
+        """The pieces of each sample.
+
+        Args:
+            pixels: ``[B, n, 3, H, W]``.
+            there: which of them are real, ``[B, n]`` bool; ``None``: those that are not all zero.
+            output: what the encoder made of them.
+            kind: image or video.
+        """
+        there = (pixels != 0).flatten(2).any(-1) if there is None else there.bool()
+        each = sum(lengths(output)) // max(1, int(there.sum()))
         return [
             [self.piece(each, one, None, kind) for one in row[real]]
             for row, real in zip(pixels, there, strict=True)

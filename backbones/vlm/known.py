@@ -6,6 +6,7 @@ from __future__ import annotations
 CLIPS = "pictures, clips"
 PICTURES = "pictures"
 TILES = "pictures (tiles are one)"
+TILES_AND_CLIPS = "pictures (tiles are one), clips"
 
 # By `model_type`: the models, and what a budget is given for. Proved by tests on tiny models.
 KNOWN: dict[str, tuple[str, str]] = {
@@ -43,6 +44,14 @@ KNOWN: dict[str, tuple[str, str]] = {
     "got_ocr2": ("GOT-OCR 2", TILES),
     "qianfan_ocr": ("Qianfan-OCR", TILES),
     "apertus1p5": ("Apertus 1.5", PICTURES),
+    "llava_onevision": ("LLaVA-OneVision", TILES_AND_CLIPS),
+    "llava_next_video": ("LLaVA-NeXT-Video", TILES_AND_CLIPS),
+    "video_llava": ("Video-LLaVA", CLIPS),
+    "ernie4_5_vl_moe": ("ERNIE 4.5 VL", CLIPS),
+    "hunyuan_vl": ("HunYuan-VL, HunyuanOCR", PICTURES),
+    "deepseek_ocr2": ("DeepSeek-OCR 2", TILES),
+    "granite_docling": ("Granite Docling", TILES),
+    "perception_lm": ("Perception LM", TILES_AND_CLIPS),
     "gemma3": ("Gemma 3 (sliding windows)", PICTURES),
     "exaone4_5": ("EXAONE 4.5 (sliding windows)", PICTURES),
     "aya_vision": ("Aya Vision (sliding windows)", TILES),

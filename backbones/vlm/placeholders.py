@@ -125,6 +125,21 @@ class Placeholders:
         """
         return [[picture] for picture in self.pictures(call, kind)]
 
+    def encodes(
+        self,
+        kind: Literal["image", "video"],
+        given: dict[str, Any],
+        call: dict[str, Any] | None,
+    ) -> Literal["image", "video"]:
+        """What is encoded by ``get_image_features`` or ``get_video_features``.
+
+        Args:
+            kind: which of them is called.
+            given: its arguments.
+            call: the arguments of ``core``, inside a call of it.
+        """
+        return kind
+
     def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
         """Put pieces together that a person would count as one picture (tiles)."""
         return layouts

@@ -25,13 +25,21 @@ def find_decoder(core: nn.Module) -> Any:
         if module is core or not isinstance(getattr(module, "layers", None), nn.ModuleList):
             continue
         takes = inspect.signature(module.forward).parameters
-        embeddings = getattr(module, "get_input_embeddings", None)
-        if "inputs_embeds" in takes and embeddings is not None and embeddings() is table:
+        if "inputs_embeds" in takes and _table_of(module) is table:
             return module
     raise UnsupportedModel(
         f"{type(core).__name__} has no decoder of its own that is given the merged sequence "
         f"(inputs_embeds): where its visual tokens enter is not known."
     )
+
+
+def _table_of(module: nn.Module) -> Any:
+    """The embedding table of a module, ``None`` if it has none."""
+    embeddings = getattr(module, "get_input_embeddings", None)
+    try:
+        return None if embeddings is None else embeddings()
+    except NotImplementedError:  # of an encoder that says so
+        return None
 
 
 def merged_grid(grid: tuple[int, int, int], tokens: int) -> tuple[int, int, int] | None:

@@ -45,8 +45,20 @@ def hidden_logits(model: Any, inputs: Inputs, keep: list[Tensor]) -> Tensor:
 def extended(inputs: Inputs, tokens: Tensor) -> Inputs:
     """The inputs with text ``tokens`` ``[B, T]`` appended."""
     out = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
-    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if name in inputs:
+    for name in inputs:
+        if name == "attention_mask" or name.endswith("token_type_ids"):
             more = torch.full_like(tokens, int(name == "attention_mask"))
             out[name] = torch.cat([inputs[name], more.to(inputs[name].dtype)], 1)
     return out
+
+
+def decoder_call(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the untouched decoder is called with."""
+    seen: dict[str, Any] = {}
+    decoder = find_adapter(model).language_model
+    handle = decoder.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return seen

@@ -12,7 +12,7 @@ import visprune
 from tests import tiny as contract
 from tests.contract.oracle import TOLERANCE, alive, assert_close, error, forwards, grown
 from tests.families import tiny
-from tests.families.oracle import extended, hidden_logits
+from tests.families.oracle import decoder_call, extended, hidden_logits
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.find import find_adapter
 
@@ -36,6 +36,9 @@ def batch(family: str) -> dict[str, Any]:
     """Left padding, two pictures of two sizes in a row, a row of text alone."""
     return tiny.inputs(family, [[3, "a", 6], [2, "b", 4, "C", 3], [5]])
 
+
+# Position ids tell the number of a picture among all of the batch.
+COUNT_PICTURES_OF_THE_BATCH = ("hunyuan_vl",)
 
 GENERATE = {
     "max_new_tokens": 4,
@@ -99,12 +102,16 @@ def test_a_batch_equals_its_samples_alone(family: str, models: Any) -> None:
     model, rows = models(family), [[3, "a", 6], [2, "b", 4, "C", 3], [5]]
     inputs = tiny.inputs(family, rows)
     valid = inputs["attention_mask"].bool()
+    ids = decoder_call(model, inputs).get("position_ids")
     for name in METHODS:
         with visprune.prune(model, name, **few(name)) as run:
             together, kept = model(**inputs).logits, run.trace.kept
             alone = []
             for number, row in enumerate(rows):
-                single = model(**tiny.inputs(family, [row])).logits[0]
+                sample = tiny.inputs(family, [row])
+                if family in COUNT_PICTURES_OF_THE_BATCH:
+                    sample["position_ids"] = ids[:, number : number + 1, valid[number]]
+                single = model(**sample).logits[0]
                 assert error(together[number, valid[number]], single) <= 2e-5
                 if number < 2:
                     alone += run.trace.kept

@@ -15,23 +15,12 @@ from torch import Tensor
 import visprune
 from tests.contract.oracle import assert_close, error
 from tests.families import tiny
+from tests.families.oracle import decoder_call
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.find import find_adapter
 
 PROMPT = [2, "b", 4, "C", 3]
-
-
-def decoder_call(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the untouched decoder is called with."""
-    seen: dict[str, Any] = {}
-    decoder = find_adapter(model).language_model
-    handle = decoder.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    return seen
 
 
 def masks_of(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
@@ -105,6 +94,8 @@ def test_pooling_equals_the_decoder_on_the_means(
     ids = torch.arange(embeds.shape[1])[None] if ids is None else ids
     short["position_ids"] = ids[..., stands]
     short["attention_mask"] = torch.ones(1, len(stands), dtype=torch.long)
+    for name in find_adapter(model).by_token:
+        short[name] = call[name][:, stands]
     mask = call.get("visual_pos_masks")
     if mask is not None:
         visual = mask[0, stands]

@@ -243,7 +243,7 @@ def idefics2(layers: int) -> Any:
     return tf.Idefics2ForConditionalGeneration(config)
 
 
-def _marked(ids: list[int], clip: bool) -> list[int]:
+def marked(ids: list[int], clip: bool) -> list[int]:
     """Idefics 3: every tile behind a marker of its own, the whole picture last."""
     each = [ids[n : n + 9] for n in range(0, len(ids), 9)]
     out: list[int] = []
@@ -252,7 +252,7 @@ def _marked(ids: list[int], clip: bool) -> list[int]:
     return [*out, VSTART]
 
 
-@family("idefics3", tiles, prompt=_marked, by_row=True)
+@family("idefics3", tiles, prompt=marked, by_row=True)
 def idefics3(layers: int) -> Any:
     config = tf.Idefics3Config(
         vision_config=vit(),
@@ -263,7 +263,7 @@ def idefics3(layers: int) -> Any:
     return tf.Idefics3ForConditionalGeneration(config)
 
 
-@family("smolvlm", tiles, prompt=_marked, by_row=True)
+@family("smolvlm", tiles, prompt=marked, by_row=True)
 def smolvlm(layers: int) -> Any:
     config = tf.SmolVLMConfig(
         vision_config=vit(),

@@ -192,7 +192,9 @@ def build(name: str, *, attn: str = "sdpa", seed: int = 0) -> Any:
     model = spec.make(spec.layers).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and float(parameter.std()) < 1e-3:
+                parameter.normal_(std=0.16)  # next to nothing would hide what enters it
+            elif parameter.dim() > 1:
                 parameter.mul_(8.0)
     model.set_attn_implementation("eager" if spec.only_eager else attn)
     model.generation_config.eos_token_id = None
@@ -205,7 +207,10 @@ def _count(spec: Family, model: Any, letter: str) -> int:
     """Tokens of a picture, by asking the encoder."""
     clip = letter == "v"
     given = _pixels(spec, letter)
-    encode = getattr(model.model, f"get_{'video' if clip else 'image'}_features")
+    encode = getattr(model.model, "get_video_features" if clip else "get_image_features", None)
+    if encode is None:  # clips are encoded as pictures
+        encode = model.model.get_image_features
+        given["pixel_values"] = given.pop("pixel_values_videos")
     known = inspect.signature(encode).parameters
     if spec.by_row:
         given = {key: value[None] for key, value in given.items()}

@@ -171,7 +171,9 @@ class EncoderTap:
         finally:
             current.heard = None
         bound = signature.bind_partial(*args, **kwargs).arguments
-        pieces = self.adapter.pieces({**bound.pop("kwargs", {}), **bound}, kind, output)
+        given = {**bound.pop("kwargs", {}), **bound}
+        kind = self.adapter.encodes(kind, given, current.call)
+        pieces = self.adapter.pieces(given, kind, output)
         pictures = [piece for entry in pieces for piece in entry]
         if self.finish is not None:
             self.finish(pictures)

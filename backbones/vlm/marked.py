@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families with marks among the visual tokens, or whose decoder is told which tokens are visual."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from visprune.backbones.vlm.generic import GenericAdapter, NamedTilesAdapter, TilesAdapter
+from visprune.backbones.vlm.picture import Picture
+
+
+class HunYuanAdapter(GenericAdapter):
+    """HunYuan-VL: a begin, a newline behind every row, an end."""
+
+    def free(self, count: int, cells: tuple[int, int, int] | None) -> Tensor:
+        """All but these."""
+        assert cells is not None, "its encoder takes grids"
+        side = self.merge
+        found = torch.ones(cells[1] // side, cells[2] // side + 1, dtype=torch.bool)
+        found[:, -1] = False
+        edge = torch.zeros(1, dtype=torch.bool)
+        return torch.cat([edge, found.flatten(), edge])
+
+
+class SeparatorAdapter(GenericAdapter):
+    """DeepSeek-OCR 2: learned queries of local views and of the whole, and a separator."""
+
+    queries = True
+
+    def free(self, count: int, cells: tuple[int, int, int] | None) -> Tensor:
+        """All but the last."""
+        return torch.arange(count) < count - 1
+
+
+class ErnieAdapter(GenericAdapter):
+    """ERNIE 4.5 VL: the decoder has experts of its own for visual tokens and the marks around."""
+
+    by_token = ("moe_mm_token_type_ids",)
+
+
+class RealTilesAdapter(NamedTilesAdapter):
+    """Granite Docling: as Idefics 3, and the processor says which tiles are real."""
+
+    def pieces(
+        self, call: dict[str, Any], kind: Literal["image", "video"], output: Any
+    ) -> list[list[Picture]]:
+        """Every tile of each sample."""
+        real = call.get("pixel_attention_mask")
+        return self.rows(call["pixel_values"], real, output, kind)
+
+
+class PerceptionAdapter(TilesAdapter):
+    """Perception LM: clips are encoded as pictures are, frame by frame."""
+
+    def encodes(
+        self,
+        kind: Literal["image", "video"],
+        given: dict[str, Any],
+        call: dict[str, Any] | None,
+    ) -> Literal["image", "video"]:
+        """What ``get_image_features`` was given: pictures, or the clips of the call."""
+        clips = (call or {}).get("pixel_values_videos")
+        return "video" if clips is not None and given.get("pixel_values") is clips else kind
+
+    def pixels_of(
+        self, call: dict[str, Any], kind: Literal["image", "video"], counts: list[int]
+    ) -> list[Any]:
+        """The tiles or frames, one after the other."""
+        return list(call["pixel_values"].flatten(0, 1))
