@@ -17,6 +17,7 @@ _LAZY = {
     "get_method": "visprune.catalog",
     "list_methods": "visprune.catalog",
     "list_models": "visprune.catalog",
+    "check": "visprune.eval.check.run",
     "encode_images": "visprune.machine.sharing",
     "evaluate": "visprune.eval.evaluate",
     "load_pretrained": "visprune.machine.saved",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from visprune.catalog import get_method as get_method
     from visprune.catalog import list_methods as list_methods
     from visprune.catalog import list_models as list_models
+    from visprune.eval.check.run import check as check
     from visprune.eval.evaluate import evaluate as evaluate
     from visprune.machine.run import Run as Run
     from visprune.machine.run import prune as prune

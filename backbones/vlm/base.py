@@ -34,6 +34,8 @@ class VLMAdapter(Placeholders):
     """
 
     multi_axis_rope = False
+    proved = True
+    """Whether the family was proved by tests; else a model is checked on its first prompt."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -218,6 +218,12 @@ class GenericAdapter(VLMAdapter):
         return [own[..., :h, :w] for own, (h, w) in zip(pixels, sizes, strict=True)]
 
 
+class TriedAdapter(GenericAdapter):
+    """A family without a row in the registry: whether the contract holds, a check has to say."""
+
+    proved = False
+
+
 class QueriesAdapter(GenericAdapter):
     """A family that reads pictures with learned queries."""
 

@@ -58,7 +58,7 @@ class Encodings:
 
     def __init__(self, model: Any, processor: Any, adapter: VLMAdapter | None) -> None:
         self.model, self.processor, self.adapter = model, processor, adapter
-        self.shares = adapter is not None and adapter.takes_encoded
+        self.shares = adapter is not None and adapter.takes_encoded and adapter.proved
         self._prepared: Held[_Prepared] = Held(_ROOM // 2, _prepared_bytes)
         self._encoded: Held[EncodedImages] = Held(_ROOM // 2, lambda images: images.nbytes)
 

@@ -82,7 +82,7 @@ class VLM:
         try:
             self.adapter = find_adapter(model)
         except UnsupportedModel as error:
-            self.adapter, self._no_adapter = None, str(error)
+            self.adapter, self.no_adapter = None, str(error)
         self.encodings = Encodings(model, processor, self.adapter)
 
     def describe(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class VLM:
         if isinstance(choice, str):
             return None
         if self.adapter is None:
-            return self._no_adapter
+            return self.no_adapter
         if choice.build_learned(self.adapter.spec) is not None:
             return f"{choice.name} chooses by a predictor that is learned; {self.name} has none."
         try:

@@ -10,14 +10,10 @@ import pytest
 import torch
 import transformers as tf
 from transformers import (
-    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
 )
 
 import visprune
@@ -179,24 +175,6 @@ def test_a_text_only_model() -> None:
     other = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UnsupportedModel, match="text-only"):
         visprune.prune(other, "todre", num_keep=4)
-
-
-def test_a_family_without_an_adapter() -> None:
-    text = Qwen2Config(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                       num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                              num_attention_heads=1, image_size=8, patch_size=4)  # fmt: skip
-    ids = {"image_token_id": 18, "video_token_id": 19}
-    config = LlavaOnevisionConfig(text_config=text, vision_config=vision, **ids)
-    model = LlavaOnevisionForConditionalGeneration(config)
-    before = state(model)
-    with pytest.raises(UnsupportedModel) as caught:
-        visprune.prune(model, "todre", num_keep=4)
-    message = str(caught.value)
-    assert "llava_onevision" in message
-    assert "has no adapter" in message
-    assert FAMILY_LIST in message
-    assert state(model) == before
 
 
 _SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

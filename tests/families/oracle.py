@@ -3,53 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visprune.machine.check.hide import hiding
+from visprune.machine.check.prompts import extended
 from visprune.machine.find import find_adapter
+
+__all__ = ["decoder_call", "extended", "hidden_logits"]
 
 Inputs = dict[str, Any]
 
 
-@contextmanager
-def hiding(model: Any, keep: list[Tensor]) -> Iterator[None]:
-    """Run ``model`` (eager: its masks are whole) without the keys that ``keep`` lacks, by layer."""
-
-    def before(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask = kwargs["attention_mask"]
-        assert mask.dim() == 4, "eager attention has its mask written out"
-        gone = ~keep[number][:, None, None, :]
-        alone = torch.eye(mask.shape[-1], dtype=torch.bool)  # a hidden token sees itself
-        fill = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return args, {**kwargs, "attention_mask": mask.masked_fill(gone & ~alone, fill)}
-
-    with ExitStack() as stack:
-        for number, layer in enumerate(find_adapter(model).layers):
-            hook = partial(before, number)
-            handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
-
-
 def hidden_logits(model: Any, inputs: Inputs, keep: list[Tensor]) -> Tensor:
     """Logits ``[B, S, V]`` of the untouched model with hidden keys (no cache)."""
-    with hiding(model, keep), torch.no_grad():
+    with hiding(find_adapter(model).layers, keep), torch.no_grad():
         return model(**inputs, use_cache=False).logits
-
-
-def extended(inputs: Inputs, tokens: Tensor) -> Inputs:
-    """The inputs with text ``tokens`` ``[B, T]`` appended."""
-    out = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
-    for name in inputs:
-        if name == "attention_mask" or name.endswith("token_type_ids"):
-            more = torch.full_like(tokens, int(name == "attention_mask"))
-            out[name] = torch.cat([inputs[name], more.to(inputs[name].dtype)], 1)
-    return out
 
 
 def decoder_call(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

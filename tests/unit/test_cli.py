@@ -56,7 +56,7 @@ def test_help_names_every_command(
 ) -> None:
     assert _run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    for name in ("demo", "show", "methods", "models", "tasks", "bench", "train"):
+    for name in ("demo", "show", "check", "methods", "models", "tasks", "bench", "train"):
         assert f" {name} " in out
 
 

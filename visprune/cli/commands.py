@@ -108,6 +108,29 @@ def show(
     draw(picture, question=question, method=method, num_keep=num_keep, out=out, model=model)
 
 
+@app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a model, its name on the Hub, or embedded.")
+    ],
+    picture: Annotated[
+        Path | None, typer.Option(help="Any image file.", show_default="a drawn one")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2 ...", show_default="its own")
+    ] = None,
+) -> None:
+    """Show that pruning a model is safe: the contract, in numbers, on your own model."""
+    from visprune.eval.check.run import check as run_check
+
+    report = run_check(model, picture=picture, dtype=dtype, device=device, attention=attention)
+    typer.echo(report)
+    if not report.safe:
+        raise typer.Exit(1)
+
+
 app.command("eval")(evaluate)
 app.command()(compare)
 

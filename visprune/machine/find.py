@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from torch import nn
 
 from visprune.backbones.encoders import REFUSED
 from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
+from visprune.backbones.vlm.generic import TriedAdapter
 from visprune.catalog import adapters, encoders, list_models
 from visprune.errors import UnsupportedModel
 
 # In the names of what a transformers model's forward takes.
+_FEATURES = "get_image_features"
 _PICTURES, _SOUNDS = ("pixel", "image"), ("input_features", "input_values", "audio")
 
 
@@ -94,7 +97,40 @@ def find_adapter(model: Any) -> Any:
         )
     if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
         return adapters.get(kind)(inner)
+    if kind not in adapters and kind not in REFUSED_FAMILIES and _reads_pictures(inner):
+        return _tried(inner, kind, have)
     raise UnsupportedModel(f"{type(inner).__name__} ({kind}) {_what_it_is(inner, kind, have)}")
+
+
+def _reads_pictures(model: nn.Module) -> bool:
+    """Whether a model generates text of pictures whose features an inner model merges into it."""
+    core = getattr(model, "model", None)
+    writes = bool(getattr(model, "can_generate", lambda: False)())
+    return writes and hasattr(model, "get_output_embeddings") and hasattr(core, _FEATURES)
+
+
+def _tried(model: nn.Module, kind: str, have: str) -> Any:
+    """The generic adapter on a family that is not known, with a word of warning.
+
+    Raises:
+        UnsupportedModel: it cannot be tried.
+    """
+    try:
+        adapter = TriedAdapter(model)
+    except (UnsupportedModel, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} ({kind}) has no adapter, and the generic one does not fit it: "
+            f"{error} {have}"
+        ) from error
+    warnings.warn(
+        f"{kind} is no family that visprune was proved on. It is tried with the generic adapter: "
+        f"the first prompt with a picture is checked (keep all = untouched, drop = hide, cached = "
+        f"one forward) before it is pruned, which takes some forwards more. What its encoder makes "
+        f"one entry of (a tile, too) counts as one picture.",
+        UserWarning,
+        stacklevel=4,
+    )
+    return adapter
 
 
 def _what_it_is(model: nn.Module, kind: str, have: str) -> str:

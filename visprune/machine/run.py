@@ -19,6 +19,7 @@ from visprune.core.trace import Trace
 from visprune.cost.cost import Causal, Cost
 from visprune.errors import ConfigError
 from visprune.machine import price
+from visprune.machine.check.trial import Trial
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.encoder.plan import step
@@ -74,7 +75,13 @@ class Run:
         active: whether the run is in force.
     """
 
-    def __init__(self, adapter: VLMAdapter | EncoderAdapter, method: PruningMethod) -> None:
+    def __init__(
+        self,
+        adapter: VLMAdapter | EncoderAdapter,
+        method: PruningMethod,
+        *,
+        proved: bool | None = None,
+    ) -> None:
         self.adapter, self.method = adapter, method
         self.plan: Plan = make_plan(method, adapter.spec)
         self.owner = Owner(method.name)
@@ -101,6 +108,9 @@ class Run:
                 self.observers,
             )
         self.learned = None if self._reducer is None else self._reducer.learned
+        self._trial: Trial | None = None
+        if isinstance(adapter, VLMAdapter) and not (adapter.proved if proved is None else proved):
+            self._trial = Trial(adapter, self._take_off, self._put_on, self.remove)
         try:
             self._install()
         except BaseException:
@@ -111,6 +121,17 @@ class Run:
 
     def _install(self) -> None:
         _mark(self.adapter, self)
+        if self._trial is not None and self._decoder is not None:
+            self._decoder.unproved = self._trial.why
+        self._put_on()
+        if self._trial is not None:
+            self._trial.install()
+
+    def _put_on(self) -> None:
+        """Put the hooks on; of a family that is tried, the second time for good."""
+        trial = self._trial
+        if trial is not None and trial.report is not None and self._decoder is not None:
+            self._decoder.unproved = None
         if self._decoder is not None:
             self._decoder.install()
             if self.encoder is not None:
@@ -118,17 +139,23 @@ class Run:
         elif self._reducer is not None:
             self._reducer.install()
 
-    def remove(self) -> None:
-        """Take the method off: the model is bit for bit what it was. Safe to call twice.
-
-        Waits for calls of other threads that are under way.
-        """
+    def _take_off(self) -> None:
+        """Take all hooks off."""
+        if self._trial is not None:
+            self._trial.remove()
         if self.encoder is not None:
             self.encoder.remove()
         elif self._reducer is not None:
             self._reducer.remove()
         if self._decoder is not None:
             self._decoder.remove()
+
+    def remove(self) -> None:
+        """Take the method off: the model is bit for bit what it was. Safe to call twice.
+
+        Waits for calls of other threads that are under way.
+        """
+        self._take_off()
         self.owner.active = False
         _unmark(self.adapter, self)
 

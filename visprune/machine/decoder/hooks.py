@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,13 @@ class DecoderHooks:
         owner: the run, as caches know it.
         encoder: what the method does inside the encoder, if anything.
         observers: whom to tell of every choice; read at each.
+
+    Attributes:
+        told: whom to tell of every call of the decoder that held pictures, behind its last layer.
+        unproved: why pictures are not pruned yet: of a family that has to pass a check before.
     """
+
+    unproved: str | None = None
 
     def __init__(
         self,
@@ -84,6 +90,7 @@ class DecoderHooks:
         self.encoder, self.observers = encoder, observers
         self.gate = Gate()
         self._current = _Current()
+        self.told: list[Callable[[Forward], None]] = []
         self._last: Trace | None = None
         self._handles: list[Any] = []
         self._outputs = OutputHooks(adapter.model, adapter.head)
@@ -206,6 +213,8 @@ class DecoderHooks:
                         "there. Pass the features unchanged, or input_ids and pixels.",
                     )
             layouts += self.adapter.layouts(call, pictures)
+        if layouts and self.unproved is not None:
+            raise UnsupportedModel(self.unproved)
         for layout in layouts:
             for budget in self.plan.budgets:
                 budget.resolve(len(layout.picture.pos), strict=self.method.strict)
@@ -374,6 +383,8 @@ class DecoderHooks:
         fwd, self._current.forward = self._current.forward, None
         if fwd is None:
             return None
+        for told in self.told if fwd.images else ():
+            told(fwd)
         trace = fwd.close(cache_of(output))
         if trace is None:
             self._outputs.forget()
