@@ -72,6 +72,7 @@ def evaluate(
     generation: Mapping[str, Any] | None = None,
     speed: bool | Mapping[str, Any] = False,
     name: str | None = None,
+    pad: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model under methods and controls, on the same questions.
@@ -94,6 +95,8 @@ def evaluate(
         speed: also measure latency by part: ``True``, or options of
             :class:`visprune.eval.study.grid.SpeedPlan`.
         name: what tables call the model.
+        pad: show pictures whole, in squares of the processor's mean colour, as LLaVA's own
+            evaluation does.
         progress: show bars on the terminal.
 
     Returns:
@@ -106,8 +109,8 @@ def evaluate(
         >>> visprune.evaluate(model, processor, tasks=["embedded"], methods=["todre"],
         ...                   budgets=[64], limit=200)  # doctest: +SKIP
     """
-    loaded = None if isinstance(model, str) else _loaded(model, processor, name)
-    spec = ModelEntry(model if isinstance(model, str) else loaded.name if loaded else "")
+    loaded = None if isinstance(model, str) else _loaded(model, processor, name, pad)
+    spec = ModelEntry(model if isinstance(model, str) else loaded.name if loaded else "", pad=pad)
     study = build_study(
         {
             "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,
@@ -130,14 +133,16 @@ def evaluate(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _loaded(model: Any, processor: Any, name: str | None) -> EvalModel:
+def _loaded(model: Any, processor: Any, name: str | None, pad: bool) -> EvalModel:
     """The loaded model as one that the runner can ask."""
     if processor is not None:
         from visprune.eval.models.vlm import VLM
 
-        return VLM(model, processor, name=name)
+        return VLM(model, processor, name=name, pad=pad)
     from visprune.eval.models.vit import TimmClassifier
 
+    if pad:
+        raise ConfigError("pad is of vision-language models; an image classifier has a transform.")
     return TimmClassifier(model, name=name)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from visprune.backbones.cost.encoder import read_encoder, read_projector
 from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.vlm.deepstack import take_out
 from visprune.backbones.vlm.placeholders import Placeholders
+from visprune.backbones.vlm.seen import Canvas, fit_to_square
 from visprune.core.method import ModelSpec
 from visprune.core.signals.base import EncoderLayer
 from visprune.cost.cost import ModelShape
@@ -31,11 +32,16 @@ class VLMAdapter(Placeholders):
         core: the module that merges pictures into the text (``model.model``).
         language_model: the decoder, called with ``inputs_embeds``.
         layers: its layers.
+        prompt_style: how the family is asked: by a chat template, or in LLaVA-1.5's words.
+        markup: what was put around a prompt (``<image>``, ``{prompt}``) in its training, where its
+            processor's chat template is not that; ``None``: the template counts.
     """
 
     multi_axis_rope = False
     proved = True
     """Whether the family was proved by tests; else a model is checked on its first prompt."""
+    prompt_style: ClassVar[Literal["chat", "llava15"]] = "chat"
+    markup: ClassVar[str | None] = None
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -256,6 +262,14 @@ class VLMAdapter(Placeholders):
     def takes_encoded(self) -> bool:
         """Whether the model takes pictures that were encoded before (``mm_encoder_outputs``)."""
         return "mm_encoder_outputs" in self._signature.parameters
+
+    def fit(self, image_processor: Any, canvas: Canvas) -> None:
+        """Do to a canvas what the processor does to a picture: where the grid of tokens lies.
+
+        A canvas that is left as it is: the grid covers the picture, squeezed to whole patches at
+        most.
+        """
+        fit_to_square(image_processor, canvas)
 
     def cost_shape(self) -> ModelShape:
         """What the whole model costs by token, read from its own modules as they are now.

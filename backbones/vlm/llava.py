@@ -12,6 +12,7 @@ from torch import nn
 from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.encoders.hf_clip import HfClip
 from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.markup import VICUNA_V1
 from visprune.backbones.vlm.picture import Picture, grid
 from visprune.errors import ConfigError, UnsupportedModel
 
@@ -32,6 +33,8 @@ class LlavaAdapter(VLMAdapter):
     """
 
     towers: ClassVar[tuple[str, ...]] = (*SQUARE, PIXTRAL)
+    prompt_style = "llava15"
+    markup: ClassVar[str | None] = VICUNA_V1
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

@@ -21,6 +21,7 @@ class LlavaNextAdapter(LlavaAdapter):
     """
 
     towers = SQUARE
+    markup = None
 
     def pictures(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[Picture]:
         """One picture per image, its tokens where the model's own packing puts them."""

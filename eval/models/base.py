@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -68,6 +69,7 @@ class Output:
     kv_bytes: int | None = None
     new_tokens: int | None = None
     kept: Mapping[str, Any] | None = None
+    beyond: int | None = None
 
 
 class Answerer(Protocol):
@@ -113,6 +115,9 @@ class EvalModel(Protocol):
     def prompt_length(self, prompt: str) -> int:
         """Return how long a prompt is: prompts of one length are best asked together."""
 
+    def unseen(self, size: tuple[int, int]) -> str | None:
+        """Say what it does not see of a picture of that width and height; ``None``: nothing."""
+
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -132,6 +137,9 @@ class ModelEntry:
         revision: of the Hub.
         checkpoint: weights of a timm or open_clip model (safetensors); ``None``: the pretrained
             ones.
+        pad: put pictures into a square of the processor's mean colour first, as LLaVA's own
+            evaluation does (its processor on the Hub cuts the middle out); of vision-language
+            models.
 
     Raises:
         ConfigError: an unknown dtype, or a device that torch does not know.
@@ -145,6 +153,7 @@ class ModelEntry:
     processor: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = None
     checkpoint: str | None = None
+    pad: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -154,6 +163,11 @@ class ModelEntry:
             )
         if self.device != "auto":
             _device(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, as a study of before there was ``pad`` wrote it."""
+        found = dataclasses.asdict(self)
+        return found if self.pad else {k: v for k, v in found.items() if k != "pad"}
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
         """The device to run on; processes of one machine take one GPU each.

@@ -24,6 +24,11 @@ def load(spec: ModelEntry, library: str, name: str, local_rank: int = 0) -> Eval
     Raises:
         ConfigError: the library does not know it, or its weights cannot be had.
     """
+    if spec.pad:
+        raise ConfigError(
+            f"pad is of vision-language models; {spec.name} is an image classifier, and its "
+            f"transform says how pictures are prepared."
+        )
     device = spec.torch_device(local_rank)
     dtype = torch.float32 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return (_timm if library == "timm" else _open_clip)(spec, name, device, dtype)

@@ -33,11 +33,12 @@ def load(spec: ModelEntry, local_rank: int = 0) -> VLM:
         if spec.attention is not None:
             model.set_attn_implementation(spec.attention)
         return VLM(model.to(device), processor, name=EMBEDDED, template=spec.template or PLAIN,
-                   style="plain")  # fmt: skip
+                   style="plain", pad=spec.pad)  # fmt: skip
     model, processor = _from_transformers(spec)
     asked: Any = read_asked(spec.name) or {}  # a folder of this library says how it was taught
     template, style = spec.template or asked.get("template"), asked.get("style")
-    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style)
+    return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style,
+               pad=spec.pad)  # fmt: skip
 
 
 def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:

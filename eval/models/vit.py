@@ -25,7 +25,7 @@ from visprune.eval.models.base import (
 from visprune.eval.models.held import Held
 from visprune.eval.models.identity import structure_hash, transform_hash, weights_hash
 from visprune.eval.models.kept import bits_of
-from visprune.eval.models.seen import seen_by_transform
+from visprune.eval.models.seen import describe_seen, seen_by_transform, seen_of_record
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.imagenet import ImageNet, ranking_text
 from visprune.machine.run import prune
@@ -185,7 +185,10 @@ class Classifier:
         texts = ranking_text(self.logits(pixels).float(), numbers)
         if run is None:
             tokens, macs = self._whole
-            return [Output(text, tokens=tokens, macs=macs) for text in texts]
+            return [
+                Output(text, tokens=tokens, macs=macs, kept=self._seen(request) or None)
+                for text, request in zip(texts, requests, strict=True)
+            ]
         cost: Cost = run.cost()
         share = {part: value // cost.samples for part, value in cost.parts.items()}
         trace = run.trace
@@ -222,8 +225,18 @@ class Classifier:
         alive[index[index >= 0]] = True
         found: dict[str, Any] = {"grid": [height, width]}
         found["kept"] = bits_of(alive.reshape(height, width))
-        box = request.image and seen_by_transform(self.transform, request.image.size)
-        return {**found, "box": box} if box else found
+        return {**found, **self._seen(request)}
+
+    def _seen(self, request: Request) -> dict[str, Any]:
+        """What a record keeps of where the picture was cut."""
+        if request.image is None:
+            return {}
+        return seen_of_record(seen_by_transform(self.transform, request.image.size))
+
+    def unseen(self, size: tuple[int, int]) -> str | None:
+        """Say what the transform leaves out of a picture of that size, or puts out of shape."""
+        said = describe_seen(seen_by_transform(self.transform, size), size)
+        return said and f"{self.name} does not see pictures as they are: the first is {said}."
 
 
 class TimmClassifier(Classifier):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.seen import Canvas, Seen
+from visprune.catalog import adapters
 from visprune.core.method import PruningMethod
 from visprune.cost.cost import Cost, ModelShape
 from visprune.errors import ConfigError, UnsupportedModel, did_you_mean
@@ -26,7 +30,7 @@ from visprune.eval.models.base import (
 from visprune.eval.models.encodings import Encodings, image_token
 from visprune.eval.models.identity import config_hash, plain, processor_hash, weights_hash
 from visprune.eval.models.kept import kept_map
-from visprune.eval.models.seen import seen_by_processor
+from visprune.eval.models.seen import describe_seen, pad_to_square, seen_of_record
 from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.refcoco import RefCOCO
@@ -58,6 +62,8 @@ class VLM:
         name: what it is called in tables.
         template: markup around a prompt; see :class:`visprune.eval.models.base.ModelEntry`.
         style: how questions are put; ``None``: by family.
+        pad: put pictures into a square of the processor's mean colour before it prepares them, as
+            LLaVA's own evaluation does.
     """
 
     generates = True
@@ -70,13 +76,16 @@ class VLM:
         name: str | None = None,
         template: str | None = None,
         style: PromptStyle | None = None,
+        pad: bool = False,
     ) -> None:
         self.model, self.processor, self.template = model, processor, template
         # A folder's name alone: where it lies is nobody's business, and differs between machines.
         self.name = name or Path(model.config._name_or_path).name or type(model).__name__
+        self.pad = pad
         self.family = str(model.config.model_type)
-        llava = self.family in ("llava", "llava_next")
-        self.style: PromptStyle = style or ("llava15" if llava else "chat")
+        known: Any = adapters.get(self.family) if self.family in adapters else VLMAdapter
+        self.style: PromptStyle = style or known.prompt_style
+        self._markup: str | None = known.markup
         prompts.check_style(self.style)
         self._weights = weights_hash(model)
         try:
@@ -98,6 +107,7 @@ class VLM:
             "config": config_hash(self.model),
             "processor": processor_hash(self.processor),
             "generation_config": plain({k: v for k, v in config.items() if k not in _SILENT}),
+            **({"pad": True} if self.pad else {}),
         }
 
     @property
@@ -195,7 +205,7 @@ class VLM:
         self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
     ) -> list[Output]:
         texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
-        shared = self.encodings.batch(texts, requests, run)
+        shared = self.encodings.batch(texts, [self._padded(r) for r in requests], run)
         if shared is not None:
             inputs, layouts = shared
         else:
@@ -218,6 +228,7 @@ class VLM:
             seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
             tokens = [float(count) for count in seen]
         kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]
+        lengths = inputs["attention_mask"].sum(1).tolist()  # before anything is dropped
         return [
             Output(
                 text=said[i].strip(),
@@ -226,6 +237,7 @@ class VLM:
                 kv_bytes=None if cost is None else cost.kv_bytes,
                 new_tokens=counts[i],
                 kept=kept[i],
+                beyond=self._beyond(lengths[i] + counts[i]),
             )
             for i in range(len(requests))
         ]
@@ -235,16 +247,52 @@ class VLM:
     ) -> dict[str, Any] | None:
         """Kept patches, and the part of the picture that the model saw where it was cropped."""
         found = kept_map(run, layouts, row) if run is not None else None
-        if found is None or request.image is None:
+        if request.image is None or (run is not None and found is None):
             return found
-        prepares = getattr(self.processor, "image_processor", None)
-        box = seen_by_processor(prepares, self.family, request.image.size)
-        return found if box is None else {**found, "box": box}
+        seen = self.seen(request.image.size)
+        return {**(found or {}), **seen_of_record(seen)} or None
+
+    def _beyond(self, length: int) -> int | None:
+        """Tokens beyond the positions that the decoder was made for; ``None``: there are none.
+
+        Rotary positions go on without an error there, and answers get worse.
+        """
+        places = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return length - places if isinstance(places, int) and length > places else None
+
+    def seen(self, size: tuple[int, int]) -> Seen:
+        """Where the grid of tokens lies on a picture of that width and height."""
+        canvas = Canvas.of(size)
+        if self.pad:
+            canvas.pad_to_square()
+        if self.adapter is not None:
+            self.adapter.fit(getattr(self.processor, "image_processor", None), canvas)
+        return canvas.seen()
+
+    def unseen(self, size: tuple[int, int]) -> str | None:
+        """Say what is not seen of a picture of that size, or out of shape, and what to do."""
+        said = describe_seen(self.seen(size), size)
+        return said and (
+            f"{self.name} does not see pictures as they are: the first is {said}. pad (a key of "
+            f"the model, --pad) shows it whole in a square, as LLaVA's own evaluation does."
+        )
+
+    def _padded(self, request: Request) -> Request:
+        if not self.pad or request.image is None:
+            return request
+        return dataclasses.replace(request, image=pad_to_square(request.image, self._mean))
+
+    @cached_property
+    def _mean(self) -> Sequence[float]:
+        """The colour that a picture is padded with."""
+        mean = getattr(getattr(self.processor, "image_processor", None), "image_mean", None)
+        return tuple(mean) if isinstance(mean, list | tuple) and len(mean) == 3 else (0.5,) * 3
 
     def inputs(self, requests: Sequence[Request], style: str) -> dict[str, Any]:
         """What the model takes for these requests, padded on the left, on its device."""
         texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
-        images = [[request.image] for request in requests if request.image is not None]
+        shown = [self._padded(request).image for request in requests]
+        images = [[image] for image in shown if image is not None]
         made = self.processor(
             text=texts,
             images=images or None,
@@ -257,8 +305,8 @@ class VLM:
     def markup(self, prompt: str, style: str, *, picture: bool) -> str:
         """Put a prompt between the words that the model was trained to see around it."""
         template = self.template
-        if template is None and style == "llava15" and self.family == "llava":
-            template = prompts.VICUNA_V1
+        if template is None and style == "llava15":
+            template = self._markup
         if template is None and getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}] * picture + [{"type": "text", "text": prompt}]
             return self.chat([{"role": "user", "content": content}])

@@ -135,6 +135,8 @@ class Record:
         kept: ``{"grid": [h, w], "kept": base64 of bits, row-major}``; with ``regions`` (a list of
             the same) where a picture was cut into several grids, and ``box`` (left, top, right,
             bottom of the grid in fractions of the picture) where the model sees a part of it.
+        beyond: tokens of prompt and answer beyond the positions that the model was made for;
+            ``None``: all are within.
         seconds: wall time of the model for this sample (of a batch: its share).
         env: id of the environment.
         meta: what else the task wants to keep.
@@ -160,6 +162,7 @@ class Record:
     new_tokens: int | None = None
     picture: str | None = None
     kept: Mapping[str, Any] | None = None
+    beyond: int | None = None
     seconds: float = 0.0
     env: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from visprune.eval.report.estimate import Draws, Scorer
@@ -184,6 +184,13 @@ def _notes(
     short = [f"{label} ({n:g})" for label, n in asked.items() if n < most]
     if short:
         notes.append(f"Incomplete, fewer than {most:g} samples: {', '.join(short)}.")
+    notes += _unseen(samples.values())
+    long = sum(line.beyond for row in rows for o in row.outcomes for line in o.lines.values())
+    if long:
+        notes.append(
+            f"{long} of {sum(row.n for row in rows)} answers are to questions longer than the "
+            f"positions that the model was made for: such answers get worse. Samples are marked."
+        )
     pictures = len({line.cluster for line in samples.values()})
     if pictures < 30:
         notes.append(
@@ -191,6 +198,21 @@ def _notes(
             if pictures > 1 else "One picture: there is no interval."
         )  # fmt: skip
     return notes
+
+
+def _unseen(lines: Iterable[Line]) -> list[str]:
+    """A remark where pictures were cut or squeezed before the model saw them."""
+    views = {line.cluster: line for line in lines}
+    cut = [line.seen for line in views.values() if line.seen < 0.995]
+    out = [line.squeezed for line in views.values() if line.squeezed > 1.0]
+    said = []
+    if cut:
+        said.append(f"{len(cut)} cut to the middle (up to {1 - min(cut):.0%} of one is not seen)")
+    if out:
+        said.append(f"{len(out)} squeezed (by up to {max(out):.2g})")
+    if not said:
+        return []
+    return [f"Of {len(views)} pictures the model saw {' and '.join(said)}; samples show where."]
 
 
 def _versions(

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from visprune.backbones.vlm.seen import Seen
 from visprune.errors import ConfigError
 from visprune.eval.records import record as records
 from visprune.eval.records.folder import ResultsFolder
@@ -40,6 +41,9 @@ class Line:
         kv_bytes: bytes of keys and values in the cache.
         new_tokens: tokens generated.
         env: id of the environment that it was made in.
+        seen: part of the picture that the model saw.
+        squeezed: how far out of shape it saw it; 1: not.
+        beyond: it was longer than the model's positions.
     """
 
     sample: str
@@ -58,6 +62,9 @@ class Line:
     kv_bytes: float | None
     new_tokens: float | None
     env: str = ""
+    seen: float = 1.0
+    squeezed: float = 1.0
+    beyond: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,15 @@ class _Reader:
             kv_bytes=self._once(_number(values.get("kv_bytes"))),
             new_tokens=self._once(_number(values.get("new_tokens"))),
             env=self._once(str(values.get("env") or "")),
+            beyond=bool(values.get("beyond")),
+            **self._view(_dict(values.get("kept"))),
         )
+
+    def _view(self, kept: Mapping[str, Any]) -> dict[str, float]:
+        """How much of the picture the model saw, and how far out of shape."""
+        box, stretch = box_of(kept), _number(kept.get("stretch")) or 1.0
+        seen = Seen(None if box is None else (box[0], box[1], box[2], box[3]), stretch)
+        return {"seen": self._once(seen.share), "squeezed": self._once(seen.squeezed)}
 
     def _once(self, value: Any) -> Any:
         return self._held.setdefault(value, value)
@@ -208,6 +223,14 @@ class _Reader:
         parts = {str(name): _number(number) for name, number in _dict(value).items()}
         known = {name: number for name, number in parts.items() if number is not None}
         return self._held.setdefault(tuple(known.items()), known) if known else None
+
+
+def box_of(kept: Mapping[str, Any]) -> list[float] | None:
+    """Where the grid lies on the picture, in fractions of it; ``None``: it covers it."""
+    box = kept.get("box")
+    ends = [_number(end) for end in box] if isinstance(box, list) else []
+    inside = [end for end in ends if end is not None and -9 < end < 9]
+    return inside if len(inside) == len(ends) == 4 else None
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from visprune.eval.report.read import Line, Outcome, Results
+from visprune.eval.report.read import Line, Outcome, Results, box_of
 
 __all__ = ["Chosen", "choose", "pictures", "read_samples"]
 
@@ -144,6 +144,9 @@ def _answered(values: Mapping[str, Any]) -> dict[str, Any]:
         value = values.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             got[name] = value
+    beyond = values.get("beyond")
+    if isinstance(beyond, int) and beyond > 0:
+        got["beyond"] = beyond
     if values.get("rule"):
         got["rule"] = _short(values["rule"], 60)
     kept = _kept(values.get("kept"))
@@ -153,21 +156,22 @@ def _answered(values: Mapping[str, Any]) -> dict[str, Any]:
 def _kept(value: Any) -> list[Any]:
     """Return ``[rows, columns, bits, grids, box]``, empty where nothing was noted.
 
-    A picture cut into tiles has several grids; the record's own is that of the whole picture. The
+    Of the untouched model the box alone is noted, where it saw a part: no rows, no columns. A
+    picture cut into tiles has several grids; the record's own is that of the whole picture. The
     box says where the grid lies, in fractions of the picture; ``None``: it covers it.
     """
     if not isinstance(value, dict):
         return []
     grid, bits, regions = value.get("grid"), value.get("kept"), value.get("regions")
+    box = box_of(value)
+    if grid is None and box is not None:
+        return [0, 0, "", 1, box]
     if not (isinstance(grid, list) and len(grid) == 2 and isinstance(bits, str)):
         return []
     if not all(isinstance(side, int) and 0 < side <= 512 for side in grid):
         return []
-    box = value.get("box")
-    ends = box if isinstance(box, list) and len(box) == 4 else [None]
-    inside = all(isinstance(x, int | float) and -9 < x < 9 for x in ends)
     grids = len(regions) if isinstance(regions, list) else 1
-    return [*grid, bits[:65536], grids, box if inside else None]
+    return [*grid, bits[:65536], grids, box]
 
 
 def pictures(results: Results, samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:

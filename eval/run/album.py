@@ -37,10 +37,14 @@ class Album:
 
     Args:
         folder: where small copies are kept; ``None``: nowhere.
+        opened: called with every picture that was read.
     """
 
-    def __init__(self, folder: ResultsFolder | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: ResultsFolder | None = None,
+        opened: Callable[[Image.Image], None] = lambda image: None,
+    ) -> None:  # fmt: skip
+        self._folder, self._opened = folder, opened
         self._shots: Held[Shot] = Held(_ROOM, _bytes)
 
     def look(self, load: Callable[[], Image.Image]) -> Shot:
@@ -52,6 +56,7 @@ class Album:
 
         def make() -> Shot:
             image = load()
+            self._opened(image)
             return Shot(image, picture_hash(image))
 
         return self._shots.get(_key(load), make)

@@ -120,6 +120,7 @@ class Asker:
             kv_bytes=output.kv_bytes,
             new_tokens=output.new_tokens,
             kept=output.kept,
+            beyond=output.beyond,
             seconds=round(seconds, 6),
         )
 

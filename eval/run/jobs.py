@@ -196,7 +196,7 @@ def register(
             for other in known:
                 _check_same_model(folder, cell, other)
         folder.add_cells(cells)
-        there, resolved, model = folder.study, study.to_dict(), dataclasses.asdict(spec)
+        there, resolved, model = folder.study, study.to_dict(), spec.to_dict()
         order = dict.fromkeys([*there.get("cells", ()), *(cell.id for cell in cells)])
         keys = {
             _entry_key(resolved, model, job.task.to_dict(), job.cell.seed, job.variant.to_dict()):

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from PIL import Image
+
 from visprune.errors import ConfigError
 from visprune.eval.models.base import NO_IMAGE, Answerer, EvalModel
 from visprune.eval.records.files import RecordsWriter
 from visprune.eval.records.folder import ResultsFolder
-from visprune.eval.records.record import Cell, canonical
+from visprune.eval.records.record import Cell, Record, canonical
 from visprune.eval.run.album import Album, picture_hash
 from visprune.eval.run.ask import Asker
 from visprune.eval.run.claims import Claims, Done, asked_hash, lock_of, own_first
@@ -86,7 +88,8 @@ def walk_model(desk: Desk, model: EvalModel, jobs: Sequence[Job], rank: int, wor
     groups: dict[bytes, list[Job]] = {}
     for job in jobs:
         groups.setdefault(canonical(job.task.to_dict()), []).append(job)
-    walks = [_Walk(desk, model, group, group[0].task.samples()) for group in groups.values()]
+    tell = _Teller(desk, model)
+    walks = [_Walk(desk, model, group, group[0].task.samples(), tell) for group in groups.values()]
     for walk in walks:
         walk.check_pictures()
     total = sum(len(walk.jobs) * len(walk.samples) for walk in walks)
@@ -99,6 +102,39 @@ def walk_model(desk: Desk, model: EvalModel, jobs: Sequence[Job], rank: int, wor
         desk.done.own = None
 
 
+class _Teller:
+    """Says once what is not as it seems: the first picture that is cut, the first long question.
+
+    Args:
+        desk: where to say it.
+        model: the model.
+    """
+
+    def __init__(self, desk: Desk, model: EvalModel) -> None:
+        self._progress, self._model = desk.progress, model
+        self._told: set[str] = set()
+
+    def picture(self, image: Image.Image) -> None:
+        """A picture was read."""
+        if "picture" not in self._told and (said := self._model.unseen(image.size)) is not None:
+            self._say("picture", said)
+
+    def records(self, records: Sequence[Record]) -> None:
+        """Samples were answered."""
+        long = next((record for record in records if record.beyond), None)
+        if long is not None and "length" not in self._told:
+            self._say(
+                "length",
+                f"{self._model.name}: the question {long.sample!r} and its answer are "
+                f"{long.beyond} tokens longer than the positions that the model was made for; such "
+                f"answers are marked (beyond) and counted in the report.",
+            )
+
+    def _say(self, what: str, text: str) -> None:
+        self._told.add(what)
+        self._progress.note(text)
+
+
 class _Walk:
     """The cells that ask the same samples.
 
@@ -107,13 +143,16 @@ class _Walk:
         model: the model.
         jobs: the cells.
         samples: of their task.
+        tell: says what is not as it seems.
     """
 
     def __init__(
-        self, desk: Desk, model: EvalModel, jobs: Sequence[Job], samples: Sequence[Sample]
-    ) -> None:
+        self, desk: Desk, model: EvalModel, jobs: Sequence[Job], samples: Sequence[Sample],
+        tell: _Teller,
+    ) -> None:  # fmt: skip
         self.desk, self.model, self.jobs, self.samples = desk, model, list(jobs), samples
-        self.album = Album(desk.folder if desk.study.pictures else None)
+        self.album = Album(desk.folder if desk.study.pictures else None, tell.picture)
+        self.tell = tell.records
         self.encodings = {job.cell.id: self._encoding(job) for job in jobs}
 
     def _encoding(self, job: Job) -> Hashable:
@@ -274,6 +313,7 @@ class _Visit:
                     names = {self.block[place].id for place in ours}
                     records = asker.ask(answerer, [self.block[place] for place in asked])
                     self.desk.writer.write(r for r in records if r.sample in names)
+                    self.walk.tell(records)
                 for place in held:
                     missing[self.span[place]] = 0
                 self.desk.progress.advance(len(held))

@@ -180,8 +180,9 @@ def shown_picture(
         note: method and counts.
     """
     panels = [original, *regions]
-    height = 5.0
-    widths = [height * panel.image.shape[1] / panel.image.shape[0] for panel in panels]
+    shapes = [panel.image.shape[1] / panel.image.shape[0] for panel in panels]
+    height = min(5.0, 18.0 / sum(shapes))  # wide pictures: no drawing of half a metre
+    widths = [height * shape for shape in shapes]
     width = max(8.0, sum(widths) + 0.4)
     figure = Figure(figsize=(width, height + 1.3), dpi=120, layout="constrained")
     title = textwrap.fill(title, int(7 * width))

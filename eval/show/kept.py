@@ -14,7 +14,7 @@ from torch import Tensor
 from visprune.core.trace import Trace
 from visprune.errors import ConfigError
 
-__all__ = ["KeptMap", "kept_of", "paint"]
+__all__ = ["KeptMap", "kept_of", "paint", "place", "seen_part"]
 
 _VEIL = np.array([236, 236, 240], np.float32)
 _KEPT = np.array([0, 0, 0], np.float32)
@@ -91,6 +91,65 @@ def paint(picture: Image.Image, kept: KeptMap, region: int = 0, cell: int = 16) 
     for slot, count in zip(numbers.tolist(), counts.tolist(), strict=True):
         _paint_slot(out, canvas, dest == slot, head, count, cell)
     return np.clip(out, 0, 255).astype(np.uint8)
+
+
+Box = tuple[float, float, float, float]
+_WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+_LONGEST = 1400  # pixels
+
+
+def seen_part(picture: Image.Image, box: Box | None) -> Image.Image:
+    """The part of a picture that a grid covers; grey where it was padded.
+
+    Args:
+        picture: the picture.
+        box: left, top, right, bottom in fractions of it; ``None``: all.
+    """
+    if box is None:
+        return picture
+    across, down = picture.size
+    left, top = round(box[0] * across), round(box[1] * down)
+    right, bottom = round(box[2] * across), round(box[3] * down)
+    part = Image.new("RGB", (max(1, right - left), max(1, bottom - top)), (128, 128, 128))
+    part.paste(picture, (-left, -top))
+    return part
+
+
+def place(picture: Image.Image, painted: np.ndarray, box: Box | None) -> np.ndarray:
+    """Put a painted grid where it lies on the whole picture; what the model does not see fades.
+
+    Args:
+        picture: the picture.
+        painted: uint8 ``[h, w, 3]``, stretched to the part that it covers.
+        box: that part, in fractions of the picture; ``None``: all of it.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+    """
+    part = box or _WHOLE
+    union = (min(part[0], 0.0), min(part[1], 0.0), max(part[2], 1.0), max(part[3], 1.0))
+    across, down = picture.size
+    wide, high = (union[2] - union[0]) * across, (union[3] - union[1]) * down
+    scale = min(len(painted) / ((part[3] - part[1]) * down), _LONGEST / max(wide, high))
+
+    def pixels(ends: Box) -> tuple[int, int, int, int]:
+        x = [round((end - union[0]) * across * scale) for end in (ends[0], ends[2])]
+        y = [round((end - union[1]) * down * scale) for end in (ends[1], ends[3])]
+        return x[0], y[0], max(x[1], x[0] + 1), max(y[1], y[0] + 1)
+
+    size = (max(1, round(wide * scale)), max(1, round(high * scale)))
+    canvas = Image.new("RGB", size, (128, 128, 128))
+    for ends, shown in ((_WHOLE, picture), (part, Image.fromarray(painted))):
+        left, top, right, bottom = pixels(ends)
+        canvas.paste(shown.resize((right - left, bottom - top)), (left, top))
+        if ends is _WHOLE and part != _WHOLE:
+            faded = _veil(np.asarray(canvas, np.float32), 0.7)
+            canvas = Image.fromarray(np.clip(faded, 0, 255).astype(np.uint8))
+    out = np.array(canvas)
+    if part != _WHOLE:
+        left, top, right, bottom = pixels(part)
+        _frame(out, (slice(top, bottom), slice(left, right)), _KEPT, 0.7, width=2)
+    return out
 
 
 def _veil(canvas: np.ndarray, strength: float) -> np.ndarray:

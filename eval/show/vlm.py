@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from visprune.backbones.vlm.seen import Seen
 from visprune.catalog import get_method
 from visprune.catalog import methods as method_registry
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
 from visprune.eval.models.base import EMBEDDED, ModelEntry, Request
 from visprune.eval.models.load_vlm import load
+from visprune.eval.models.seen import describe_seen
 from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture
-from visprune.eval.show.kept import KeptMap, kept_of, paint
+from visprune.eval.show.kept import KeptMap, kept_of, paint, place, seen_part
 from visprune.eval.tasks.base import Sample
 from visprune.machine.plan import inside_only
 from visprune.machine.run import Run, prune
@@ -37,6 +39,7 @@ def show(
     num_keep: int = 64,
     out: str | Path = "kept.png",
     model: str | tuple[Any, Any] | None = None,
+    pad: bool = False,
     max_new_tokens: int = 24,
 ) -> dict[str, Any]:
     """Ask a model about a picture, whole and pruned, and draw what it still sees.
@@ -50,6 +53,8 @@ def show(
         model: a folder that transformers' ``save_pretrained`` wrote (LLaVA-1.5, LLaVA-NeXT,
             Qwen2-VL, Qwen2.5-VL), the name of such a model on the Hub, a loaded
             ``(model, processor)``, or ``None`` for the embedded model.
+        pad: show the model the picture whole, in a square of the processor's mean colour, as
+            LLaVA's own evaluation does; without, its processor may cut the middle out.
         max_new_tokens: longest answer.
 
     Returns:
@@ -63,12 +68,12 @@ def show(
     target = _target(out)
     image = open_picture(picture)
     chosen = _method(method, num_keep)
-    vlm = _loaded(model)
+    vlm = _loaded(model, pad)
     loaded, processor = vlm.model, vlm.processor
     prune(loaded, chosen).remove()  # a refusal comes before the first answer
-    own_notes: list[str] = []
+    own_notes = _unseen(vlm, image)
     if model is None or model == EMBEDDED:
-        image, own_notes = _squeezed(processor, image, question)
+        own_notes += _unknown_words(processor, question)
     # "chat": the model's own template, or that of the folder, in place of a benchmark's.
     inputs = vlm.inputs([Request(Sample("0", question, lambda: image), question, image)], "chat")
     unpruned = _answer(loaded, processor, inputs, max_new_tokens)
@@ -76,7 +81,7 @@ def show(
         answer = _answer(loaded, processor, inputs, max_new_tokens)
     kept = kept_of(run.trace)
     notes = _notes(run, chosen, kept) + own_notes
-    _draw(_seen(loaded, processor, inputs, image), kept, (unpruned, answer), target,
+    _draw(image, vlm.seen(image.size), kept, (unpruned, answer), target,
           title=f"“{question}”", note=" ".join(notes))  # fmt: skip
     print(f"{question}\n  all {len(kept.dest)} visual tokens: {unpruned}")
     print(f"  {len(kept.index)} kept by {method}: {answer}", *notes, f"Drawn: {target}", sep="\n")
@@ -87,15 +92,23 @@ def show(
 
 
 def _draw(
-    seen: Image.Image, kept: KeptMap, answers: tuple[str, str], target: Path, **texts: str
-) -> None:
-    """Draw the picture with the unpruned answer, and its regions with the pruned one."""
-    panels = [
-        Panel(paint(seen, kept, region, _cell(kept, region)), _caption(kept, region, answers[1]))
-        for region in kept.regions
-    ]
-    original = Panel(np.asarray(seen), f"all {len(kept.dest)} tokens: “{answers[0]}”")
-    shown_picture(original, panels, target, **texts)
+    image: Image.Image, seen: Seen, kept: KeptMap, answers: tuple[str, str], target: Path,
+    **texts: str,
+) -> None:  # fmt: skip
+    """Draw the picture with the unpruned answer, and its regions with the pruned one.
+
+    Where the grid covers a part of the picture, or is out of shape, it is drawn where it lies.
+    """
+    part = seen_part(image, seen.box)
+    panels = []
+    for region in kept.regions:
+        painted = paint(part, kept, region, _cell(kept, region))
+        if len(kept.regions) == 1:
+            painted = place(image, painted, seen.box)
+        panels.append(Panel(painted, _caption(kept, region, answers[1])))
+    whole = np.asarray(image) if seen.box is None else place(image, np.asarray(part), seen.box)
+    shown_picture(Panel(whole, f"all {len(kept.dest)} tokens: “{answers[0]}”"), panels, target,
+                  **texts)  # fmt: skip
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -118,11 +131,11 @@ def open_picture(path: str | Path) -> Image.Image:
         ) from error
 
 
-def _loaded(model: str | tuple[Any, Any] | None) -> VLM:
+def _loaded(model: str | tuple[Any, Any] | None, pad: bool) -> VLM:
     """The model with its processor: the embedded pair, a folder's, the Hub's, or the given one."""
     if isinstance(model, tuple):
-        return VLM(*model)
-    return load(ModelEntry(EMBEDDED if model is None else model))
+        return VLM(*model, pad=pad)
+    return load(ModelEntry(EMBEDDED if model is None else model, pad=pad))
 
 
 def _target(out: str | Path) -> Path:
@@ -179,33 +192,20 @@ def _notes(run: Run, method: PruningMethod, kept: KeptMap) -> list[str]:
     return notes
 
 
-def _squeezed(processor: Any, image: Image.Image, question: str) -> tuple[Image.Image, list[str]]:
-    """The picture as the square that the embedded model was trained on, and what to say of it."""
+def _unknown_words(processor: Any, question: str) -> list[str]:
+    """What to say of the embedded model and a question."""
     notes = ["Embedded model: knows coloured shapes with digits, no photos."]
-    if image.width != image.height:
-        notes.append(f"Squeezed to a square from {image.width} x {image.height}.")
     ids = processor.tokenizer(question, add_special_tokens=False)["input_ids"]
     unknown = ids.count(processor.tokenizer.unk_token_id)
     if unknown:
         notes.append(f"{unknown} words of the question are not in its vocabulary.")
-    # Its processor would cut the middle out.
-    side = processor.image_processor.crop_size["height"]
-    return image.resize((side, side), Image.Resampling.BICUBIC), notes
+    return notes
 
 
-def _seen(model: Any, processor: Any, inputs: dict[str, Any], image: Image.Image) -> Image.Image:
-    """The part of the picture that the visual tokens cover.
-
-    LLaVA-1.5's processor cuts a square out of the middle, so it is read back from the pixels. The
-    other families see the whole picture.
-    """
-    if model.config.model_type != "llava":
-        return image
-    settings = processor.image_processor
-    pixels = inputs["pixel_values"][0].float().cpu()  # [3, H, W]
-    mean, std = (torch.tensor(x)[:, None, None] for x in (settings.image_mean, settings.image_std))
-    array = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
+def _unseen(vlm: VLM, image: Image.Image) -> list[str]:
+    """What to say of a picture that the model does not see as it is."""
+    said = describe_seen(vlm.seen(image.size), image.size)
+    return [f"Picture: {said}; --pad shows it whole, in a square."] if said else []
 
 
 def _cell(kept: KeptMap, region: int) -> int:

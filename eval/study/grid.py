@@ -117,7 +117,7 @@ class Study:
             options = {k: v for k, v in task.to_dict().items() if k not in ("seed", "limit")}
             listing.append((f"the task {task.name!r} with the same options", options))
         for model in self.models:
-            options = dataclasses.asdict(model)
+            options = model.to_dict()
             listing.append((f"the model {model.name!r} with the same options", options))
         for number, entry in enumerate(listing):
             if entry in listing[:number]:
@@ -131,7 +131,7 @@ class Study:
         return {
             "name": self.name,
             "status": self.status,
-            "models": [dataclasses.asdict(model) for model in self.models],
+            "models": [model.to_dict() for model in self.models],
             "methods": [v.to_dict() for v in self.variants],
             "tasks": [task.to_dict() for task in self.tasks],
             "seeds": list(self.seeds),

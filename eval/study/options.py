@@ -61,6 +61,11 @@ class Options:
             dtype=_flag(str, _EVERY, show_default="auto"),
             device=_flag(str, _EVERY, show_default="auto"),
             attention=_flag(str, "Attention of every model: sdpa, eager ..."),
+            pad=_flag(
+                bool,
+                "Show pictures whole, in squares, as LLaVA's own evaluation does.",
+                show_default="no-pad",
+            ),
         ),
     )
     tasks: Any = field(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from visprune.backbones.vlm.markup import VICUNA_V1
 from visprune.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -33,13 +34,6 @@ LETTER = "Answer with the option's letter from the given choices directly."
 UNANSWERABLE = (
     "When the provided information is insufficient, respond with 'Unanswerable'.\n" + SHORT_ANSWER
 )
-
-VICUNA_V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. "
-    "USER: <image>\n{prompt} ASSISTANT:"
-)
-"""LLaVA-1.5's template ``vicuna_v1`` with its system text: about 36 tokens before the picture."""
 
 
 def check_style(style: str) -> None:

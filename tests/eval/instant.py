@@ -109,6 +109,9 @@ class Instant:
     def prompt_length(self, prompt: str) -> int:
         return len(prompt)
 
+    def unseen(self, size: tuple[int, int]) -> str | None:
+        return None
+
     @contextmanager
     def answering(
         self, choice: Choice, task: Task, style: str, generation: Mapping[str, Any]

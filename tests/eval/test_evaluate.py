@@ -35,8 +35,9 @@ from visprune.eval.models.base import ModelEntry, Output, Request
 from visprune.eval.models.identity import weights_hash
 from visprune.eval.models.load import load_model
 from visprune.eval.models.vit import TimmClassifier
-from visprune.eval.models.vlm import VLM
+from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.report import write_report
 from visprune.eval.run.album import picture_hash
 from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.base import get_task
@@ -530,3 +531,35 @@ def test_a_run_in_which_every_sample_fails_ends_with_1_and_the_reason(
     assert "samples that failed have no line" in said
     _failing(tmp_path / "none", monkeypatch, range(0))
     assert "failed" not in capsys.readouterr().out
+
+
+def test_questions_longer_than_the_model_s_positions_are_marked(tmp_path: Path) -> None:
+    from visprune.eval.run.progress import Silent
+    from visprune.eval.run.runner import run_study
+    from visprune.eval.study.grid import build_study
+
+    model, processor = small_embedded()
+    places = model.config.get_text_config().max_position_embeddings
+    rows = [{"id": str(i), "question": "what color is the circle? " * count, "answers": ["red"],
+             "image": "a.png"} for i, count in enumerate((1, places // 4, 1))]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    notes: list[str] = []
+    progress = Silent()
+    progress.note = notes.append  # type: ignore[method-assign]
+    vlm = VLM(model, processor, name="small", style="plain", template=PLAIN)
+    task = {"task": "folder", "path": str(tmp_path / "q.jsonl")}
+    study = build_study({"models": ["small"], "tasks": [task], "controls": ["none", "random"],
+                         "budgets": [16], "batch_size": 2})  # fmt: skip
+    folder = run_study(study, tmp_path / "out", loader=lambda spec: vlm, progress=progress)
+    for record in folder.records():
+        assert record.error is None
+        words = 6 * (places // 4) + 576 - places
+        if record.sample == "1":
+            assert record.beyond is not None
+            assert abs(record.beyond - words) < 20
+        else:
+            assert record.beyond is None
+    assert sum("longer than the positions" in note for note in notes) == 1
+    tables = (write_report(tmp_path / "out")["markdown"]).read_text()
+    assert "2 of 6 answers are to questions longer than the positions" in tables

@@ -423,6 +423,54 @@ def test_what_was_cut_off_does_not_look_kept(page: Page, tmp_path: Path) -> None
     assert min(left, right) > 150
 
 
+def test_the_untouched_tile_shows_what_was_cut_off_too(page: Page, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "cut", create=True)
+    cell = Cell(model={"name": "m"}, method={"method": "none"}, task={"task": "t"},
+                prompt_style="plain", label="none")  # fmt: skip
+    folder.add_cells([cell])
+    name = folder.add_picture(Image.new("RGB", (320, 80), (255, 0, 0)), "0" * 16)
+    with folder.writer() as writer:
+        writer.write([Record(cell=cell.id, sample="s", cluster="s", score=1.0, answer="a",
+                             text="a", answers=["a"], picture=name,
+                             kept={"box": [0.375, 0.0, 0.625, 1.0]})])  # fmt: skip
+    page.open(write_report(folder.path, resamples=100)["page"])
+    page.run("document.querySelector('.shot .pic').scrollIntoView({block: 'center'})")
+    shown = Image.open(io.BytesIO(page.one(".shot .pic").screenshot_as_png)).convert("RGB")
+    across = [shown.getpixel((shown.width * part // 16, shown.height // 2)) for part in (2, 8, 14)]
+    left, middle, right = (pixel[1] for pixel in across)
+    assert middle < 40
+    assert min(left, right) > 150
+    assert "what is not seen of it veiled" in page.one(".shot img").get_attribute("alt")
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_one_word_without_an_end_does_not_widen_a_phone(
+    page: Page, tmp_path: Path, width: int
+) -> None:
+    word = "Pneumonoultramicroscopicsilicovolcanoconiosis" * 9
+    folder = ResultsFolder(tmp_path / "word", create=True)
+    cell = Cell(model={"name": "m"}, method={"method": "none"}, task={"task": "t"},
+                prompt_style="plain", label="none")  # fmt: skip
+    folder.add_cells([cell])
+    with folder.writer() as writer:
+        writer.write([
+            Record(cell=cell.id, sample=f"{i}{word}", cluster=str(i), score=1.0, answer=word,
+                   kind=word, text=f"{word}!", answers=[word], choices=[word, word],
+                   question=word, prompt=f"{word}?")
+            for i in range(4)
+        ])  # fmt: skip
+    page.open(write_report(folder.path, resamples=100)["page"], width=width, height=844)
+    assert page.run("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    inside = page.run(
+        "const right = document.querySelector('.detail').getBoundingClientRect().right;"
+        "return [...document.querySelectorAll('.detail *')].map((node) =>"
+        " node.getBoundingClientRect().right - right)"
+    )
+    assert max(inside) <= 0, "arrows and words stay on their card"
+    assert page.complaints() == []
+
+
 def _same_everywhere(path: Path, pictures: int, answers: str = "a") -> Path:
     """Three arms that get everything right, so that floors lie on one height; written as a page."""
     folder = ResultsFolder(path, create=True)

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +24,24 @@ from transformers import (
 
 import visprune
 from tests import tiny
-from visprune.eval.models.base import Request
-from visprune.eval.models.seen import seen_by_processor, seen_by_transform
+from tests.eval.small import small_embedded
+from visprune.backbones.vlm.seen import Canvas, Seen
+from visprune.errors import ConfigError
+from visprune.eval.models.base import ModelEntry, Request
+from visprune.eval.models.load import load_model
+from visprune.eval.models.seen import pad_to_square, seen_by_transform
 from visprune.eval.models.vit import TimmClassifier
-from visprune.eval.models.vlm import VLM
+from visprune.eval.models.vlm import PLAIN, VLM
+from visprune.eval.records.folder import ResultsFolder
+from visprune.eval.records.record import Record
+from visprune.eval.report import write_report
+from visprune.eval.run.progress import Silent
+from visprune.eval.run.runner import run_study
+from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.base import Sample, get_task
+from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.eval.tasks.imagenet import ImageNet
+from visprune.machine.find import find_adapter
 
 SIZES = [(400, 100), (100, 400), (301, 200), (224, 224), (97, 333)]
 SMALL: dict[str, Any] = {"do_normalize": False, "do_rescale": False}
@@ -56,8 +72,15 @@ def ends(pixels: Any) -> list[float]:
     return [found[0][0], found[1][0], found[0][1], found[1][1]]
 
 
-def close(box: list[float] | None, pixels: Any) -> None:
-    assert (box or [0, 0, 1, 1]) == pytest.approx(ends(pixels), abs=0.025)
+def close(seen: Seen, pixels: Any) -> None:
+    assert (seen.box or [0, 0, 1, 1]) == pytest.approx(ends(pixels), abs=0.025)
+
+
+def by_family(processor: Any, family: str, size: tuple[int, int]) -> Seen:
+    """What the adapter of a family says of a processor."""
+    canvas = Canvas.of(size)
+    find_adapter(tiny.build(family)).fit(processor, canvas)
+    return canvas.seen()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -77,7 +100,10 @@ def test_the_grid_of_llava_lies_where_its_pixels_come_from(
     processor: Any, size: tuple[int, int]
 ) -> None:
     pixels = processor(ramp(size), return_tensors="pt")["pixel_values"][0]
-    close(seen_by_processor(processor, "llava", size), pixels)
+    seen = by_family(processor, "llava", size)
+    close(seen, pixels)
+    squeezes = "height" in processor.size
+    assert seen.stretch == pytest.approx(size[1] / size[0] if squeezes else 1.0, rel=0.01)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -89,8 +115,9 @@ def test_a_thumbnail_of_llava_next_is_the_whole_picture(size: tuple[int, int]) -
     )  # fmt: skip
     assert processor.do_center_crop
     pixels = processor(ramp(size), return_tensors="pt")["pixel_values"][0, 0]
-    close(seen_by_processor(processor, "llava_next", size), pixels)
-    assert seen_by_processor(processor, "llava_next", size) is None
+    seen = by_family(processor, "llava_next", size)
+    close(seen, pixels)
+    assert seen == Seen()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -106,7 +133,7 @@ def test_the_grid_of_a_classifier_lies_where_its_pixels_come_from(
 
 def test_steps_that_are_not_known_claim_nothing() -> None:
     transform = create_transform((3, 96, 96), crop_pct=0.9, crop_mode="border")
-    assert seen_by_transform(transform, (400, 100)) is None
+    assert seen_by_transform(transform, (400, 100)) == Seen()
 
 
 def test_a_classifier_s_record_says_where_its_grid_lies() -> None:
@@ -134,7 +161,7 @@ def test_qwen_s_grid_covers_the_picture(family: str) -> None:
     # Patches of one merged token lie together: [rows/2, columns/2, 2, 2, channel, y, x].
     tiles = made["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 14, 14)
     whole = tiles.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * 14, columns * 14)
-    close(seen_by_processor(processor, family, (301, 200)), whole)
+    close(by_family(processor, family, (301, 200)), whole)
 
 
 def test_boxes_in_pixels_are_read_only_of_the_size_that_the_model_sees() -> None:
@@ -155,6 +182,90 @@ def test_pixtral_sees_all_of_a_picture(size: tuple[int, int]) -> None:
     processor = PixtralImageProcessor(size={"longest_edge": 128}, patch_size=16)
     made = processor(images=ramp(size), **SMALL, return_tensors="np")
     height, width = made["image_sizes"][0]
-    box = seen_by_processor(processor, "llava", size)
-    assert box is None
-    close(box, made["pixel_values"][0][:, :height, :width])
+    seen = by_family(processor, "llava", size)
+    assert seen == Seen()
+    close(seen, made["pixel_values"][0][:, :height, :width])
+
+
+class Wide(Sequence[Sample]):
+    """Questions about a square picture, and then wide ones."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < 4:
+            raise IndexError(index)
+        size = (60, 60) if index == 0 else (120, 40)
+        question = "what color is the circle?"
+        return Sample(str(index), question, lambda: ramp(size), answers=("red",),
+                      cluster=str(index))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideTask(EmbeddedTask):
+    """Four questions of the embedded model's words."""
+
+    def samples(self) -> Sequence[Sample]:
+        return Wide()
+
+
+def ask_wide(tmp_path: Path, **options: Any) -> tuple[list[str], list[Record], ResultsFolder]:
+    """A study of two methods on the four: notes, records and folder."""
+    notes: list[str] = []
+    progress = Silent()
+    progress.note = notes.append  # type: ignore[method-assign]
+    model, processor = small_embedded()
+    entry = ModelEntry("small", **options)
+    vlm = VLM(model, processor, name="small", style="plain", template=PLAIN, pad=entry.pad)
+    study = build_study({"models": [entry], "tasks": [WideTask(limit=4)], "budgets": [32],
+                         "methods": ["random"], "controls": ["none", "no_image"]})  # fmt: skip
+    folder = run_study(study, tmp_path, loader=lambda spec: vlm, progress=progress)
+    return notes, folder.records(), folder
+
+
+def test_what_is_not_seen_is_said_once_and_stands_in_records_and_report(tmp_path: Path) -> None:
+    notes, records, folder = ask_wide(tmp_path)
+    assert [n for n in notes if "see pictures" in n] == [
+        "small does not see pictures as they are: the first is 120 x 40, cut to the middle (67% of "
+        "it is not seen). pad (a key of the model, --pad) shows it whole in a square, as LLaVA's "
+        "own evaluation does."
+    ]
+    cells = folder.cells()
+    middle = [0.333333, 0.0, 0.666667, 1.0]
+    for record in records:
+        box = (record.kept or {}).get("box")
+        blind = cells[record.cell].method["method"] == "no_image"
+        assert box == (None if record.sample == "0" or blind else middle)
+    page = write_report(tmp_path)
+    data = json.loads(page["page"].read_text().partition('id="data">')[2].partition("</script>")[0])
+    (note,) = [n for t in data["tables"] for n in t["notes"] if "pictures the model" in n]
+    assert note == ("Of 4 pictures the model saw 3 cut to the middle (up to 67% of one is not seen)"
+                    "; samples show where.")  # fmt: skip
+    untouched = next(i for i, arm in enumerate(data["arms"]) if arm["untouched"])
+    sample = next(s for s in data["samples"] if s["id"] == "1")
+    assert sample["got"][str(untouched)]["kept"] == [0, 0, "", 1, middle]
+
+
+def test_padded_all_of_a_picture_is_seen_as_llava_s_own_evaluation_shows_it(tmp_path: Path) -> None:
+    plain = ask_wide(tmp_path / "cut")[1]
+    notes, records, folder = ask_wide(tmp_path / "padded", pad=True)
+    assert not [n for n in notes if "see pictures" in n]
+    kept = {r.sample: r.kept for r in records if r.kept is not None}
+    assert kept["1"]["box"] == [0.0, -1.0, 1.0, 2.0]
+    assert "box" not in kept["0"]
+    assert all(cell.model["pad"] is True for cell in folder.cells().values())
+    assert not {r.cell for r in plain} & {r.cell for r in records}, "other cells"
+    square = pad_to_square(ramp((120, 40)), (0.48145466, 0.4578275, 0.40821073))
+    assert square.size == (120, 120)
+    assert square.getpixel((3, 3)) == (122, 116, 104)  # as LLaVA rounds it
+    assert square.crop((0, 40, 120, 80)).tobytes() == ramp((120, 40)).tobytes()
+    high = pad_to_square(ramp((40, 61)), (0.5, 0.5, 0.5))
+    assert high.crop((10, 0, 50, 61)).tobytes() == ramp((40, 61)).tobytes()  # 10.5: down
+
+
+def test_pad_is_refused_for_classifiers_and_old_studies_go_on() -> None:
+    with pytest.raises(ConfigError, match="its transform says"):
+        load_model(ModelEntry("timm:vit_tiny_patch16_224", pad=True))
+    assert "pad" not in ModelEntry("embedded").to_dict()
+    assert ModelEntry("embedded", pad=True).to_dict()["pad"] is True

@@ -70,24 +70,26 @@ def panels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def test_the_embedded_model_sees_the_whole_picture_as_a_square(
+def test_padded_the_embedded_model_sees_the_whole_picture(
     small: tuple[Any, Any], picture: Path, panels: list[Any], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(embedded, "load", lambda dtype: small)
     out = picture.parent / "new" / "kept.png"
     asked = f"{QUESTION} and a zebra"
-    result = show(picture, question=asked, method="divprune", num_keep=64, out=out)
+    result = show(picture, question=asked, method="divprune", num_keep=64, out=out, pad=True)
     assert (result["kept"], result["num_tokens"]) == (64, 576)
     assert result["trace"].kept[0].shape == (64,)
     with Image.open(out) as drawn:
         assert min(drawn.size) > 300
     original, regions, texts = panels[0]
-    assert original.image.shape == (192, 192, 3)
-    assert original.image[96, 5, 0] > 250  # red is still there, at the left edge
-    assert original.image[96, -5, 2] > 250
+    side = len(original.image)
+    assert original.image.shape == (side, side, 3)
+    assert original.image[side // 2, 5, 0] > 250  # red is still there, at the left edge
+    assert original.image[side // 2, -5, 2] > 250
+    assert (original.image[5, side // 2] == 128).all()  # padding
     assert len(regions) == 1
-    assert "Squeezed to a square from 120 x 40" in texts["note"]
+    assert "Picture" not in texts["note"]
     assert "2 words of the question are not in its vocabulary" in texts["note"]
     assert "divprune: 64 of 576 visual tokens kept, 64.0 in the mean" in texts["note"]
     printed = capsys.readouterr().out
@@ -100,10 +102,18 @@ def test_a_folders_llava_shows_what_its_processor_cut_out(
 ) -> None:
     show(picture, question=QUESTION, method="random", num_keep=8, out=picture.parent / "kept.png",
          model=str(folder))  # fmt: skip
-    original, _, texts = panels[0]
-    # The middle square of the wide picture is green; red and blue were cut off.
-    assert original.image[96, 20].argmax() == original.image[96, -20].argmax() == 1
-    assert "Squeezed" not in texts["note"]
+    original, (kept,), texts = panels[0]
+    # The middle square of the wide picture is green; red and blue were cut off, and fade.
+    for image in (original.image, kept.image):
+        high, wide, _ = image.shape
+        assert wide == pytest.approx(3 * high, abs=2)
+        left, right = (image[high // 2, round(x * wide)].astype(int) for x in (0.1, 0.9))
+        for faded, channel in ((left, 0), (right, 2)):
+            assert faded.min() > 100, "the picture as it is"
+            assert faded.argmax() == channel or np.ptp(faded) < 60
+    high, wide, _ = original.image.shape
+    assert original.image[high // 2, wide // 2].tolist() == [0, 255, 0]
+    assert "Picture: 120 x 40, cut to the middle (67% of it is not seen)" in texts["note"]
 
 
 def test_answers_are_the_models_own(small: tuple[Any, Any], picture: Path) -> None:

@@ -317,7 +317,8 @@ def test_flags_keys_and_arguments_are_the_options_of_a_study() -> None:
     own = {"study", "out", "dry_run", "retry_errors", "answers", "threads"}
     assert set(command.parameters) == own | set(FLAGS)
     said = inspect.signature(evaluate)
-    assert set(said.parameters) - {"model", "processor", "out", "progress"} <= set(KEYS)
+    of_model = {"model", "processor", "pad"}
+    assert set(said.parameters) - of_model - {"out", "progress"} <= set(KEYS)
     every = dict.fromkeys(FLAGS)
     assert cli_study.changes_of(every) == {}
     of_variants = {"methods", "budgets", "controls"}
@@ -330,9 +331,10 @@ def test_every_flag_reaches_its_key() -> None:
         "method": ["tome,r=13", "todre"], "num_keep": [8], "keep_ratio": [0.5], "limit": 3,
         "seed": [1], "batch_size": 4, "controls": False, "speed": True, "device": "cpu",
         "attention": "eager", "prompt_style": "plain", "max_new_tokens": 5, "pictures": False,
+        "pad": True,
     }  # fmt: skip
     assert set(given) == set(FLAGS)
-    options = {"dtype": "float32", "device": "cpu", "attention": "eager"}
+    options = {"dtype": "float32", "device": "cpu", "attention": "eager", "pad": True}
     assert cli_study.changes_of(given) == {
         "models": [{"name": "a", **options}, {"name": "b", **options}],
         "tasks": [{"task": "pope", "split": "test"}],

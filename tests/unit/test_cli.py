@@ -72,7 +72,8 @@ def test_show_passes_its_options_on(
     Path("a.png").touch()
     words = ["show", "a.png", "--question", "What?", "--method", "fastv", "--num-keep", "32"]
     assert _run(monkeypatch, *words) == 0
-    wanted = {"question": "What?", "method": "fastv", "num_keep": 32, "out": Path("kept.png")}
+    wanted = {"question": "What?", "method": "fastv", "num_keep": 32, "out": Path("kept.png"),
+              "pad": False}  # fmt: skip
     assert calls == [((Path("a.png"),), {**wanted, "model": None})]
 
 

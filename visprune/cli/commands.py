@@ -100,12 +100,17 @@ def show(
         str | None,
         typer.Option(help="Folder of a model, or its name on the Hub.", show_default="embedded"),
     ] = None,
+    pad: Annotated[
+        bool, typer.Option(help="Show the picture whole, in a square, as LLaVA's evaluation does.")
+    ] = False,
 ) -> None:
     """Draw which patches of a picture a model still sees."""
     check_drawing(picture, method)
     from visprune.eval.show.vlm import show as draw
 
-    draw(picture, question=question, method=method, num_keep=num_keep, out=out, model=model)
+    draw(
+        picture, question=question, method=method, num_keep=num_keep, out=out, model=model, pad=pad
+    )
 
 
 @app.command()

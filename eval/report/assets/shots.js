@@ -67,9 +67,11 @@ function shot(sample, number, first) {
   const seen =
     arm.method === BLIND
       ? "no picture"
-      : got.kept
-        ? "the picture, dropped patches veiled"
-        : "the picture";
+      : !got.kept
+        ? "the picture"
+        : got.kept[0]
+          ? "the picture, dropped patches veiled"
+          : "the picture, what is not seen of it veiled";
   const alt = `${armName(arm)}: ${seen}`;
   const picture = uri
     ? h(
@@ -110,6 +112,9 @@ function shot(sample, number, first) {
       got.kept ? h("div", { class: "faint small" }, keptCount(got.kept)) : null,
       h("div", { class: "said" }, sign, got.answer === undefined ? h("em", {}, said) : said),
       got.text !== undefined && !got.error ? h("div", { class: "raw" }, got.text) : null,
+      got.beyond
+        ? h("div", { class: "faint small" }, `${count(got.beyond)} tokens beyond its positions`)
+        : null,
     ),
   );
 }
@@ -126,6 +131,7 @@ function bitsOf([rows, columns, packed]) {
 }
 
 function keptCount(kept) {
+  if (!kept[0]) return "patches within the frame";
   const bit = bitsOf(kept);
   if (!bit) return "";
   let total = 0;
@@ -151,6 +157,11 @@ function veilOf(kept) {
   const bit = bitsOf(kept),
     [rows, columns] = kept;
   if (!bit) return null;
+  if (!rows) {
+    const frame = h("canvas", { width: 1, height: 1, "aria-hidden": "true" });
+    placeGrid(frame, kept[4]);
+    return frame;
+  }
   const canvas = h("canvas", { width: columns, height: rows, "aria-hidden": "true" });
   const context = canvas.getContext("2d"),
     image = context.createImageData(columns, rows);
