@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from visprune.backbones.encoders import TABLE as ENCODERS
@@ -42,15 +44,39 @@ def known_models(family: str) -> str:
     return "; ".join(KNOWN.get(family, ()))
 
 
-def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
+def check_method(name: str) -> None:
+    """Raise ``ConfigError`` of a name that :func:`get_method` does not know, importing nothing."""
+    for part in name.split("+"):
+        methods.check(part)
+
+
+def parameters(name: str) -> set[str]:
+    """Names of the parameters of a method, or of the members of ``"a+b"`` together."""
+    kinds = [methods.get(part) for part in name.split("+")]
+    found = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    dotted = {f"{kind.name}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
+    return found | dotted if len(kinds) > 1 else found
+
+
+def get_method(
+    method: str | PruningMethod | Sequence[str | PruningMethod], **params: Any
+) -> PruningMethod:
     """Build a method from its name and parameters, or return one that is already built.
+
+    Several, in a list or as ``"todre+fastv"``, are one whose stages run in order of depth
+    (:mod:`visprune.core.chain`). Behind such a name ``**{"fastv.layer": 3}`` is for one member;
+    ``num_keep`` is what is left in the end.
 
     Raises:
         ConfigError: unknown name or parameter (with a suggestion), or a value of another type or
-            out of range.
+            out of range; members of a chain that do not go together.
     """
     from visprune.core.method import PruningMethod  # PyTorch: not for a list of names
 
+    if isinstance(method, list | tuple):
+        return _chain([get_method(member) for member in method], params)
+    if isinstance(method, str) and "+" in method:
+        return _named_chain(method, params)
     if isinstance(method, PruningMethod):
         if params:
             raise ConfigError(
@@ -73,3 +99,24 @@ def get_method(method: str | PruningMethod, **params: Any) -> PruningMethod:
         raise
     check_parameters(kind, vars(built))
     return built
+
+
+def _named_chain(text: str, params: dict[str, Any]) -> PruningMethod:
+    """The chain ``"a+b"``, from options or from what its ``to_dict`` gave."""
+    from visprune.core.chain import split_options
+
+    names = text.split("+")
+    if "members" in params:
+        stored = [dict(member) for member in params.pop("members")]
+        return _chain([get_method(m.pop("method"), **m) for m in stored], params)
+    own, whole = split_options([methods.get(name) for name in names], params)
+    built = [get_method(name, **options) for name, options in zip(names, own, strict=True)]
+    return _chain(built, whole)
+
+
+def _chain(members: list[PruningMethod], params: dict[str, Any]) -> PruningMethod:
+    from visprune.core.chain import Chain
+
+    chain = Chain.from_params(members=tuple(members), **params)
+    check_parameters(Chain, params)
+    return chain

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visprune.backbones.vlm.seen import Seen
-from visprune.catalog import get_method
+from visprune.catalog import get_method, parameters
 from visprune.catalog import methods as method_registry
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
@@ -160,14 +159,12 @@ def _target(out: str | Path) -> Path:
 
 def _method(name: str, num_keep: int) -> PruningMethod:
     """Build the method; one without a budget (keep_all) is given none."""
-    kind = method_registry.get(name)
-    if inside_only(kind):
+    if all(inside_only(method_registry.get(part)) for part in name.split("+")):
         raise ConfigError(
             f"{name} acts inside an image encoder; visprune.eval.show.vit.show_vit draws what it "
             f"keeps and merges there. Here: a method that acts behind the encoder, such as todre."
         )
-    fields = {field.name for field in dataclasses.fields(kind)}
-    return get_method(name, **({"num_keep": num_keep} if "num_keep" in fields else {}))
+    return get_method(name, **({"num_keep": num_keep} if "num_keep" in parameters(name) else {}))
 
 
 @torch.inference_mode()

@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visprune.catalog import get_method
-from visprune.catalog import methods as method_registry
+from visprune.catalog import get_method, parameters
 from visprune.core.method import PruningMethod
 from visprune.core.numeric import plain
 from visprune.errors import BudgetError, ConfigError, did_you_mean
@@ -155,7 +154,7 @@ def _check_asked(
 
 
 def _fields(name: str) -> set[str]:
-    return {f.name for f in dataclasses.fields(method_registry.get(name))}
+    return parameters(name)
 
 
 def _misfits(controls: Sequence[str], budgets: Collection[dict[str, Any]]) -> tuple[list[str], str]:
@@ -185,7 +184,7 @@ def _expand(entry: Any, budgets: Iterable[dict[str, Any]], control: bool) -> lis
     if name in _BASELINES:
         return [Variant(str(label or name), name, control=name != NONE)]
     fields = _fields(name)
-    seeded = "seed" in fields and "seed" not in options
+    seeded = "seed" in fields and "seed" not in options and "+" not in name
     control = control or name in CONTROLS
     taken = [*budgets] if own is None else [_budget(budget) for budget in listed("budgets", own)]
     fitting = [budget for budget in taken if set(budget) <= fields and not set(budget) & {*options}]

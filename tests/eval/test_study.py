@@ -28,6 +28,17 @@ def labels(made: Study, *, controls: bool = True) -> list[str]:
     return [v.label for v in made.variants if controls or not v.control]
 
 
+def test_a_chain_is_a_method_of_a_study() -> None:
+    entry = {"method": "todre+fastv", "fastv.layer": 3}
+    made = study(methods=[entry], budgets=[64, 32], controls=False)
+    assert labels(made) == ["todre+fastv 64", "todre+fastv 32"]
+    chains: list[Any] = [variant.choice for variant in made.variants]
+    assert [[m.num_keep for m in chain.members] for chain in chains] == [[128, 64], [64, 32]]
+    assert all(chain.members[1].layer == 3 for chain in chains)
+    with pytest.raises(ConfigError, match="Unknown method 'fastx'"):
+        study(methods=["todre+fastx"], budgets=[64])
+
+
 def test_methods_stand_at_every_budget_and_controls_beside_them() -> None:
     made = study(methods=["todre", "fastv"], budgets=[64, 0.25])
     assert labels(made) == [

@@ -101,7 +101,9 @@ def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
     spec = ModelSpec(family="VisionTransformer", num_layers=0, has_cls=True, multi_axis_rope=False,
                      encoder_layers=layers, encoder_width=64)  # fmt: skip
     schedule = visprune.get_method(name, **plain(name)).schedule(spec)
-    plan = make_encoder_plan(visprune.get_method(name, **plain(name)), schedule, spec)
+    plan = make_encoder_plan(
+        visprune.get_method(name, **plain(name)), list(enumerate(schedule)), spec
+    )
     depths = [stage.site.resolve(layers) for stage in schedule]
     assert depths == sorted(set(depths))
     counts = [count for pair in plan.counts(576, layers) for count in pair]

@@ -27,7 +27,7 @@ def check_study(study: Path | None, changes: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: there is no such file, task or method.
     """
-    from visprune.catalog import methods
+    from visprune.catalog import check_method
     from visprune.eval.tasks.base import tasks
 
     raw = {**_read(study), **changes}
@@ -35,7 +35,7 @@ def check_study(study: Path | None, changes: Mapping[str, Any]) -> None:
         tasks.check(name)
     for name in _names(raw.get("methods"), "method"):
         if name not in ("none", "no_image"):  # controls, which are no methods
-            methods.check(name)
+            check_method(name)
 
 
 def _read(study: Path | None) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def check_drawing(picture: Path, method: str) -> None:
     Raises:
         ConfigError: there is no such picture or method.
     """
-    from visprune.catalog import methods
+    from visprune.catalog import check_method
 
-    methods.check(method)
+    check_method(method)
     if not picture.is_file():
         what = "a folder" if picture.is_dir() else "not there"
         raise ConfigError(

@@ -68,6 +68,14 @@ class Site:
             )
         return layer
 
+    def depth(self, num_layers: int) -> tuple[int, int]:
+        """Where the site stands in the order in which a model runs; ``num_layers`` of the decoder.
+
+        Sites inside an encoder are not told apart: one method at a time acts there.
+        """
+        order = ("encoder", "projector", "decoder", "cache").index(self.kind)
+        return order, self.resolve(num_layers) if self.kind == "decoder" else 0
+
     def __str__(self) -> str:
         if self.layer is None:
             return self.kind

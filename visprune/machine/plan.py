@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from visprune.catalog import methods
 from visprune.core.budget import Budget, Stage, StepBudget
+from visprune.core.chain import Act, Chain, acts
 from visprune.core.method import ModelSpec, PositionRule, PruningMethod
 from visprune.core.signals.base import DecoderSignal, EncoderSignal, PictureSignal, Signal
 from visprune.errors import ConfigError, UnsupportedModel, VispruneError
+from visprune.machine.compose import composed
 from visprune.machine.encoder.plan import EncoderPlan, make_encoder_plan
 
 Numbered = tuple[int, Stage]
@@ -22,6 +24,8 @@ class Plan:
 
     Attributes:
         positions: the rule in force.
+        acts: all stages by number, each with its method (of a chain, the member).
+        inside: the method that acts inside the image encoder: the method itself, or that member.
         encoder: the stages inside the image encoder.
         projector_stages: those before the first decoder layer.
         decoder_stages: those of the decoder by 0-based layer, run on entering it.
@@ -31,6 +35,8 @@ class Plan:
     """
 
     positions: PositionRule = "original"
+    acts: list[Act] = field(default_factory=list)
+    inside: PruningMethod | None = None
     encoder: EncoderPlan = field(default_factory=EncoderPlan)
     projector_stages: list[Numbered] = field(default_factory=list)
     decoder_stages: dict[int, list[Numbered]] = field(default_factory=dict)
@@ -44,10 +50,15 @@ class Plan:
         numbered = [*self.projector_stages, *(s for x in self.decoder_stages.values() for s in x)]
         return [stage for _, stage in numbered]
 
-    @property
-    def budgets(self) -> list[Budget]:
-        """The budgets of all stages behind the encoder that have one."""
-        return [stage.budget for stage in self.stages if isinstance(stage.budget, Budget)]
+    def check_count(self, num_tokens: int) -> None:
+        """Refuse a picture that has too few tokens for a budget of a strict method.
+
+        Raises:
+            BudgetError: a strict method's budget exceeds ``num_tokens``.
+        """
+        for act in self.acts:
+            if act.stage.site.kind != "encoder" and isinstance(act.stage.budget, Budget):
+                act.stage.budget.resolve(num_tokens, strict=act.method.strict)
 
     @property
     def watched(self) -> list[int]:
@@ -113,24 +124,32 @@ class _Lacking(UnsupportedModel):
 
 
 def _plan(method: PruningMethod, spec: ModelSpec) -> Plan:
-    schedule = method.schedule(spec)
-    if not schedule and not spec.encoder_layers:  # it has a stage in every layer of an encoder
-        raise _Lacking(_no_encoder(method, spec))
-    plan = Plan()
-    for number, stage in enumerate(schedule):
-        if stage.site.kind == "encoder" and not spec.encoder_layers:
-            raise _Lacking(_no_encoder(method, spec))
-        if stage.site.kind != "encoder" and spec.is_vit:
-            raise _Lacking(_wrong_site(method, stage, spec))
-        for signal in stage.needs:
-            missing = signal.missing(spec)
-            if missing is not None:
-                raise _Lacking(f"{method.name} is shown {signal}, but {missing}.")
-        if stage.site.kind != "encoder":
-            _place(plan, method, spec, number, _shown(stage, spec))
+    for member in method.members if isinstance(method, Chain) else (method,):
+        # A method of every layer of an encoder has none where there is no such layer.
+        if not spec.encoder_layers and not member.schedule(spec):
+            raise _Lacking(_no_encoder(member, spec))
+    plan = Plan(acts=composed(method, acts(method, spec)))
+    for number, act in enumerate(plan.acts):
+        _check(act.method, act.stage, spec)
+        if act.stage.site.kind != "encoder":
+            _place(plan, act.method, spec, number, _shown(act.stage, spec))
     plan.positions = _positions(method, spec)
-    plan.encoder = make_encoder_plan(method, schedule, spec)
+    inside = [act for act in plan.acts if act.stage.site.kind == "encoder"]
+    plan.inside = inside[0].method if inside else method
+    plan.encoder = make_encoder_plan(plan.inside, [(a.number, a.stage) for a in inside], spec)
     return plan
+
+
+def _check(method: PruningMethod, stage: Stage, spec: ModelSpec) -> None:
+    """Refuse a site or a signal that a model does not offer."""
+    if stage.site.kind == "encoder" and not spec.encoder_layers:
+        raise _Lacking(_no_encoder(method, spec))
+    if stage.site.kind != "encoder" and spec.is_vit:
+        raise _Lacking(_wrong_site(method, stage, spec))
+    for signal in stage.needs:
+        missing = signal.missing(spec)
+        if missing is not None:
+            raise _Lacking(f"{method.name} is shown {signal}, but {missing}.")
 
 
 def _shown(stage: Stage, spec: ModelSpec) -> Stage:
@@ -160,8 +179,11 @@ def _wrong_site(method: PruningMethod, stage: Stage, spec: ModelSpec) -> str:
 
 def _positions(method: PruningMethod, spec: ModelSpec) -> PositionRule:
     if not spec.multi_axis_rope:
+        if isinstance(method, Chain):
+            return method.rule
         return method.positions or method.default_positions
-    if method.positions == "compact":
+    members = method.members if isinstance(method, Chain) else ()
+    if "compact" in (method.positions, *(member.positions for member in members)):
         raise ConfigError(
             f"positions='compact' closes up a line of ids; {spec.family} gives tokens (t, h, w) "
             f"places that survivors keep. Use positions='original'."

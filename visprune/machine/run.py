@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,17 @@ from visprune.machine.plan import Plan, make_plan
 from visprune.machine.threads import Gate
 
 
-def prune(model: Any, method: str | PruningMethod, **params: Any) -> Run:
+def prune(
+    model: Any, method: str | PruningMethod | Sequence[str | PruningMethod], **params: Any
+) -> Run:
     """Make a vision-language model or a vision transformer look at fewer tokens, from now on.
 
     Args:
         model: a transformers model of a family in :func:`list_models` (also wrapped by PEFT or
             dispatched by Accelerate), or a vision transformer of timm or open_clip. It is changed
             in place, by hooks on this instance only.
-        method: a name of :func:`list_methods`, or a built method.
+        method: a name of :func:`list_methods`, or a built method; or several, as a list or as
+            ``"todre+fastv"``, whose stages run in order of depth (:mod:`visprune.core.chain`).
         **params: parameters of the method: ``num_keep`` (tokens of one image that stay) or
             ``keep_ratio``, and its own.
 
@@ -92,7 +95,9 @@ class Run:
         _refuse_second(adapter)
         if isinstance(adapter, VLMAdapter):
             if self.plan.encoder:
-                self.encoder = EncoderReduction(adapter, method, self.plan.encoder, self.observers)
+                self.encoder = EncoderReduction(
+                    adapter, self._inside, self.plan.encoder, self.observers
+                )
             self._reducer = None if self.encoder is None else self.encoder.reducer
             self._decoder = DecoderHooks(
                 adapter, method, self.plan, self.owner, self.encoder, self.observers
@@ -102,9 +107,9 @@ class Run:
             self.plan.encoder.counts(height * width, len(adapter.layers))  # refuses what is too big
             self._reducer = EncoderReducer(
                 adapter,
-                method,
+                self._inside,
                 self.plan.encoder,
-                method.build_learned(adapter.spec),
+                self._inside.build_learned(adapter.spec),
                 self.observers,
             )
         self.learned = None if self._reducer is None else self._reducer.learned
@@ -116,6 +121,11 @@ class Run:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def _inside(self) -> PruningMethod:
+        """The method, or the member of a chain, that acts inside the encoder."""
+        return self.plan.inside or self.method
 
     # Life ------------------------------------------------------------------------------------
 
@@ -223,7 +233,7 @@ class Run:
         found = []
         for image, kept in enumerate(trace.kept):
             whole = trace.whole(image)
-            own = None if whole is None or self.method.size_weighted else whole.own
+            own = None if whole is None or self._inside.size_weighted else whole.own
             means = own is None or trace.model == "vlm"
             found.append(kept if means else torch.where(own[0] == 1.0, kept, -1))  # type: ignore[index]
         return found
@@ -285,7 +295,7 @@ class Run:
         if inputs is not None:
             with torch.no_grad():
                 self.adapter.model(inputs)
-        return price.vit_cost(self._alone(), self.method, self.plan.encoder, self._latest())
+        return price.vit_cost(self._alone(), self._inside, self.plan.encoder, self._latest())
 
     # The training of a method that learns ------------------------------------------------------
 

@@ -167,6 +167,6 @@ def encodes_alike(adapter: VLMAdapter, method: PruningMethod) -> Hashable:
     """
     plan = make_plan(method, adapter.spec)
     if plan.encoder:
-        return repr(method)  # parameters may be lists, which have no hash
+        return repr(plan.inside)  # parameters may be lists, which have no hash
     usual = _usual(adapter)
     return tuple(signal for signal in _of_pictures(plan) if signal not in usual) or None

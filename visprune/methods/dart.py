@@ -14,6 +14,7 @@ from visprune.core import (
     BudgetedMethod,
     Context,
     ModelSpec,
+    Rounding,
     Schedule,
     Selection,
     Site,
@@ -89,7 +90,7 @@ class DART(BudgetedMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage inside the decoder."""
-        rounding = "floor" if self.official else "round"
+        rounding: Rounding = "floor" if self.official else "round"
         budget = Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding=rounding)
         return (Stage(Site.decoder(self.layer), budget, _NEEDS),)
 

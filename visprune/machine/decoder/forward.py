@@ -49,6 +49,7 @@ class Forward(Call):
         self.trace = Trace(positions="compact" if compact else "original")
         self.entered: dict[int, Entered] = {}
         self.signals: dict[Signal, Tensor] = {}
+        self.read_at: dict[Signal, SlotTable] = {}
         self.later: dict[int, Tensor] = {}
 
     # What a layer is given -------------------------------------------------------------------

@@ -216,8 +216,7 @@ class DecoderHooks:
         if layouts and self.unproved is not None:
             raise UnsupportedModel(self.unproved)
         for layout in layouts:
-            for budget in self.plan.budgets:
-                budget.resolve(len(layout.picture.pos), strict=self.method.strict)
+            self.plan.check_count(len(layout.picture.pos))
             self._check_signals(layout)
         return layouts
 
@@ -374,7 +373,7 @@ class DecoderHooks:
     def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> tuple[Step, Tensor]:
         """Run a stage; returns what shortens hidden states, and these ones shortened."""
         with timed(fwd, self.observers):
-            step = run_stage(self.method, stage, number, fwd, hidden, self.observers)
+            step = run_stage(self.plan.acts[number], stage, fwd, hidden, self.observers)
             return step, step(hidden)
 
     @torch.compiler.disable

@@ -29,6 +29,7 @@ class ImageState:
         size: patches that each survivor stands for, ``[K]``.
         query: whether the last of its tokens is the last of its row, which never leaves.
         chosen: its selections so far.
+        given: tokens that each member of a chain was given, by its number.
         left: tokens, sizes and number of selections before all that was left went at once.
     """
 
@@ -39,6 +40,7 @@ class ImageState:
     size: Tensor
     query: bool = False
     chosen: list[Selection] = field(default_factory=list)
+    given: dict[int, int] = field(default_factory=dict)
     left: tuple[Tensor, Tensor, int] | None = None
 
     @classmethod

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from visprune.core.budget import Stage
-from visprune.core.method import Context, PruningMethod
+from visprune.core.chain import Act
+from visprune.core.method import Context
 from visprune.core.selection import Selection
 from visprune.core.signals.base import DecoderSeen, DecoderSignal, EncoderSignal, TokenSignal
 from visprune.core.tokens import VisualTokens
@@ -20,9 +21,8 @@ from visprune.machine.decoder.images import ImageState, Step
 
 
 def run_stage(
-    method: PruningMethod,
+    act: Act,
     stage: Stage,
-    number: int,
     fwd: Forward,
     hidden: Tensor,
     observers: Sequence[Observer] = (),
@@ -30,9 +30,8 @@ def run_stage(
     """Let a stage choose from every image; returns what shortens the hidden states.
 
     Args:
-        method: the method.
-        stage: its stage.
-        number: the stage's place in the schedule.
+        act: whose stage it is, and which of that method's.
+        stage: the stage, with those of its wants that the model has.
         fwd: the forward, with the decoder signals that the stage needs.
         hidden: states of the current slots, ``[B, P, D]``.
         observers: see :func:`visprune.machine.choose.choose`.
@@ -44,26 +43,27 @@ def run_stage(
     # save nothing for backward. Features are gathered and merged, with gradients, in the step.
     with torch.no_grad():
         _sequence_signals(stage, fwd, hidden)
-        for group in _groups(fwd):
+        for group in _groups(fwd, act):
             tokens = _visual_tokens([image for _, image in group], hidden)
             context = Context(
-                stage=number,
+                stage=act.number,
                 signals=_signals(stage, fwd, [image for _, image in group], tokens),
-                original=len(group[0][1].layout.picture.pos),
+                original=_original(group[0][1], act),
             )
-            selection = choose(method, stage, tokens, context, observers)
+            selection = choose(act.method, stage, tokens, context, observers)
             for place, (order, image) in enumerate(group):
                 fwd.trace.spend(image.layout.row, selection.macs)
                 row = selection.row(place)
                 chosen.append((image, row))
                 for name, value in row.evidence.items():
                     evidence.setdefault(name, {})[order] = round(float(value), 6)
+    totals = [_original(image, act) for image in fwd.images]
     step = fwd.take(chosen)
-    totals = [len(image.layout.picture.pos) for image in fwd.images]
     budget = stage.budget
     fwd.trace.stages.append(
         {
             "site": str(stage.site),
+            **({} if act.member is None else {"method": act.method.name}),
             "before": before,
             "clamped": [n for n, x in enumerate(totals) if budget is not None and budget.clamps(x)],
             "after": [len(image.tokens) for image in fwd.images],
@@ -89,7 +89,7 @@ def read_layer(stages: Sequence[Stage], fwd: Forward, seen: DecoderSeen, uses: s
         for stage in stages:
             for signal in stage.signals:
                 if isinstance(signal, DecoderSignal) and signal.uses == uses:
-                    fwd.signals[signal] = signal.read(seen)
+                    fwd.signals[signal], fwd.read_at[signal] = signal.read(seen), fwd.table
     if seen.spent is not None:
         for row, macs in enumerate(seen.spent.tolist()):
             fwd.trace.spend(row, macs)
@@ -115,13 +115,21 @@ def _sequence_signals(stage: Stage, fwd: Forward, hidden: Tensor) -> None:
         read_layer([stage], fwd, seen_by(fwd, hidden, 0), "sequence")
 
 
-def _groups(fwd: Forward) -> list[list[tuple[int, ImageState]]]:
+def _original(image: ImageState, act: Act) -> int:
+    """Tokens that an image had before a method; of a chain, when the member's first stage began."""
+    if act.member is None:
+        return len(image.layout.picture.pos)
+    return image.given.setdefault(act.member, len(image.tokens))
+
+
+def _groups(fwd: Forward, act: Act) -> list[list[tuple[int, ImageState]]]:
     """Images of the same grid and count are selected in one call; those that are gone, in none."""
     groups: dict[Any, list[tuple[int, ImageState]]] = {}
     for order, image in enumerate(fwd.images):
         picture = image.layout.picture
         if len(image.tokens):
-            key = (len(image.tokens), picture.kind, len(picture.pos), picture.extent)
+            original = _original(image, act)
+            key = (len(image.tokens), picture.kind, original, len(picture.pos), picture.extent)
             groups.setdefault(key, []).append((order, image))
     return list(groups.values())
 
@@ -147,7 +155,7 @@ def _signals(
     for signal in stage.signals:
         if isinstance(signal, DecoderSignal):
             if signal in fwd.signals:
-                found[signal] = _of_images(signal, fwd.signals[signal], images)
+                found[signal] = _of_images(signal, fwd, images)
             continue
         if isinstance(signal, TokenSignal):
             found[signal] = signal.read(tokens)
@@ -163,14 +171,28 @@ def _signals(
     return found
 
 
-def _of_images(signal: DecoderSignal, value: Tensor, images: list[ImageState]) -> Tensor:
+def _of_images(signal: DecoderSignal, fwd: Forward, images: list[ImageState]) -> Tensor:
     """A decoder signal's part of each image: ``[G, ...]``."""
+    value = fwd.signals[signal]
     if signal.token_dim is None:
         return torch.stack([value[image.layout.row] for image in images])
     axis = signal.token_dim
+    places = [_slots_then(fwd, signal, image).to(value.device) for image in images]
     return torch.stack(
         [
-            value[image.layout.row].index_select(axis, image.slots.to(value.device))
-            for image in images
+            value[image.layout.row].index_select(axis, at)
+            for image, at in zip(images, places, strict=True)
         ]
     )
+
+
+def _slots_then(fwd: Forward, signal: DecoderSignal, image: ImageState) -> Tensor:
+    """Where an image's tokens were when a signal was read: a stage at the same layer may have run.
+
+    A merged token was where the token was that it stands for.
+    """
+    then = fwd.read_at[signal]
+    if then is fwd.table:
+        return image.slots
+    row = image.layout.row
+    return then.places()[row, fwd.table.index[row, image.slots]]

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from visprune.core.budget import Schedule, Stage
+from visprune.core.budget import Stage
 from visprune.core.method import ModelSpec, PruningMethod
 from visprune.core.signals.base import DecoderSignal, EncoderSignal, TokenSignal
 from visprune.errors import ConfigError
@@ -59,16 +60,16 @@ def length_after(stage: Stage, entering: int, original: int) -> int:
     return stage.budget.slots(entering, original)
 
 
-def make_encoder_plan(method: PruningMethod, schedule: Schedule, spec: ModelSpec) -> EncoderPlan:
-    """Resolve the stages of a schedule that lie inside an encoder.
+def make_encoder_plan(
+    method: PruningMethod, numbered: Iterable[Numbered], spec: ModelSpec
+) -> EncoderPlan:
+    """Resolve the stages of a method that lie inside an encoder, with their numbers.
 
     Raises:
         ConfigError: a layer that does not exist, or a signal that is not there yet.
     """
     plan = EncoderPlan()
-    for number, stage in enumerate(schedule):
-        if stage.site.kind != "encoder":
-            continue
+    for number, stage in numbered:
         layer = stage.site.resolve(spec.encoder_layers)
         _check(method, stage)
         by_layer = plan.inside if stage.site.after_attention else plan.entry
