@@ -18,6 +18,7 @@ from visprune.backbones.vlm.placeholders import Placeholders
 from visprune.backbones.vlm.seen import Canvas, fit_to_square
 from visprune.core.method import ModelSpec
 from visprune.core.signals.base import EncoderLayer
+from visprune.core.site import Site
 from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
 
@@ -137,10 +138,13 @@ class VLMAdapter(Placeholders):
         """
         count = 0 if self.encoder is None else len(self.encoder.layers)
         number = {"last": count - 1, "feature": self.encoder_end}.get(str(which), which)
+        if isinstance(number, float) and 0.0 < number < 1.0:
+            number = Site.encoder(number).resolve(count)
         if not isinstance(number, int) or not 0 <= number < count:
             raise ConfigError(
                 f"Encoder layer {which!r} does not exist: the encoder of {self.config.model_type} "
-                f"has {count} layers, 0 to {count - 1}. Give one of those, 'last' or 'feature'."
+                f"has {count} layers, 0 to {count - 1}. Give one of those, a fraction of the depth, "
+                f"'last' or 'feature'."
             )
         return number
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,21 +13,34 @@ from torch import Tensor
 import visprune
 import visprune.catalog
 from tests import tiny
-from visprune.core.method import ModelSpec
+from visprune.core.method import ModelSpec, PruningMethod
 from visprune.machine.plan import inside_only, why_not
+
+
+def projector_only(method: type[PruningMethod]) -> bool:
+    """Whether all stages of a method are at the projector."""
+    spec = ModelSpec("", num_layers=32, has_cls=True, multi_axis_rope=False, encoder_layers=24)
+    return all(stage.site.kind == "projector" for stage in method.example().schedule(spec))
+
 
 # What acts inside the image encoder alone has a contract of its own: test_vision_site.py.
 INSIDE = [
     name for name in visprune.list_methods() if inside_only(visprune.catalog.methods.get(name))
 ]
-METHODS = [name for name in visprune.list_methods() if name not in INSIDE]
+EVERY = [name for name in visprune.list_methods() if name not in INSIDE]
 # The registry names every family; the tiny models are built for these.
 FAMILIES = tiny.FAMILIES
 NO_CLASS_TOKEN = ("qwen2_vl", "qwen2_5_vl")
-# These take every path of the machine, and run on every family of the suite; what came later takes
-# the same paths, and runs on one family of each kind.
+# These take every path of the machine, and run on every family of the suite. What came later takes
+# the same paths: what holds of every method is in test_every_method.py, in a second each, and what
+# acts elsewhere than at the projector runs the whole suite on one family of each kind besides.
 FIRST = ("todre", "divprune", "fastv", "pyramiddrop", "visionzip", "keep_all", "random", "uniform",
          "pool")  # fmt: skip
+METHODS = [
+    name
+    for name in EVERY
+    if name in FIRST or not projector_only(visprune.catalog.methods.get(name))
+]
 LATER_FAMILIES = ("llava", "qwen2_5_vl")
 # Options under which a method without a budget drops nothing (None: there are none), and some.
 NO_BUDGET: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
@@ -67,20 +81,29 @@ every_lossless_pair = pytest.mark.parametrize(("name", "family"), LOSSLESS)
 every_dropping_pair = pytest.mark.parametrize(("name", "family"), DROPPING)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
+# Beside a budget: thresholds under which the budget alone decides.
+BESIDE: dict[str, dict[str, Any]] = {"todre": {"tau": 0.0}}
+
+
+def takes(name: str) -> set[str]:
+    """Names of a method's parameters."""
+    return {field.name for field in dataclasses.fields(visprune.catalog.methods.get(name))}
+
 
 def everything(name: str) -> dict[str, Any]:
     """Parameters under which a method drops nothing; what a method without such takes else."""
     if name in NO_BUDGET:
         lossless, some = NO_BUDGET[name]
         return dict(some if lossless is None else lossless)
-    return {"keep_ratio": 1.0, **({"tau": 0.0} if name == "todre" else {})}
+    return {"keep_ratio": 1.0, **BESIDE.get(name, {})}
 
 
 def few(name: str, num_keep: int = 5, **params: Any) -> dict[str, Any]:
     """Parameters under which a method keeps ``num_keep`` tokens of each picture, or few."""
     if name in NO_BUDGET:
         return {**NO_BUDGET[name][1], **params}
-    return {"num_keep": num_keep, **({"tau": 0.0} if name == "todre" else {}), **params}
+    budget = {"num_keep": num_keep} if "num_keep" in takes(name) else {"keep_ratio": 0.3}
+    return {**budget, **BESIDE.get(name, {}), **params}
 
 
 def prompts(family: str) -> list[list[Any]]:

@@ -47,6 +47,7 @@ from visprune.core.signals import (
     TextSlots,
     TextStates,
     VisualShare,
+    WholeClsAttention,
 )
 from visprune.core.tokens import VisualTokens
 
@@ -233,11 +234,12 @@ def test_signals_follow_tokens_that_are_left(models: Any) -> None:
 # The encoder ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", [0, "feature", "last"])
+@pytest.mark.parametrize("layer", [0, 0.5, "feature", "last"])
 def test_the_image_encoder(layer: Any, attention: str, models: Any) -> None:
     model, inputs = models("llava", attention), batch("llava", ROWS)
     tower, site = model.model.vision_tower, Site.projector()
     number = {"last": len(tower.encoder.layers) - 1, "feature": len(tower.encoder.layers) - 2}
+    number[0.5] = len(tower.encoder.layers) // 2
     block = tower.encoder.layers[number.get(layer, layer)]
     with torch.no_grad():
         models("llava", "eager").model.vision_tower.set_attn_implementation("eager")
@@ -250,8 +252,12 @@ def test_the_image_encoder(layer: Any, attention: str, models: Any) -> None:
     assert torch.allclose(received, maps.mean(2)[..., 1:], atol=1e-5)
     states = noted(block, model, inputs, lambda a, k, o: o[0] if isinstance(o, tuple) else o)
     assert torch.equal(looked(model, inputs, EncoderFeatures(layer), site), states[:, 1:])
-    query = noted(block.self_attn.q_proj, model, inputs, lambda a, k, o: o)[:, 1:]
-    key = noted(block.self_attn.k_proj, model, inputs, lambda a, k, o: o)[:, 1:]
+    query = noted(block.self_attn.q_proj, model, inputs, lambda a, k, o: o)
+    key = noted(block.self_attn.k_proj, model, inputs, lambda a, k, o: o)
+    whole = (query[:, :1] @ key.transpose(1, 2) * key.shape[-1] ** -0.5).softmax(-1)
+    found = looked(model, inputs, WholeClsAttention(layer), site)
+    assert torch.allclose(found, whole[:, 0, 1:], atol=1e-5)
+    query, key = query[:, 1:], key[:, 1:]
     both = looked(model, inputs, EncoderQueriesKeys(layer), site)
     assert torch.allclose(both[:, 0], query, atol=1e-6)
     assert torch.allclose(both[:, 1], key, atol=1e-6)

@@ -8,6 +8,8 @@ rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`
 by ``torch.utils.flop_counter``.
 """
 
+from visprune.ops.coverage import greedy_coverage
+from visprune.ops.grouped import rank_within, shares
 from visprune.ops.hilo import hilo_attention, hilo_layer, hilo_pool
 from visprune.ops.match import bipartite_pairs
 from visprune.ops.neighborhood import na_av, na_qk, neighborhood_attention
@@ -43,6 +45,7 @@ __all__ = [
     "column_sums",
     "dequantize_kv",
     "gather_tokens",
+    "greedy_coverage",
     "greedy_diverse",
     "hilo_attention",
     "hilo_layer",
@@ -56,7 +59,9 @@ __all__ = [
     "quantize_kv",
     "ragged_decode",
     "ragged_offsets",
+    "rank_within",
     "reduce_tokens",
+    "shares",
     "sparse_attention",
     "take_rows",
     "unmerge_tokens",

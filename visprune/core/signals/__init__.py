@@ -29,6 +29,7 @@ from visprune.core.signals.encoder_attention import (
     EncoderKeys,
     EncoderQueriesKeys,
     ReceivedAttention,
+    WholeClsAttention,
 )
 from visprune.core.signals.encoder_features import EncoderFeatures
 from visprune.core.signals.pictures import Fingerprint, Frames, PatchPositions
@@ -63,4 +64,5 @@ __all__ = [
     "TextStates",
     "TokenSignal",
     "VisualShare",
+    "WholeClsAttention",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 from visprune import ops
 from visprune.core.tokens import VisualTokens
 
-EncoderLayer = int | Literal["last", "feature", "own"]
+EncoderLayer = int | float | Literal["last", "feature", "own"]
 DecoderLayer = Literal["previous", "own"]
 
 
@@ -110,9 +110,9 @@ class EncoderSignal(Signal):
     """Something of one layer of the image encoder.
 
     Attributes:
-        layer: 0-based, ``"last"``, ``"feature"`` (whose output the model reads: the last but one in
-            LLaVA), or ``"own"``: the layer that the stage acts in, the only one to have inside an
-            encoder.
+        layer: 0-based, a fraction of the depth as of a :class:`Site`, ``"last"``, ``"feature"``
+            (whose output the model reads: the last but one in LLaVA), or ``"own"``: the layer that
+            the stage acts in, the only one to have inside an encoder.
         uses: ``"attention"``: its queries and keys; ``"output"``: the states that leave it.
         token_dim: the axis of the result that counts patches, from the end.
     """

@@ -77,3 +77,30 @@ class EncoderQueriesKeys(EncoderSignal):
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         both = torch.stack([query, key], dim=1)[:, :, :, seen.prefix :]
         return both.transpose(2, 3).flatten(3)
+
+
+@dataclass(frozen=True)
+class WholeClsAttention(EncoderSignal):
+    """Attention of the class token to the patches, all heads taken as one, ``[B, N]``.
+
+    Scores are those of the whole width: products of all heads summed, divided by its root.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ("cls_token", "encoder_attention")
+
+    layer: EncoderLayer = "last"
+
+    def read(self, seen: EncoderSeen) -> Tensor:
+        """One row of the map of one head."""
+        query, key = seen.attention()
+        heads = query.shape[1]
+        key = key.repeat_interleave(heads // key.shape[1], dim=1)
+        flat = key.transpose(1, 2).flatten(2)[:, None]
+        row = query[:, :, :1].transpose(1, 2).flatten(2)[:, None]
+        mask = None if seen.bias is None else seen.bias[:, None, None].to(key.dtype)
+        rows = ops.attention_rows(row, flat, scale=seen.scale * heads**-0.5, mask=mask)
+        return rows[:, 0, 0, seen.prefix :]
+
+    def macs(self, tokens: int, width: int) -> int:
+        """One query, all keys."""
+        return tokens * width

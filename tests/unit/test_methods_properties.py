@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of every method that acts behind an encoder, on tensors alone.
+
+The signals are read from made-up queries, keys and states by the signals themselves, so a method
+joins by its row in the registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import visprune
+from tests.contract.cases import EVERY, NO_BUDGET, everything, few, takes
+from visprune.core import Budget, Context, ModelSpec, PruningMethod, Selection, Stage, VisualTokens
+from visprune.core.signals import (
+    DecoderSeen,
+    DecoderSignal,
+    EncoderSeen,
+    EncoderSignal,
+    PictureSignal,
+    Signal,
+)
+from visprune.machine.choose import choose
+
+WIDTH, HEADS, BEFORE, AFTER = 16, 2, 3, 5
+GRID = (4, 6)
+SPEC = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False,
+                 encoder_layers=24, encoder_width=WIDTH)  # fmt: skip
+NO_CLASS = dataclasses.replace(SPEC, has_cls=False)
+# May keep fewer than they are told: the largest grid that fits.
+BELOW = ("pool",)
+# Where nothing tells tokens apart, these keep the first.
+FIRST = ("fastv", "pyramiddrop", "fastervlm", "hiprune", "gprune", "scope", "idpruner", "divprune")
+
+every_method = pytest.mark.parametrize("name", EVERY)
+
+
+@dataclass
+class World:
+    """What models would show of B pictures of N patches."""
+
+    tokens: VisualTokens
+    encoder: EncoderSeen
+    decoder: DecoderSeen
+    pixels: Tensor
+
+    @classmethod
+    def make(cls, batch: int = 3, grid: tuple[int, int] = GRID, constant: bool = False) -> World:
+        """Random ones, or pictures whose patches are all alike."""
+        count = grid[0] * grid[1]
+        length = BEFORE + count + AFTER
+        draw = torch.Generator().manual_seed(7)
+
+        def made(*shape: int, axis: int = 1, span: slice = slice(None)) -> Tensor:
+            x = torch.randn(*shape, generator=draw)
+            if constant:
+                x.movedim(axis, 0)[span] = x.movedim(axis, 0)[span][:1].clone()
+            return x
+
+        at = slice(BEFORE, BEFORE + count)
+        head = WIDTH // HEADS
+        hidden = made(batch, length, WIDTH, span=at)
+        slots = torch.arange(length)
+        visual = ((slots >= BEFORE) & (slots < BEFORE + count)).expand(batch, -1)
+        everywhere = torch.ones(batch, length, dtype=torch.bool)
+        query, key, value = (made(batch, HEADS, length, head, axis=2, span=at) for _ in range(3))
+        decoder = DecoderSeen(
+            hidden=hidden, last=torch.full((batch,), length - 1), visual=visual, valid=everywhere,
+            prompt=everywhere, query=query, key=key, value=value, scale=head**-0.5,
+            norm=lambda x: x / x.norm(dim=-1, keepdim=True),
+        )  # fmt: skip
+        patches = slice(1, None)
+        encoder = EncoderSeen(
+            prefix=1, has_cls=True, hidden=made(batch, 1 + count, WIDTH, span=patches),
+            query=made(batch, HEADS, 1 + count, head, axis=2, span=patches),
+            key=made(batch, HEADS, 1 + count, head, axis=2, span=patches), scale=head**-0.5,
+        )  # fmt: skip
+        axes = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+        pos = torch.stack([torch.zeros(grid, dtype=torch.long), *axes], -1).view(1, count, 3)
+        tokens = VisualTokens(hidden[:, at], torch.ones(batch, count), pos.expand(batch, -1, -1))
+        return cls(tokens, encoder, decoder, torch.randn(batch, 3, 8, 8, generator=draw))
+
+    def alone(self, place: int) -> World:
+        """One of its pictures."""
+
+        def part(x: Any) -> Any:
+            return x[place : place + 1] if isinstance(x, Tensor) else x
+
+        def parted(x: Any) -> Any:
+            fields = {f.name: part(getattr(x, f.name)) for f in dataclasses.fields(x)}
+            return type(x)(**fields)
+
+        return World(
+            parted(self.tokens), parted(self.encoder), parted(self.decoder), part(self.pixels)
+        )
+
+    def signals(self, stage: Stage) -> dict[Signal, Any]:
+        """What a stage is shown."""
+        found: dict[Signal, Any] = {}
+        for signal in stage.signals:
+            if isinstance(signal, EncoderSignal):
+                found[signal] = signal.read(self.encoder)
+            elif isinstance(signal, DecoderSignal):
+                whole, axis = signal.read(self.decoder), signal.token_dim
+                count = self.tokens.num_tokens
+                found[signal] = whole if axis is None else whole.narrow(axis, BEFORE, count)
+            elif isinstance(signal, PictureSignal):
+                found[signal] = tuple(signal.read(x) for x in self.pixels)
+        return found
+
+
+def chosen(method: PruningMethod, world: World, spec: ModelSpec = SPEC) -> list[Selection]:
+    """What every stage behind the encoder chooses of all tokens."""
+    out = []
+    for number, stage in enumerate(method.schedule(spec)):
+        if stage.site.kind != "encoder":
+            context = Context(stage=number, signals=world.signals(stage))
+            out.append(choose(method, stage, world.tokens, context))
+    return out
+
+
+def stages(method: PruningMethod, spec: ModelSpec = SPEC) -> list[Stage]:
+    return [stage for stage in method.schedule(spec) if stage.site.kind != "encoder"]
+
+
+def check(made: Selection, world: World) -> None:
+    """A selection is a map of tokens that are there to slots that are there."""
+    count = world.tokens.num_tokens
+    for row, kept in zip(made.index.tolist(), made.counts, strict=True):
+        assert all(0 <= token < count for token in row[:kept])
+        assert all(token == -1 for token in row[kept:])
+        assert len(set(row[:kept])) == kept  # no token has two places
+        if not made.merges:
+            assert row[:kept] == sorted(row[:kept])
+    source, slot, weight = made.entries()
+    assert bool(torch.isfinite(weight).all())
+    assert bool((slot < torch.tensor(made.counts)[:, None]).all())
+    assert bool(((source >= 0) & (source < count))[slot >= 0].all())
+    assert bool(torch.isfinite(made.reduce(world.tokens.features)).all())
+
+
+def same(a: Selection, b: Selection) -> None:
+    assert a.counts == b.counts
+    assert torch.equal(a.index[:, : max(a.counts)], b.index[:, : max(b.counts)])
+    assert torch.allclose(a.matrix(), b.matrix(), atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5, 23])
+@every_method
+def test_as_many_stay_as_were_asked_for(name: str, keep: int) -> None:
+    method, world = visprune.get_method(name, **few(name, keep)), World.make()
+    for stage, made in zip(stages(method), chosen(method, world), strict=True):
+        check(made, world)
+        if stage.budget is None:
+            continue
+        want = stage.budget.slots(world.tokens.num_tokens, world.tokens.num_tokens)
+        assert max(made.counts) <= want
+        if name not in BELOW:
+            assert made.counts == [want] * 3
+
+
+@every_method
+def test_what_decides_itself_keeps_something(name: str) -> None:
+    if not takes(name) >= {"num_keep", "keep_ratio"}:
+        return
+    try:
+        method = visprune.get_method(name)
+    except visprune.VispruneError:
+        return  # it needs a budget
+    for made in chosen(method, world := World.make()):
+        check(made, world)
+        assert all(1 <= kept <= world.tokens.num_tokens for kept in made.counts)
+
+
+@every_method
+def test_a_batch_is_its_pictures(name: str) -> None:
+    method, world = visprune.get_method(name, **few(name, 7)), World.make()
+    together = chosen(method, world)
+    for place in range(3):
+        for whole, one in zip(together, chosen(method, world.alone(place)), strict=True):
+            same(whole.row(place), one)
+
+
+@every_method
+def test_a_constant_picture(name: str) -> None:
+    method, world = visprune.get_method(name, **few(name, 6)), World.make(constant=True)
+    for stage, made, again in zip(
+        stages(method), chosen(method, world), chosen(method, world), strict=True
+    ):
+        check(made, world)
+        same(made, again)
+        if stage.budget is not None and name not in BELOW:
+            want = stage.budget.slots(world.tokens.num_tokens, world.tokens.num_tokens)
+            assert made.counts == [want] * 3
+            if name in FIRST:  # ties keep the lower index
+                assert made.index.tolist() == [list(range(want))] * 3
+
+
+@every_method
+def test_a_picture_of_one_token(name: str) -> None:
+    method, world = visprune.get_method(name, **few(name, 1)), World.make(grid=(1, 1))
+    for stage, made in zip(stages(method), chosen(method, world), strict=True):
+        check(made, world)
+        if stage.budget is not None:
+            assert made.counts == [1] * 3
+
+
+@every_method
+def test_more_budget_than_tokens_keeps_all(name: str) -> None:
+    world = World.make()
+    for params in (few(name, 100), everything(name)):
+        if NO_BUDGET.get(name) or params.get("keep_ratio", 1.0) < 1.0:
+            continue
+        method = visprune.get_method(name, **params)
+        for stage, made in zip(stages(method), chosen(method, world), strict=True):
+            if isinstance(stage.budget, Budget):
+                whole = torch.eye(world.tokens.num_tokens).expand(3, -1, -1)
+                assert torch.equal(made.matrix(), whole)
+
+
+@every_method
+def test_half_precision(name: str) -> None:
+    method, world = visprune.get_method(name, **few(name, 5)), World.make()
+    for shown in (world.encoder, world.decoder):
+        for field in dataclasses.fields(shown):
+            value = getattr(shown, field.name)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(shown, field.name, value.bfloat16())
+    tokens = dataclasses.replace(world.tokens, features=world.tokens.features.bfloat16())
+    world = dataclasses.replace(world, tokens=tokens)
+    for made in chosen(method, world):
+        check(made, world)
+
+
+@every_method
+def test_without_a_class_token(name: str) -> None:
+    method, world = visprune.get_method(name, **few(name, 5)), World.make()
+    needed = [signal for stage in stages(method, NO_CLASS) for signal in stage.needs]
+    if any("cls_token" in signal.requires for signal in needed):
+        return  # refused, which test_registry_methods.py looks at
+    for made in chosen(method, world, NO_CLASS):
+        check(made, world)

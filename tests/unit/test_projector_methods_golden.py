@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods at the projector against stored outputs of the official implementations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.unit.golden_cases import cases, tensors, visual
+from visprune.core.method import Context
+from visprune.core.selection import Selection
+from visprune.core.signals import (
+    ClsAttention,
+    EncoderFeatures,
+    EncoderQueriesKeys,
+    EncoderSeen,
+    ReceivedAttention,
+    WholeClsAttention,
+)
+from visprune.methods import cdpruner, idpruner, prunesid
+from visprune.methods.fastervlm import FasterVLM
+from visprune.methods.gprune import GPrune
+from visprune.methods.hiprune import HiPrune
+from visprune.methods.holov import HoloV
+from visprune.methods.prumerge import PruMerge, PruMergePlus
+from visprune.methods.scope import SCOPE
+from visprune.methods.trim import trim_tokens
+from visprune.methods.vispruner import VisPruner
+from visprune.methods.vscan import VScan
+
+SEEN = ClsAttention("feature")
+
+
+def shown(num_keep: int, signals: dict[Any, Tensor]) -> Context:
+    return Context(num_keep=num_keep, signals=signals)
+
+
+def of_mask(mask: Tensor) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in mask.reshape(-1, mask.shape[-1])]
+
+
+# CDPruner ------------------------------------------------------------------------------------
+
+
+@cases("cdpruner")
+def test_cdpruner(case: dict[str, Any]) -> None:
+    t, p = tensors("cdpruner", case), case["params"]
+    unit, text = (
+        torch.nn.functional.normalize(t[k], dim=-1) for k in ("image_embeds", "text_embeds")
+    )
+    # CLIP's patches turn away from their text: the official code takes minus the mean cosine.
+    scaled = cdpruner.relevance(-(unit @ text.T).mean(-1), joint=True)
+    torch.testing.assert_close(scaled, t["relevance"], rtol=0, atol=1e-6)
+    order = cdpruner.pick(t["image_features"], scaled, p["k"])
+    if case["exact_match_expected"]:
+        assert torch.equal(order, t["order"].long())
+    else:  # more than the rank of the kernel
+        assert [len(set(row)) for row in order.tolist()] == [p["k"]] * p["B"]
+
+
+# FasterVLM, VisPruner ------------------------------------------------------------------------
+
+
+@cases("fastervlm")
+def test_fastervlm(case: dict[str, Any]) -> None:
+    t, p = tensors("fastervlm", case), case["params"]
+    made = FasterVLM(num_keep=p["T"]).select(visual(t["attn"].mT), shown(p["T"], {SEEN: t["attn"]}))
+    assert torch.equal(made.index, t["kept"].long())
+
+
+@cases("vispruner")
+def test_vispruner(case: dict[str, Any]) -> None:
+    p = case["params"]
+    method = VisPruner(num_keep=p["T"], important=p["important_ratio"])
+    if "raises" in p:  # where the official code fails, ours keeps what it was told
+        torch.manual_seed(0)
+        t = {"features": torch.randn(2, p["N"], 8), "attn": torch.rand(2, 2, p["N"])}
+    else:
+        t = tensors("vispruner", case)
+    ctx = shown(p["T"], {SEEN: t["attn"], EncoderFeatures("feature"): t["features"]})
+    made = method.select(visual(t["features"]), ctx)
+    assert [len(set(row)) for row in made.index.tolist()] == [p["T"]] * len(made.index)
+    if "raises" not in p:
+        assert made.index.tolist() == of_mask(t["mask"])
+
+
+# PruMerge ------------------------------------------------------------------------------------
+
+
+@cases("prumerge")
+def test_prumerge(case: dict[str, Any]) -> None:
+    t, p = tensors("prumerge", case), case["params"]
+    seen = EncoderSeen(prefix=1, has_cls=True, query=t["q"][:, None], key=t["k"][:, None],
+                       scale=p["C"] ** -0.5)  # fmt: skip
+    signals = {s: s.read(seen) for s in (WholeClsAttention("last"), EncoderQueriesKeys("last"))}
+    kind = PruMergePlus if p["plus"] else PruMerge
+    keep = 0 if p["adaptive"] else p["k"] + 1
+    method = kind(num_keep=keep or None, official=True)
+    made = method.select(visual(t["features"]), shown(keep, signals))
+    assert torch.equal(made.index[:, :-1], t["idx"].long())
+    torch.testing.assert_close(made.reduce(t["features"]), t["tokens"], rtol=1e-4, atol=1e-4)
+    # By default the same number, another order, and no patch twice.
+    if p["B"] == 1:
+        ours = kind(num_keep=keep or None).select(visual(t["features"]), shown(keep, signals))
+        kept = ours.index[0, :-1].tolist()
+        assert kept == sorted(set(kept))
+        assert len(kept) == p["k"]
+        if p["adaptive"]:
+            assert kept == sorted(t["idx"][0].tolist())
+            where = t["idx"][0].argsort()
+            want = torch.cat([t["tokens"][:, where], t["tokens"][:, -1:]], dim=1)
+            got = ours.reduce(t["features"])
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+# TRIM ----------------------------------------------------------------------------------------
+
+
+@cases("trim")
+def test_trim(case: dict[str, Any]) -> None:
+    t, p = tensors("trim", case), case["params"]
+    width = t["features"].shape[-1]
+    embeds = torch.layer_norm(t["features"], (width,), t["ln_w"], t["ln_b"], 1e-5) @ t["proj"].T
+    product = -(embeds @ t["text"][..., None])[..., 0]
+    keep = 0 if p["ratio"] == -1 else p["actual"]
+    made = trim_tokens(product, keep, joint=True)
+    assert torch.equal(made.index[:, :-1], t["kept"].long())
+    torch.testing.assert_close(made.reduce(t["features"]), t["tokens"].float(), rtol=0, atol=2e-3)
+
+
+# HoloV ---------------------------------------------------------------------------------------
+
+
+@cases("holov")
+def test_holov(case: dict[str, Any]) -> None:
+    t, p = tensors("holov", case), case["params"]
+    ctx = shown(p["keep"], {SEEN: t["attn"][:, None]})
+    method = HoloV(num_keep=p["keep"], crops=p["num_patches"], official=True)
+    made = method.select(visual(t["tokens"]), ctx)
+    assert torch.equal(made.index.where(made.matrix().sum(2) > 0, -1), t["positions"].long())
+    assert torch.equal(made.reduce(t["tokens"]), t["out"])
+    ours = HoloV(num_keep=p["keep"], crops=p["num_patches"]).select(visual(t["tokens"]), ctx)
+    for row, theirs in zip(ours.index.tolist(), t["positions"].tolist(), strict=True):
+        assert len(set(row)) == p["keep"]
+        assert set(theirs) - {-1} <= set(row)  # what zeros stood for is given to other crops
+        assert row == sorted(row)
+
+
+# HiPrune, G-Prune ----------------------------------------------------------------------------
+
+
+@cases("hiprune")
+def test_hiprune(case: dict[str, Any]) -> None:
+    t, p = tensors("hiprune", case), case["params"]
+    method = HiPrune(num_keep=p["T"], alpha=p["alpha"], official=True)
+    shallow, deep = ReceivedAttention(method.layer), ReceivedAttention("feature")
+    signals = {shallow: t["attn_object"][:, None], deep: t["attn_deep"][:, None]}
+    made = method.select(visual(torch.randn(p["B"], 576, 2), (24, 24)), shown(p["T"], signals))
+    assert made.index.tolist() == of_mask(t["mask"])
+
+
+def test_hiprune_has_no_neighbour_beyond_the_edge() -> None:
+    shallow = torch.zeros(1, 1, 12)
+    shallow[..., 3] = 1.0  # the last of the first row of four
+    signals = {
+        ReceivedAttention(1 / 3): shallow,
+        ReceivedAttention("feature"): torch.zeros(1, 1, 12),
+    }
+    ctx, tokens = shown(5, signals), visual(torch.randn(1, 12, 2), (3, 4))
+    made = HiPrune(num_keep=5, alpha=1.0).select(tokens, ctx)
+    assert made.index.tolist() == [[0, 1, 2, 3, 7]]  # 2, 3, 7, and the lowest of the others
+    made = HiPrune(num_keep=5, alpha=1.0, official=True).select(tokens, ctx)
+    assert made.index.tolist() == [[0, 2, 3, 4, 7]]  # 0 above the picture, 4 in the next row
+
+
+@cases("gprune")
+def test_gprune(case: dict[str, Any]) -> None:
+    t, p = tensors("gprune", case), case["params"]
+    method = GPrune(keep_ratio=p["keep_ratio"])
+    tokens, keep = visual(t["features"][None]), method.budget.resolve(p["N"])
+    score = method.importance(t["features"][None], torch.zeros(1, p["N"], dtype=torch.long))
+    torch.testing.assert_close(score[0], t["score"], rtol=1e-3, atol=0)
+    made = method.select(tokens, shown(keep, {}))
+    if case["exact_match_expected"]:
+        assert torch.equal(made.index[0], t["kept"].long())
+
+
+# SCOPE, PruneSID, IDPruner -------------------------------------------------------------------
+
+
+@cases("scope")
+def test_scope(case: dict[str, Any]) -> None:
+    t, p = tensors("scope", case), case["params"]
+    method = SCOPE(num_keep=p["K"], alpha=p["alpha"])
+    ctx = shown(p["K"], {SEEN: t["saliency"][:, None]})
+    made = method.select(visual(t["features"]), ctx)
+    assert torch.equal(made.index, t["order"].long().sort(1).values)
+
+
+@cases("prunesid")
+def test_prunesid(case: dict[str, Any]) -> None:
+    t, p = tensors("prunesid", case), case["params"]
+    score, features = t["attn"][..., 1:].sum(1), t["hidden"][:, 1:]
+    made = prunesid.pick(features, score, t["groups"].long(), p["G"], p["K"] - 1)
+    # The official list begins with the class token.
+    assert torch.equal(made + 1, t["indices"][:, 1:].long())
+
+
+def test_prunesid_has_its_own_components() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 30, 4) @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0]))
+    x = x @ torch.linalg.qr(torch.randn(12, 4)).Q.T + 0.01 * torch.randn(2, 30, 12)
+    torch.manual_seed(1)
+    one = prunesid.components(x, 4, seed=0)
+    torch.manual_seed(2)
+    assert torch.equal(one, prunesid.components(x, 4, seed=0))
+    assert torch.equal(one[1:], prunesid.components(x[1:], 4, seed=0))
+    # Those of an exact decomposition, up to tokens that load on two components alike.
+    table = x[0].sigmoid().double().T
+    loadings = torch.linalg.svd(table - table.mean(0), full_matrices=False).Vh[:4].abs()
+    best = loadings.topk(2, dim=0).values
+    clear = best[0] - best[1] > 0.1
+    assert int(clear.sum()) > 10
+    same = (one[0] == loadings.argmax(0))[clear].float().mean()
+    assert float(same) > 0.9
+
+
+@cases("idpruner")
+def test_idpruner(case: dict[str, Any]) -> None:
+    t, p = tensors("idpruner", case), case["params"]
+    order = idpruner.marginal(
+        t["features"][None], t["raw"][None], p["K"], p["mmr_lambda"], p["parallel_k"]
+    )
+    assert order.sort(1).values.tolist() == of_mask(t["mask"])
+
+
+# VScan ---------------------------------------------------------------------------------------
+
+
+@cases("vscan")
+def test_vscan(case: dict[str, Any]) -> None:
+    t, p = tensors("vscan", case), case["params"]
+    signals = {ClsAttention(5 / 24): t["attn_shallow"], SEEN: t["attn_deep"]}
+    tokens, ctx = visual(t["features"], (24, 24)), shown(p["T"], signals)
+    made = VScan(num_keep=p["T"], official=True).select(tokens, ctx)
+    assert made.index.tolist() == of_mask(t["mask"])
+    torch.testing.assert_close(made.reduce(t["features"]), t["tokens"], rtol=1e-5, atol=1e-5)
+    ours = VScan(num_keep=p["T"]).select(tokens, ctx)
+    assert ours.num_slots == p["T"]
+    assert all(
+        set(a) <= set(b) for a, b in zip(made.index.tolist(), ours.index.tolist(), strict=True)
+    )
+
+
+def test_windows_follow_the_regions_of_a_tiled_picture() -> None:
+    torch.manual_seed(0)
+    tokens = visual(torch.randn(1, 128, 4), (16, 8))
+    pos = tokens.pos.clone()
+    pos[:, 64:, 0], pos[:, 64:, 1] = 1, pos[:, 64:, 1] - 8  # two regions of 8 x 8
+    shallow = torch.rand(1, 1, 128)
+    signals = {ClsAttention(5 / 24): shallow, SEEN: torch.rand(1, 1, 128)}
+    moved = type(tokens)(tokens.features, tokens.size, pos)
+    made: Selection = VScan(num_keep=64).select(moved, shown(64, signals))
+    kept = torch.zeros(128, dtype=torch.long)
+    kept[made.index[0]] = 1
+    per_window = kept.view(2, 4, 2, 4, 2).sum((2, 4))
+    assert int(per_window.min()) >= 1  # 32 windows, one local token each
+    assert made.num_slots == 64

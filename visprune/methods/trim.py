@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRIM: keep what the question speaks of, and the mean of the rest (arXiv:2409.10994)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from visprune.core import (
+    Budget,
+    Context,
+    ModelSpec,
+    PositionRule,
+    PruningMethod,
+    Schedule,
+    Selection,
+    Site,
+    Stage,
+    VisualTokens,
+)
+from visprune.core.signals import TextStates
+from visprune.methods._leftover import outliers, ranked, with_leftover
+
+_TEXT = TextStates()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRIM(PruningMethod):
+    """Keeps the tokens most like the text, and makes one of the others, at the projector.
+
+    Tokens are ranked by the softmax over the picture of their product with the text. Without a
+    budget a picture keeps as many as lie above ``Q3 + 1.5 (Q3 - Q1)``, at least one; with one, one
+    less than it, in raster order. The last token is the mean of all others.
+
+    Differences: the official code asks CLIP's text tower, which vision-language models come
+    without, and takes *minus* the product, since CLIP's patches turn away from the text that they
+    show; here the text is the mean of the prompt's own embeddings, whose products with projected
+    patches need no turning. The official budget does not count the token that is a mean. Its
+    quartiles are those of a whole batch; here each picture has its own. It rounds its result to
+    fp16.
+
+    Args:
+        num_keep: tokens of one image that enter the decoder, with the mean; ``None``: adaptive.
+        keep_ratio: the same as a fraction, rounded down.
+    """
+
+    name: ClassVar[str] = "trim"
+    default_positions: ClassVar[PositionRule] = "compact"
+
+    num_keep: int | None = None
+    keep_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the budget."""
+        super().__post_init__()
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget | None:
+        """``None``: the picture decides."""
+        if self.num_keep is None and self.keep_ratio is None:
+            return None
+        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding="floor")
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """One stage at the projector."""
+        return (Stage(Site.projector(), self.budget, (_TEXT,)),)
+
+    def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
+        """Rank by the text."""
+        text: Tensor = ctx[_TEXT].float()
+        there = text.abs().sum(-1) > 0
+        mean = text.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+        product = (tokens.features.float() @ mean[..., None])[..., 0]
+        return trim_tokens(product, ctx.num_keep)
+
+    def macs(self, count: int, keep: int, width: int) -> int:
+        """One product a token."""
+        return count * width
+
+
+def trim_tokens(product: Tensor, num_keep: int = 0, *, joint: bool = False) -> Selection:
+    """The published rule on tensors.
+
+    Args:
+        product: of tokens and text, ``[B, N]``.
+        num_keep: tokens with the mean, 0: adaptive.
+        joint: quartiles of the whole batch.
+    """
+    score = product.softmax(dim=1)
+    batch, count = score.shape
+    if num_keep == count:
+        return Selection.identity(batch, count, score.device)
+    kept = torch.full((batch,), max(1, num_keep - 1), device=score.device)
+    if num_keep == 0:
+        kept = outliers(score, joint=joint)
+    weight = (1.0 / (count - kept).clamp(min=1))[:, None].expand_as(score)
+    return with_leftover(ranked(score, kept), score, weight, leftover=num_keep != 1)
