@@ -143,8 +143,8 @@ class VLMAdapter(Placeholders):
         if not isinstance(number, int) or not 0 <= number < count:
             raise ConfigError(
                 f"Encoder layer {which!r} does not exist: the encoder of {self.config.model_type} "
-                f"has {count} layers, 0 to {count - 1}. Give one of those, a fraction of the depth, "
-                f"'last' or 'feature'."
+                f"has {count} layers, 0 to {count - 1}. Give one of those, a fraction of the "
+                f"depth, 'last' or 'feature'."
             )
         return number
 
