@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -103,6 +103,8 @@ class Layer:
         mlp_weights: the same after they leave.
         attention_width: features of all heads of queries and keys, and of values.
         head_width: features of one head.
+        gain: name of the parameter that the layer multiplies the branch by before it is added;
+            it is taken to be 1 in the layer's own forward, see :meth:`added`.
     """
 
     block: nn.Module
@@ -113,6 +115,13 @@ class Layer:
     mlp_weights: int
     attention_width: int
     head_width: int
+    gain: str | None = None
+
+    def added(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The input with the output of the attention branch."""
+        if self.gain is None:
+            return x + branch
+        return x + self.block._parameters[self.gain] * branch
 
     @property
     def cost(self) -> EncoderLayer:
@@ -175,15 +184,22 @@ class EncoderAdapter:
         why = self.why_no_cls_rows()
         return {} if why is None else {"cls_token": why}
 
-    def grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Patches along height and width."""
+    def run(self, inputs: Any) -> None:
+        """Run the encoder once, on pixels or on what it takes by name."""
+        if isinstance(inputs, Mapping):
+            self.model(**inputs)
+        else:
+            self.model(inputs)
+
+    def grid(self, pixels: Tensor) -> tuple[int, ...]:
+        """Patches along height and width, of clips along time first."""
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def default_grid(self) -> tuple[int, int]:
+    def default_grid(self) -> tuple[int, ...]:
         """Patches along height and width of the model's own input size."""
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def fixed_macs(self, grid: tuple[int, int], last: int) -> int:
+    def fixed_macs(self, grid: tuple[int, ...], last: int) -> int:
         """Multiply-adds outside the layers: embedding, pooling and head for ``last`` tokens."""
         raise NotImplementedError  # pragma: no cover - abstract
 

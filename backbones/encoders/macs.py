@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from visprune.backbones.cost.matrices import matrix_weights
 
 
-def embedding_macs(embed: Any, grid: tuple[int, int]) -> int:
+def embedding_macs(embed: Any, grid: tuple[int, ...]) -> int:
     """Patch embedding of one picture of ``grid`` patches; a convolutional stem is counted whole."""
     proj = getattr(embed, "proj", embed)
     if isinstance(proj, nn.Conv2d) and not hasattr(embed, "backbone"):
-        return grid[0] * grid[1] * proj.weight.numel()
+        return math.prod(grid) * proj.weight.numel()
     ratio = embed.feat_ratio(as_scalar=False)
-    size = [side * step for side, step in zip(grid, ratio, strict=True)]
+    size = [side * step for side, step in zip(grid[-2:], ratio, strict=True)]
     stem = copy.deepcopy(embed).to("meta").eval()
     stem.strict_img_size = False
     with FlopCounterMode(display=False) as counter, torch.no_grad():

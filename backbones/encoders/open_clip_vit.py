@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -70,9 +71,9 @@ class OpenClipViT(EncoderAdapter):
         height, width = self.model.grid_size
         return int(height), int(width)
 
-    def fixed_macs(self, grid: tuple[int, int], last: int) -> int:
+    def fixed_macs(self, grid: tuple[int, ...], last: int) -> int:
         """Embedding, attentional pooling, projection."""
-        model, total = self.model, grid[0] * grid[1] * self.model.conv1.weight.numel()
+        model, total = self.model, math.prod(grid) * self.model.conv1.weight.numel()
         for pool in (model.attn_pool, getattr(model, "attn_pool_contrastive", None)):
             if pool is not None:
                 queries, out = pool.query.shape

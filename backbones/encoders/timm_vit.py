@@ -105,7 +105,7 @@ class TimmViT(EncoderAdapter):
         height, width = self.model.patch_embed.grid_size
         return int(height), int(width)
 
-    def fixed_macs(self, grid: tuple[int, int], last: int) -> int:
+    def fixed_macs(self, grid: tuple[int, ...], last: int) -> int:
         """Embedding, pooling and head."""
         model = self.model
         heads = [model.head, getattr(model, "head_dist", None)]

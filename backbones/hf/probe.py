@@ -20,6 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from visprune.errors import UnsupportedModel
+
 NAME = "visprune_probe"
 
 
@@ -49,10 +51,12 @@ class Wanted:
     Attributes:
         record: is shown the tensors.
         stop: end the call there; it was made only to see them.
+        bias: is added to the scores of each key, ``[B, K]``; the call has no mask then.
     """
 
-    record: Callable[[Attended], None]
+    record: Callable[[Attended], None] | None = None
     stop: bool = False
+    bias: Tensor | None = None
 
 
 class Captured(Exception):
@@ -82,9 +86,12 @@ def _probed_attention(
     **kwargs: Any,
 ) -> Any:
     shown: _Shown = module.config._visprune_shown
+    biased = False
     while True:
         wanted = None if shown.over else shown.wanted()
-        if wanted is not None:
+        if wanted is not None and wanted.bias is not None:
+            attention_mask, biased = _row(wanted.bias, query), True
+        if wanted is not None and wanted.record is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             wanted.record(Attended(query, key, value, scale, kwargs.get("softcap")))
             if wanted.stop:
@@ -93,8 +100,29 @@ def _probed_attention(
             break
         shown = shown.below
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(shown.original._attn_implementation, eager)
+    name = str(shown.original._attn_implementation)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(_taking_bias(name) if biased else name, eager)
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _row(bias: Tensor, query: Tensor) -> Tensor:
+    """A bias per key as a mask, ``[B, 1, 1, K]``."""
+    return bias[:, None, None].to(query.dtype)
+
+
+def _taking_bias(name: str) -> str:
+    """The implementation that takes a bias per key, in place of the user's.
+
+    Raises:
+        UnsupportedModel: FlashAttention would ignore it.
+    """
+    if name.startswith("flash"):
+        raise UnsupportedModel(
+            "FlashAttention takes no bias per key, which merged tokens need in the encoder. "
+            "Load the model with attn_implementation='sdpa', or pass prop_attn=False."
+        )
+    # transformers' flex looks a mask up by query, of which this has none: it read past its end.
+    return "sdpa" if name.startswith("flex") else name
 
 
 AttentionInterface.register(NAME, _probed_attention)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visprune.backbones.encoders.base import EncoderAdapter
-from visprune.backbones.encoders.hf_clip import HfClip
+from visprune.backbones.encoders.hf_vit import HfViT
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.markup import VICUNA_V1
 from visprune.backbones.vlm.picture import Picture, grid
@@ -62,7 +62,7 @@ class LlavaAdapter(VLMAdapter):
         if not isinstance(self.config.vision_feature_layer, int):
             return None
         try:
-            return HfClip(self.tower)
+            return HfViT(self.tower)
         except UnsupportedModel:
             return None
 

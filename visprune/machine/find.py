@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from visprune.backbones.encoders import REFUSED
+from visprune.backbones.encoders import AROUND, REFUSED
 from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
 from visprune.backbones.vlm.generic import TriedAdapter
 from visprune.catalog import adapters, encoders, list_models
@@ -27,6 +27,8 @@ def unwrap(model: Any) -> Any:
             model = model.trunk
         elif _is_a(model, "timm.FeatureGetterNet"):
             model = model.model
+        elif _is_a(model, "transformers.TimmWrapperPreTrainedModel"):
+            model = model.timm_model
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(model, nn.parallel.DataParallel | nn.parallel.DistributedDataParallel):
@@ -57,7 +59,10 @@ def find_encoder(model: Any) -> Any | None:
     for name in lineage:
         if name in encoders:
             return encoders.get(name)(inner)
-    have = f"Vision transformers with an adapter: {', '.join(list_models('vit'))}."
+    around = _around(inner, lineage)
+    if around is not None:
+        return around
+    have = _encoders_there_are()
     for name in lineage:
         if name in REFUSED:
             raise UnsupportedModel(
@@ -77,6 +82,23 @@ def find_encoder(model: Any) -> Any | None:
     return None
 
 
+def _around(model: Any, lineage: list[str]) -> Any | None:
+    """The adapter of the encoder inside a model of transformers that classifies or compares."""
+    for name in lineage:
+        library, _, kind = name.partition(".")
+        if library == "transformers" and kind in AROUND:
+            path, mean = AROUND[kind]
+            adapter = encoders.get("transformers.ViTModel")
+            return adapter(model.get_submodule(path), model, mean=mean)
+    return None
+
+
+def _encoders_there_are() -> str:
+    names = list_models("vit")
+    bare = ", ".join(name.removeprefix("transformers.") for name in names)
+    return f"Vision transformers with an adapter: {bare}."
+
+
 def find_adapter(model: Any) -> Any:
     """Return the adapter (a ``VLMAdapter``) of ``model``.
 
@@ -92,8 +114,7 @@ def find_adapter(model: Any) -> Any:
     if kind is None:
         raise UnsupportedModel(
             f"{type(inner).__name__} is neither a transformers vision-language model nor a vision "
-            f"transformer with an adapter. {have} Vision transformers with one: "
-            f"{', '.join(list_models('vit'))}."
+            f"transformer with an adapter. {have} {_encoders_there_are()}"
         )
     if kind in adapters and hasattr(inner, "get_output_embeddings") and hasattr(inner, "model"):
         return adapters.get(kind)(inner)
@@ -152,10 +173,9 @@ def _what_it_is(model: nn.Module, kind: str, have: str) -> str:
             )
         if "input_ids" not in takes:
             return (
-                f"takes pictures alone, and has no adapter. Vision transformers with one: "
-                f"{', '.join(list_models('vit'))}; families of vision-language models: "
-                f"{', '.join(list_models())}. Take an encoder or a family of those; many others "
-                f"are in timm as a VisionTransformer or Eva."
+                f"takes pictures alone, and has no adapter. {_encoders_there_are()} {have} "
+                f"Take an encoder or a family of those; many others are in timm as a "
+                f"VisionTransformer or Eva."
             )
         return (
             f"takes pictures ({', '.join(pictures)}) and generates no text, and has no adapter, "

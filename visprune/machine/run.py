@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,8 +104,8 @@ class Run:
                 adapter, method, self.plan, self.owner, self.encoder, self.observers
             )
         else:
-            height, width = adapter.default_grid()
-            self.plan.encoder.counts(height * width, len(adapter.layers))  # refuses what is too big
+            total = math.prod(adapter.default_grid())
+            self.plan.encoder.counts(total, len(adapter.layers))  # refuses what is too big
             self._reducer = EncoderReducer(
                 adapter,
                 self._inside,
@@ -294,7 +295,7 @@ class Run:
             return price.run_cost(self, inputs, new_tokens=new_tokens, causal=causal)
         if inputs is not None:
             with torch.no_grad():
-                self.adapter.model(inputs)
+                self._alone().run(inputs)
         return price.vit_cost(self._alone(), self._inside, self.plan.encoder, self._latest())
 
     # The training of a method that learns ------------------------------------------------------
@@ -312,8 +313,7 @@ class Run:
     def ratios(self) -> list[float]:
         """What part of its patches a picture should keep after each stage inside an encoder."""
         adapter = self._encoding().adapter
-        height, width = adapter.default_grid()
-        total = height * width
+        total = math.prod(adapter.default_grid())
         left, found = total, []
         for layer in range(len(adapter.layers)):
             for _, stage in self.plan.encoder.at(layer):
@@ -325,8 +325,8 @@ class Run:
         return found
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along height and width of a vision transformer's own input size."""
+    def grid(self) -> tuple[int, ...]:
+        """Patches along height and width (of clips, time first) of an encoder's own input size."""
         return self._alone().default_grid()
 
     def _encoding(self) -> EncoderReducer:

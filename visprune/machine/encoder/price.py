@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
@@ -15,7 +17,7 @@ def encoder_cost(
     adapter: EncoderAdapter,
     method: PruningMethod,
     plan: EncoderPlan,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     *,
     samples: int = 1,
     upto: int | None = None,
@@ -30,11 +32,11 @@ def encoder_cost(
         adapter: the encoder.
         method: the method.
         plan: its stages.
-        grid: patches along height and width.
+        grid: patches along height and width, of clips along time first.
         samples: pictures.
         upto: layers that run; ``None``: all.
     """
-    total = grid[0] * grid[1]
+    total = math.prod(grid)
     counts = plan.counts(total, len(adapter.layers))
     vision = adapter.fixed_macs(grid, counts[-1][1] if counts else total)
     for layer, (before, after) in zip(adapter.layers[:upto], counts, strict=False):
@@ -48,12 +50,12 @@ def selection_macs(
     adapter: EncoderAdapter,
     method: PruningMethod,
     plan: EncoderPlan,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     *,
     upto: int | None = None,
 ) -> int:
     """What the method itself computes on one picture, see :func:`encoder_cost`."""
-    total = grid[0] * grid[1]
+    total = math.prod(grid)
     counts = plan.counts(total, len(adapter.layers))
     spent, entering = 0, total
     for number, (before, after) in enumerate(counts[:upto]):

@@ -243,9 +243,10 @@ class EncoderReducer:
         )
         y = selection.reduce(x, prefix)
         # A model without prefix tokens carries its stream feature by feature in memory. A layer
-        # that multiplies it right away, without a norm before, gets the other layout's last bits.
-        layer = self.adapter.layers[number]
-        if layer.entry is layer.attention and not x.is_contiguous():
+        # that adds features up before a LayerNorm did gets the other layout's last bits.
+        if not isinstance(self.adapter.layers[number].entry, nn.LayerNorm) and not (
+            x.is_contiguous()
+        ):
             y = y.transpose(1, 2).contiguous().transpose(1, 2)
         return y
 
@@ -282,6 +283,8 @@ class _ReducedLayer:
             # Before the hooks of a probe, which must see what the layer really reads.
             handles.append(layer.entry.register_forward_pre_hook(self._read, prepend=True))
             handles.append(layer.branch.register_forward_hook(self._between))
+            if layer.gain is not None:
+                handles.append(Instead(layer.block, layer.gain, 1.0))
         return handles
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +347,7 @@ class _ReducedLayer:
         if run is None or run.stream is None:
             return None
         branch, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        x, run.stream = run.stream + branch, None
+        x, run.stream = self.layer.added(run.stream, branch), None
         for order, stage in self.reducer.plan.inside[number]:
             x = self.reducer.reduce(run, number, order, stage, x)
         run.mapped[number] = run.state.count

@@ -60,12 +60,13 @@ class EncoderPass:
     """One forward of the encoder; it belongs to that call alone.
 
     Args:
-        grid: patches along height and width.
+        grid: patches along height and width, of clips along time first.
         pictures: what methods are shown of the pixels, by signal.
     """
 
-    def __init__(self, grid: tuple[int, int], pictures: dict[Any, Any] | None = None) -> None:
-        self.grid, self.pictures = grid, pictures or {}
+    def __init__(self, grid: tuple[int, ...], pictures: dict[Any, Any] | None = None) -> None:
+        self.grid: tuple[int, int, int] = (*((1,) * (3 - len(grid))), *grid)  # type: ignore[assignment]
+        self.pictures = pictures or {}
         self.state = TokenState(0)
         self.layers: dict[int, TokenState] = {}
         self.attended: dict[int, int] = {}
@@ -86,12 +87,12 @@ class EncoderPass:
 
     def pos(self, index: Tensor) -> Tensor:
         """(t, h, w) of patches ``[B, N]``: ``[B, N, 3]``."""
-        height, width = self.grid
-        if height * width == self.total:
-            rows, columns = index // width, index % width
-        else:  # patch dropout in training took some, and does not say which
-            rows, columns = torch.zeros_like(index), index
-        return torch.stack([torch.zeros_like(index), rows, columns], dim=-1)
+        frames, height, width = self.grid
+        if frames * height * width != self.total:
+            # Patch dropout in training took some, and does not say which.
+            height, width = 1, self.total
+        place = index % (height * width)
+        return torch.stack([index // (height * width), place // width, place % width], dim=-1)
 
     def until(self, layer: int) -> list[Selection]:
         """The selections up to and in ``layer``, in the order in which they ran."""
@@ -124,7 +125,6 @@ class EncoderPass:
             sites: name of the site of every stage, by layer and number.
         """
         whole = self.composed(layers)
-        height, width = self.grid
         entered = [self.attended[n] for n in sorted(self.attended)]
         inner = [self.mapped[n] for n in sorted(self.mapped)]
         everything = torch.arange(self.total, device=whole.index.device)[None]
@@ -140,7 +140,7 @@ class EncoderPass:
             image_rows=list(range(self.batch)),
             chosen=[[whole.row(n)] for n in range(self.batch)],
             prefix=prefix,
-            grids=[((1, height, width),)] * self.batch,
+            grids=[(self.grid,)] * self.batch,
             stages=[
                 {
                     "site": sites[key],

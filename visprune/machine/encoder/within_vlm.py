@@ -9,6 +9,7 @@ first decoder layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,8 +136,8 @@ class EncoderReduction:
 
     def counts(self) -> list[tuple[int, int]]:
         """Patches of one encoder picture that enter each layer, and that leave its attention."""
-        height, width = self._encoder.default_grid()
-        return self.plan.counts(height * width, len(self._encoder.layers))
+        total = math.prod(self._encoder.default_grid())
+        return self.plan.counts(total, len(self._encoder.layers))
 
 
 def _one_of_each(slot: Tensor, stands: Tensor) -> Tensor:
