@@ -189,13 +189,13 @@ def run_command(
     """What ``visprune eval`` does: a study of a file, of flags, or of a file changed by flags.
 
     Raises:
-        ConfigError: neither a study nor a model and a task, or whatever :func:`run_study` raises.
+        ConfigError: neither a study nor a model, or whatever :func:`run_study` raises.
         SystemExit: with 1, after the table, where not one sample was answered.
     """
-    if path is None and not (changes.get("models") and changes.get("tasks")):
+    if path is None and not changes.get("models"):
         raise ConfigError(
             "visprune eval takes a study (configs/studies/NAME.yaml), or --model and --task, such "
-            "as --model embedded --task embedded."
+            "as --model embedded --task embedded. Without --task a model is asked a standard set."
         )
     study = build_study(changes) if path is None else read_study(path, changes)
     rank, world, _ = process_number()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from visprune.errors import ConfigError
 from visprune.eval.environment import writable_folder
-from visprune.eval.report.average import averages
 from visprune.eval.report.build import build_tables
 from visprune.eval.report.groups import all_averages
 from visprune.eval.report.missing import missing_cells
@@ -46,15 +45,13 @@ def write_report(
     folder = writable_folder(out if out is not None else Path(results) / "report")
     tables = build_tables(read, resamples=resamples)
     published = attach_published(read.study, tables)
-    models = dict.fromkeys(table.model for table in tables)
-    every = {model: averages([t for t in tables if t.model == model]) for model in models}
-    means = {model: rows for model, rows in every.items() if rows}
+    means = all_averages(tables)
     missing = missing_cells(read.empty)
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     data = payload(read, tables, means, published, samples=samples, resamples=resamples, made=made)
     texts = {
         "page": ("report.html", build_page(data)),
-        "markdown": ("tables.md", to_markdown(tables, all_averages(tables), missing)),
+        "markdown": ("tables.md", to_markdown(tables, means, missing)),
         "csv": ("tables.csv", to_csv(tables, missing)),
         "kinds": ("kinds.csv", to_kinds_csv(tables)),
         "latex": ("tables.tex", to_latex(tables, missing)),

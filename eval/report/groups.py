@@ -13,7 +13,7 @@ from visprune.eval.tasks.base import tasks
 __all__ = ["all_averages"]
 
 
-def all_averages(tables: Sequence[Table]) -> dict[str, list[dict[str, Any]]]:
+def all_averages(tables: Sequence[Table]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Return the averages of each model over all its tasks, and over each group of them.
 
     Reading and grounding are lost long before the rest is (a token holds the one word that was
@@ -23,18 +23,18 @@ def all_averages(tables: Sequence[Table]) -> dict[str, list[dict[str, Any]]]:
         tables: of all models.
 
     Returns:
-        Rows of :func:`averages` by ``"MODEL"`` and ``"MODEL, GROUP"``; a group of one task, and one
-        that holds all of a model's tasks, has none.
+        Rows of :func:`averages` by model and group (``""``: all tasks); a group of one task, and
+        one that holds all of a model's tasks, has none.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for model in dict.fromkeys(table.model for table in tables):
         mine = [table for table in tables if table.model == model]
         groups: dict[str, list[Table]] = {}
         for table in mine:
             groups.setdefault(_group(table.about), []).append(table)
-        found[model] = averages(mine)
+        found[model, ""] = averages(mine)
         found |= {
-            f"{model}, {group}": averages(some)
+            (model, group): averages(some)
             for group, some in groups.items()
             if group and len(some) < len(mine)
         }

@@ -60,7 +60,8 @@ def _asset(name: str) -> str:
 
 
 def payload(
-    results: Results, tables: Sequence[Table], averages: Mapping[str, Sequence[Mapping[str, Any]]],
+    results: Results, tables: Sequence[Table],
+    averages: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
     published: Sequence[Mapping[str, Any]], *, samples: int, resamples: int, made: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that the page shows, as JSON values.
@@ -68,7 +69,7 @@ def payload(
     Args:
         results: the folder.
         tables: of all models and tasks.
-        averages: by model.
+        averages: by model and group of tasks.
         published: numbers from papers.
         samples: how many samples of each task the browser shows.
         resamples: of the bootstrap.
@@ -89,8 +90,8 @@ def payload(
         "arms": [dataclasses.asdict(arm) | {"untouched": arm.untouched} for arm in arms],
         "tables": [_table(table, number) for table in tables],
         "averages": [
-            {"model": model, "rows": [_average(row, number) for row in rows]}
-            for model, rows in averages.items()
+            {"model": model, "group": group, "rows": [_average(row, number) for row in rows]}
+            for (model, group), rows in averages.items()
         ],
         "chosen": chosen,
         "samples": shown,

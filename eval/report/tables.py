@@ -143,13 +143,14 @@ def floor_list(table: Table) -> list[tuple[str, float]]:
 
 def to_markdown(
     tables: Sequence[Table],
-    averages: Mapping[str, Sequence[Mapping[str, Any]]],
+    averages: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
     missing: Sequence[Missing] = (),
 ) -> str:
     """All tables, a heading each; the average over tasks comes first, what is missing last."""
     parts = []
-    for model, rows in averages.items():
-        parts += [f"## {markdown(model)}: mean over tasks, % of the untouched model", ""]
+    for (model, group), rows in averages.items():
+        what = markdown(f"{model}, {group}" if group else model)
+        parts += [f"## {what}: mean over tasks, % of the untouched model", ""]
         parts += _grid(
             ["method", "score", "vs untouched", "tokens"],
             [[row["arm"].label, figure(row["score"]), figure(row["delta"], sign=True),

@@ -13,11 +13,12 @@ import yaml
 
 from visprune.core.checked import build_section, check_values
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.models.base import ModelEntry
+from visprune.eval.models.base import EMBEDDED, LIBRARIES, ModelEntry
 from visprune.eval.study.flags import override
 from visprune.eval.study.options import KEYS, Options
 from visprune.eval.study.published import read_published
 from visprune.eval.study.variants import Variant, expand, listed
+from visprune.eval.tasks import STANDARD
 from visprune.eval.tasks.base import Task, get_task
 from visprune.eval.tasks.prompts import check_style
 from visprune.machine.saved import read_method
@@ -174,7 +175,9 @@ def build_study(raw: Mapping[str, Any]) -> Study:
     """Build a study from the keys of its YAML.
 
     ``models``, ``methods`` and ``tasks`` are lists of names, of mappings with options, or of built
-    objects; a model that was saved with a method brings it along. ``budgets`` (numbers of tokens,
+    objects; a model that was saved with a method brings it along. Without ``tasks`` a
+    vision-language model is asked :data:`visprune.eval.tasks.STANDARD`, the embedded model its own
+    questions, a classifier ImageNet. ``budgets`` (numbers of tokens,
     fractions, or mappings such as ``{r: 13}``) go to every method that takes such a one and names
     none itself; ``limit`` goes to every task that sets none itself (a built task: that has its
     default); ``controls`` is ``true`` (the default: all of
@@ -196,7 +199,8 @@ def build_study(raw: Mapping[str, Any]) -> Study:
     methods = [*listed("methods", options.methods), *_saved_methods(models)]
     seeds = tuple(listed("seeds", options.seeds))
     variants, notes = expand(methods, options.budgets, options.controls)
-    tasks = tuple(_task(one, options.limit, seeds) for one in listed("tasks", options.tasks))
+    asked = _standard(models) if options.tasks is None else listed("tasks", options.tasks)
+    tasks = tuple(_task(one, options.limit, seeds) for one in asked)
     return Study(
         models=models,
         variants=tuple(variants),
@@ -273,6 +277,16 @@ def _saved_methods(models: Iterable[ModelEntry]) -> list[dict[str, Any]]:
     folders = (model.name.removeprefix("timm:local-dir:") for model in models)
     found = (read_method(folder) for folder in folders if Path(folder).is_dir())
     return [method for method in found if method is not None]
+
+
+def _standard(models: Sequence[ModelEntry]) -> list[str]:
+    """What models are asked where a study names no tasks: all of one kind, or nothing is clear."""
+    kinds = {"embedded" if m.name == EMBEDDED else m.name.partition(":")[0] for m in models}
+    if kinds == {EMBEDDED}:
+        return [EMBEDDED]
+    if kinds and kinds <= set(LIBRARIES):
+        return ["imagenet"]
+    return [] if kinds & {EMBEDDED, *LIBRARIES} else list(STANDARD)
 
 
 def _task(entry: Any, limit: int | None, seeds: Sequence[int]) -> Task:

@@ -71,7 +71,11 @@ class Options:
     tasks: Any = field(
         default=None,
         metadata=_flags(
-            task=_flag(list[str], "A name from `visprune tasks`; repeat."),
+            task=_flag(
+                list[str],
+                "A name from `visprune tasks`; repeat.",
+                show_default="a standard set, reading and grounding in it",
+            ),
             task_option=_flag(list[str], "KEY=VALUE of every task; repeat."),
         ),
     )

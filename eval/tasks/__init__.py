@@ -3,6 +3,13 @@
 
 from __future__ import annotations
 
+# What a study of methods asks a vision-language model unless it says otherwise. Half of it is
+# reading, grounding and following lines: what pruning breaks first.
+STANDARD = (
+    *("gqa", "pope", "mme", "scienceqa_img", "mmbench_en"),
+    *("textvqa", "ocrbench", "docvqa", "chartqa", "refcoco_rec", "topology"),
+)
+
 TABLE = {
     "vqav2": "visprune.eval.tasks.vqa:VQAv2",
     "gqa": "visprune.eval.tasks.gqa:GQA",

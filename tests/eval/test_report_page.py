@@ -471,6 +471,29 @@ def test_one_word_without_an_end_does_not_widen_a_phone(
     assert page.complaints() == []
 
 
+def test_reading_and_grounding_have_a_column_of_their_own(page: Page, tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "groups", create=True)
+    for name, share in {"textvqa": 0.5, "chartqa": 0.25, "gqa": 1.0}.items():
+        for method, score in (("none", 1.0), ("todre", share)):
+            of = Cell(model={"name": "m"}, method={"method": method},
+                      task={"task": name, "version": 0}, prompt_style="plain",
+                      label=method)  # fmt: skip
+            folder.add_cells([of])
+            with folder.writer() as writer:
+                writer.write([
+                    Record(cell=of.id, sample=str(i), cluster=str(i), score=score, answer="a",
+                           text="a", answers=["a"]) for i in range(40)
+                ])  # fmt: skip
+    page.open(write_report(folder.path, resamples=100)["page"])
+    page.one("#by-task").click()
+    heads = [head.text.split("\n")[0] for head in page.all("#tasks-table thead th")]
+    assert heads[:3] == ["method", "All tasks", "Mean of reading and grounding"]
+    (row,) = [r for r in page.all("#tasks-table tbody tr") if "todre" in r.text]
+    cells = [cell.text for cell in row.find_elements("css selector", "td, th")]
+    assert (cells[1][1:], cells[2][1:]) == ("41.7", "62.5")  # behind a minus
+    assert page.complaints() == []
+
+
 def _same_everywhere(path: Path, pictures: int, answers: str = "a") -> Path:
     """Three arms that get everything right, so that floors lie on one height; written as a page."""
     folder = ResultsFolder(path, create=True)

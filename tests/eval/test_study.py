@@ -16,6 +16,7 @@ from visprune.eval.evaluate import evaluate
 from visprune.eval.models.base import ModelEntry
 from visprune.eval.study.grid import SpeedPlan, Study, build_study, read_study
 from visprune.eval.study.options import FLAGS, KEYS
+from visprune.eval.tasks import STANDARD
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.methods.fastv import FastV
 
@@ -354,3 +355,31 @@ def test_every_flag_reaches_its_key() -> None:
         "speed": True, "prompt_style": "plain", "generation": {"max_new_tokens": 5},
         "pictures": False,
     }  # fmt: skip
+
+
+READING = {"ocrbench", "docvqa", "chartqa", "refcoco_rec", "topology"}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_of_methods_ask_what_pruning_breaks_first(path: Path) -> None:
+    """Where the model can answer: not the embedded model and those tuned from it, no classifier."""
+    study = read_study(path)
+    if not any(model.name.startswith(("embedded", "runs/", "timm:")) for model in study.models):
+        assert {task.name for task in study.tasks} >= READING
+
+
+@pytest.mark.parametrize(
+    ("model", "tasks"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", set(STANDARD)),
+        ("embedded", {"embedded"}),
+        ("timm:deit_small_patch16_224", {"imagenet"}),
+    ],
+)
+def test_a_study_that_names_no_task_has_those_of_its_model(model: str, tasks: set[str]) -> None:
+    study = build_study({"models": model, "methods": "todre", "budgets": 64})
+    assert {task.name for task in study.tasks} == tasks
+    assert set(STANDARD) >= READING
+    with pytest.raises(ConfigError, match="no tasks"):
+        build_study({"models": [model, "embedded" if model != "embedded" else "timm:x"],
+                     "methods": "todre", "budgets": 64})  # fmt: skip

@@ -267,7 +267,7 @@ function change(values) {
 }
 
 const averageOf = (model) => {
-  const found = DATA.averages.find((entry) => entry.model === model);
+  const found = DATA.averages.find((entry) => entry.model === model && !entry.group);
   return (
     found && {
       ...found,
@@ -280,6 +280,8 @@ const averageOf = (model) => {
     }
   );
 };
+// Means over tasks of a kind: reading and grounding are lost long before the rest is.
+const groupsOf = (model) => DATA.averages.filter((entry) => entry.model === model && entry.group);
 const tablesOf = (model) => DATA.tables.filter((table) => table.model === model);
 const current = () =>
   (state.task === AVERAGE ? averageOf(state.model) : null) ||

@@ -111,11 +111,11 @@ function byTask(model) {
   const tables = tablesOf(model),
     average = averageOf(model);
   const arms = [...new Set(tables.flatMap((table) => table.rows.map((row) => row.arm)))];
-  const all = average ? [average, ...tables] : tables;
+  const all = [...(average ? [average] : []), ...groupsOf(model), ...tables];
   const heads = all.map((table) => ({
-    name: taskName(table),
+    name: table.group ? `Mean of ${table.group}` : taskName(table),
     title:
-      table.task === AVERAGE
+      table.group || table.task === AVERAGE
         ? "Mean of scores in % of untouched"
         : `${table.metric}, ${table.unit}`,
     n: table.samples,
