@@ -96,7 +96,12 @@ def load_into(model: nn.Module, folder: str) -> list[str]:
     """
     path = Path(folder).expanduser() / "model.safetensors"
     if not path.is_file():
-        raise ConfigError(f"There is no {path.name} in {str(path.parent)!r} to start from.")
+        raise ConfigError(
+            f"There is no {path.name} in {str(path.parent)!r} to start from. Such a folder is the "
+            f"`weights` of a training: run the recipe of the dense model first (visprune train "
+            f"RECIPE.yaml --out {path.parent.parent}), or name another folder with "
+            f"model.start_from=FOLDER (and distill.teacher=FOLDER)."
+        )
     own, saved = model.state_dict(), load_file(path)
     head = {k for k in saved if k in own and own[k].shape != saved[k].shape and _in_head(model, k)}
     wrong = [

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from visprune.errors import ConfigError, did_you_mean
+from visprune.train.image.drawn import DRAWN, DrawnPictures
 from visprune.train.image.files import EXTENSIONS, Files, FolderFiles, TarFiles, ZipFiles
 from visprune.train.image.pictures import Pictures
 from visprune.train.image.recipe import DataConfig
@@ -35,7 +36,9 @@ def open_pictures(config: DataConfig, part: str) -> Pictures:
             one class.
     """
     split = config.train if part == "train" else config.val
-    if config.path.startswith("hf:"):
+    if config.path.startswith(DRAWN):
+        found: Pictures = DrawnPictures(config.path, split)
+    elif config.path.startswith("hf:"):
         found = _hugging_face(config, split)
     else:
         found = _local(config, Path(config.path).expanduser(), split)
@@ -62,7 +65,8 @@ def _local(config: DataConfig, path: Path, split: str) -> Pictures:
         raise ConfigError(
             f"There is no data at {str(path)!r}.{did_you_mean(path.name, near)} "
             f"Give data.path=FOLDER with {split}/CLASS/PICTURE or {split}.npz, .zip, .tar or "
-            f".parquet in it, an archive of class folders, or hf:NAME of the Hub."
+            f".parquet in it, an archive of class folders, hf:NAME of the Hub, or drawn:1200 for "
+            f"pictures drawn by code."
         )
     if path.is_file():
         return _file(config, path, split)
