@@ -49,6 +49,8 @@ NO_BUDGET: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
 }
 # Methods with a published setting that no budget names, which stands where none is given.
 OPTIONAL_BUDGET = ("v2drop",)
+# These thin out clips alone.
+WHOLE_PICTURES = ("evs",)
 # Their rules read rotated keys by themselves: another place in the sequence, another choice.
 BY_PLACE = ("dart",)
 NO_ATTENTION = ModelSpec("", num_layers=4, has_cls=False, multi_axis_rope=True, encoder_refusal="-",

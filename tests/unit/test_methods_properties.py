@@ -25,6 +25,7 @@ from visprune.core.signals import (
     EncoderSignal,
     PictureSignal,
     Signal,
+    TokenSignal,
 )
 from visprune.machine.choose import choose
 
@@ -110,6 +111,8 @@ class World:
                 whole, axis = signal.read(self.decoder), signal.token_dim
                 count = self.tokens.num_tokens
                 found[signal] = whole if axis is None else whole.narrow(axis, BEFORE, count)
+            elif isinstance(signal, TokenSignal):
+                found[signal] = signal.read(self.tokens)
             elif isinstance(signal, PictureSignal):
                 found[signal] = tuple(signal.read(x) for x in self.pixels)
         return found

@@ -31,6 +31,8 @@ TABLE = {
     "prunesid": "visprune.methods.prunesid:PruneSID",
     "idpruner": "visprune.methods.idpruner:IDPruner",
     "vscan": "visprune.methods.vscan:VScan",
+    "evs": "visprune.methods.evs:EVS",
+    "vidcom2": "visprune.methods.vidcom2:VidCom2",
     "random_deep": "visprune.methods.random_deep:RandomDeep",
     "v2drop": "visprune.methods.v2drop:V2Drop",
     "dart": "visprune.methods.dart:DART",
