@@ -35,6 +35,11 @@ def cache_of(found: Any) -> Any:
     return found.get("past_key_values") if cache is None else cache
 
 
+def new_cache(config: Any) -> dict[str, Any]:
+    """The argument that gives a call of a decoder an empty cache."""
+    return {CACHE_ARGUMENT: DynamicCache(config=config)}
+
+
 # Runs by key, for caches that were pickled; one that is gone is in force no more.
 _OWNERS: WeakValueDictionary[str, Owner] = WeakValueDictionary()
 

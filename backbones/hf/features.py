@@ -28,9 +28,13 @@ def encoder_output(features: list[Tensor]) -> Any:
 def entries(output: Any) -> Tensor | Sequence[Tensor]:
     """The features of an encoder's output, one entry after the other.
 
-    Families without a projector's output have them as the encoder's own.
+    Families without a projector's output have them as the encoder's own, or as those that are
+    added before decoder layers, ``(layer, entries)`` of each.
     """
     found = getattr(output, "pooler_output", None)
+    layers = getattr(output, "deepstack_features", None)
+    if found is None and layers:
+        return layers[0][1]
     if found is None:
         found = getattr(output, "last_hidden_state", None)
     return output if found is None else found

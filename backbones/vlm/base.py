@@ -176,8 +176,18 @@ class VLMAdapter(Placeholders):
         window = getattr(self.text_config, "sliding_window", None)
         return "full_attention" if window is None else _SLIDING
 
+    answer_types: ClassVar[dict[str, int]] = {}
+    """Types of tokens that are generated, by argument, where they are not 0."""
+
+    masks_before: ClassVar[bool] = False
+    """Whether ``core`` makes masks for the decoder, of padding and of what is seen both ways."""
+
+    def rope_of(self, layer: int) -> str:
+        """Layers with the same share a rotary embedding."""
+        return self.kind_of(layer)
+
     def rotary(self, hidden: Tensor, ids: Tensor, kind: str) -> Any:
-        """The rotary embedding of position ids, for layers of a kind."""
+        """The rotary embedding of position ids, for layers of a kind (:meth:`rope_of`)."""
         rotary = self.language_model.rotary_emb
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             return rotary(hidden, ids, kind)
@@ -191,6 +201,9 @@ class VLMAdapter(Placeholders):
         """Whether attention modules scale queries by position ids, beside the rotary embedding."""
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         return "llama_4_scaling_beta" in rope
+
+    starts_empty: ClassVar[bool] = False
+    """Whether visual tokens are zero until the decoder adds their features before a layer."""
 
     @cached_property
     def adds_later(self) -> bool:

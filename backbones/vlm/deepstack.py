@@ -38,6 +38,22 @@ def take_out(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Tenso
     return given, found
 
 
+def take_before(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """The same of a decoder that adds features before its layers, by layer.
+
+    Args:
+        kwargs: ``inputs_embeds`` ``[B, S, D]`` and, with pictures, ``vision_mask`` ``[B, S, 1]``
+            and ``deepstack_features``, a dict of layers to ``[N, D]``.
+    """
+    given = dict(kwargs)
+    features, mask = given.get("deepstack_features"), given.get("vision_mask")
+    if features is None or mask is None:
+        return given, {}
+    given["deepstack_features"] = given["vision_mask"] = None
+    embeds = given["inputs_embeds"]
+    return given, {n: _spread(one, mask[..., 0], embeds) for n, one in features.items()}
+
+
 def _spread(features: Tensor, mask: Tensor, like: Tensor) -> Tensor:
     """Features of the visual tokens in the places of the sequence."""
     zeros = torch.zeros_like(like)

@@ -224,6 +224,12 @@ class TriedAdapter(GenericAdapter):
     proved = False
 
 
+class OneIdAdapter(GenericAdapter):
+    """A family that writes clips with the placeholder of pictures (GLM-4V)."""
+
+    same_id = True
+
+
 class QueriesAdapter(GenericAdapter):
     """A family that reads pictures with learned queries."""
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from visprune.backbones.hf.features import lengths
+from visprune.backbones.vlm.deepstack import take_before
 from visprune.backbones.vlm.generic import GenericAdapter, Kind
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
@@ -45,7 +48,6 @@ class PackedAdapter(GenericAdapter):
 
     Attributes:
         strategy: whether the packing is told how features of the encoder are selected.
-        rate: tokens of a crop along one side, of one patch.
     """
 
     strategy: ClassVar[bool] = True
@@ -158,6 +160,29 @@ class NextVideoAdapter(PackedAdapter):
         """Clips, every frame pooled."""
         side = self.patches_aside // self.config.spatial_pool_stride
         return [self.clip(pixels, side, 0) for pixels in call["pixel_values_videos"]]
+
+
+class GraniteAdapter(PackedAdapter):
+    """Granite 4 Vision: placeholders are zero, and get features before several decoder layers.
+
+    A crop is pooled, by windows.
+    """
+
+    starts_empty = True
+
+    @cached_property
+    def adds_later(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def side(self) -> int:
+        """Tokens along one side of a crop."""
+        return int(self.patches_aside * Fraction(self.config.downsample_rate))
+
+    def later_features(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        """Take out of the decoder's arguments what it would add to visual tokens, by layer."""
+        return take_before(kwargs)
 
 
 class VideoLlavaAdapter(GenericAdapter):

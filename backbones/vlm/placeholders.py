@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class Placeholders:
         core: the module that merges pictures into the text (``model.model``).
     """
 
+    same_id: ClassVar[bool] = False
+    """Whether clips are written with the placeholder of pictures: a call has one or the other."""
+
     def __init__(self, model: Any) -> None:
         self.model: Any = model
         self.config: Any = model.config
@@ -45,6 +48,7 @@ class Placeholders:
 
     def token_id(self, kind: Literal["image", "video"]) -> int | None:
         """Placeholder id in ``input_ids``."""
+        kind = "image" if self.same_id else kind
         name = f"{kind}_token_id"
         value = getattr(self.config, name, None)
         return value if value is not None else getattr(self.config, f"{kind}_token_index", None)
@@ -88,6 +92,13 @@ class Placeholders:
         """
         encoded = call.get("mm_encoder_outputs") or {}
         pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+        given = [k for k in _KINDS if any(x.get(y) is not None for x, y in
+                                          ((encoded, k), (call, pixels[k])))]  # fmt: skip
+        if self.same_id and len(given) > 1:
+            raise ConfigError(
+                f"{self.config.model_type} writes clips with the placeholder of pictures, and "
+                f"transformers does not tell them apart in one call. Give pictures or clips."
+            )
         for kind in _KINDS:
             if encoded.get(kind) is not None:
                 counts = lengths(encoded[kind])

@@ -104,6 +104,14 @@ def test_pooling_equals_the_decoder_on_the_means(
             whole[number, mask[0]] = features
         short["visual_pos_masks"] = visual[None]
         short["deepstack_visual_embeds"] = [(made @ one)[visual] for one in whole]
+    mask = call.get("vision_mask")
+    if mask is not None:
+        visual, places = mask[0, stands, 0], mask[0, :, 0]
+        short["vision_mask"] = visual[None, :, None]
+        short["deepstack_features"] = {
+            layer: (made @ embeds.new_zeros(embeds.shape[1:]).index_put((places,), one))[visual]
+            for layer, one in call["deepstack_features"].items()
+        }
     if isinstance(call["attention_mask"], dict):
         short["attention_mask"] = dict.fromkeys(call["attention_mask"])
     eager = models(family, "eager")

@@ -125,7 +125,7 @@ def encode_images(
 
 def _handed_over(adapter: Any, output: Any) -> EncodedImages:
     """The features of an encoder's output, if there is one tensor of each picture and no more."""
-    features = output.pooler_output
+    features = getattr(output, "pooler_output", None)
     if not isinstance(features, list | tuple) or output.get("deepstack_features") is not None:
         raise UnsupportedModel(
             f"The encoder of {adapter.config.model_type} does not give one tensor of features a "

@@ -77,3 +77,18 @@ def video_llava(layers: int) -> Any:
         vision_feature_layer=-2,
     )
     return tf.VideoLlavaForConditionalGeneration(config)
+
+
+@family("granite4_vision", crops)
+def granite4_vision(layers: int) -> Any:
+    config = tf.Granite4VisionConfig(
+        vision_config=tf.CLIPVisionConfig(**vit(projection_dim=16, hidden_size=64)),
+        text_config=text(layers, model_type="granite4_vision_text", embedding_multiplier=2.0),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0], [-1, 2]],
+        spatial_vision_layer=-1,
+        spatial_target_layers=[1, 3],
+    )
+    return tf.Granite4VisionForConditionalGeneration(config)

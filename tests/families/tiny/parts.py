@@ -32,6 +32,7 @@ class Family:
         extra: inputs -> arguments that depend on the ids.
         by_row: whether pictures of a sample are one row of ``pixel_values``, padded with zeros.
         video_id: placeholder of clips.
+        mixes: whether a call may hold pictures and clips.
         layers: of the decoder.
         only_eager: whether it has no other attention implementation.
     """
@@ -43,6 +44,7 @@ class Family:
     extra: Callable[[Inputs], Inputs] | None = None
     by_row: bool = False
     video_id: int = VIDEO
+    mixes: bool = True
     layers: int = 4
     only_eager: bool = False
 

@@ -18,6 +18,7 @@ from tests.families.tiny.parts import (
     VIDS,
     VSTART,
     WIDTH,
+    Inputs,
     family,
     framed,
     mm_types,
@@ -90,7 +91,12 @@ def qwen2_5_omni_thinker(layers: int) -> Any:
     return tf.Qwen2_5OmniThinkerForConditionalGeneration(config)
 
 
-@family("qwen3_omni_moe_thinker", patches(), prompt=wrapped)
+@family(
+    "qwen3_omni_moe_thinker",
+    patches(),
+    clip=patches("video", video_second_per_grid=torch.tensor([1.0])),
+    prompt=wrapped,
+)
 def qwen3_omni_moe_thinker(layers: int) -> Any:
     config = tf.Qwen3OmniMoeThinkerConfig(
         text_config=text(layers, rope_parameters=MROPE, **MOE),
@@ -192,6 +198,13 @@ def kimi_k25(layers: int) -> Any:
     return tf.Kimi_K25ForConditionalGeneration(config)
 
 
+def _glm_types(made: Inputs) -> Inputs:
+    """Clips are written with the placeholder of pictures, and told apart by their type."""
+    ids = made["input_ids"]
+    return {**mm_types(made), "input_ids": ids.masked_fill(ids == VIDEO, IMAGE)}
+
+
+GLM = {"clip": CLIP, "prompt": framed, "extra": _glm_types, "mixes": False}
 GLM_IDS = {
     **IDS,
     "image_start_token_id": VSTART,
@@ -208,7 +221,7 @@ GLM_ROPE = {
 }
 
 
-@family("glm4v", patches(), prompt=framed, extra=mm_types)
+@family("glm4v", patches(), **GLM)
 def glm4v(layers: int) -> Any:
     config = tf.Glm4vConfig(
         text_config=text(layers, rope_parameters=GLM_ROPE),
@@ -218,7 +231,7 @@ def glm4v(layers: int) -> Any:
     return tf.Glm4vForConditionalGeneration(config)
 
 
-@family("glm46v", patches(), prompt=framed, extra=mm_types)
+@family("glm46v", patches(), **GLM)
 def glm46v(layers: int) -> Any:
     config = tf.Glm46VConfig(
         text_config=text(layers, rope_parameters=GLM_ROPE, model_type="glm4v_text"),
@@ -228,7 +241,7 @@ def glm46v(layers: int) -> Any:
     return tf.Glm46VForConditionalGeneration(config)
 
 
-@family("glm4v_moe", patches(), prompt=framed, extra=mm_types)
+@family("glm4v_moe", patches(), **GLM)
 def glm4v_moe(layers: int) -> Any:
     moe = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     config = tf.Glm4vMoeConfig(
@@ -239,7 +252,7 @@ def glm4v_moe(layers: int) -> Any:
     return tf.Glm4vMoeForConditionalGeneration(config)
 
 
-@family("glm_ocr", patches(), prompt=framed, extra=mm_types)
+@family("glm_ocr", patches(), **GLM)
 def glm_ocr(layers: int) -> Any:
     config = tf.GlmOcrConfig(
         text_config=text(layers, rope_parameters=MROPE),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.hf.cache import cache_of
+from visprune.backbones.hf.cache import cache_of, new_cache
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.catalog import get_method
 from visprune.errors import ConfigError, UnsupportedKernel, VispruneError, first_line
@@ -85,6 +85,9 @@ class Contract:
 
     def _with_cache(self) -> tuple[Tensor, int]:
         output = self.model(**self.inputs, **self.few, use_cache=True)
+        if cache_of(output) is None:  # some decoders make none by themselves
+            own = new_cache(self.adapter.text_config)
+            output = self.model(**self.inputs, **self.few, **own, use_cache=True)
         return output.logits, cache_bytes(cache_of(output))
 
     @cached_property
@@ -101,13 +104,17 @@ class Contract:
     @cached_property
     def whole_longer(self) -> Tensor:
         """Logits of the untouched model of the prompt with its answer."""
-        return self.logits(extended(self.inputs, self.whole_answer[0][:, :-1]))
+        return self.logits(self._longer(self.whole_answer[0][:, :-1]))
 
     @cached_property
     def pruned_longer(self) -> Tensor:
         """The same under the probe."""
         with attached(self.adapter, self.probe):
-            return self.logits(extended(self.inputs, self.pruned_answer[0][:, :-1]))
+            return self.logits(self._longer(self.pruned_answer[0][:, :-1]))
+
+    def _longer(self, answer: Tensor) -> Inputs:
+        """The prompt with an answer."""
+        return extended(self.inputs, answer, self.adapter.answer_types)
 
     def effect(self, there: Any = slice(None)) -> float:
         """How far dropping moves the logits of the prompt's tokens ``there``, or of all."""
@@ -197,11 +204,11 @@ class Contract:
         more = tokens[:, :-1]
         token = int(more[0, -1])  # text
         first = padded(self.inputs, more.shape[1], token)
-        logits = self.logits(together(first, extended(self.inputs, more)))
+        logits = self.logits(together(first, self._longer(more)))
         rows = short.shape[0]
         valid = self._valid(short)
         late = longer[:, -short.shape[1] :]
-        grown = extended(self.inputs, more)["attention_mask"][:, -late.shape[1] :].bool()
+        grown = self._longer(more)["attention_mask"][:, -late.shape[1] :].bool()
         got_short = logits[:rows, -short.shape[1] :]
         got_late = logits[rows:, -late.shape[1] :]
         there = grown.to(late.device)

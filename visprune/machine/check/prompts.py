@@ -61,14 +61,15 @@ def by_token(inputs: Inputs) -> list[str]:
     return [k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == shape]
 
 
-def extended(inputs: Inputs, tokens: Tensor) -> Inputs:
-    """The inputs with text ``tokens`` ``[B, T]`` appended."""
+def extended(inputs: Inputs, tokens: Tensor, types: Mapping[str, int] | None = None) -> Inputs:
+    """The inputs with text ``tokens`` ``[B, T]`` appended, whose types are ``types`` (or 0)."""
+    fill = {"attention_mask": 1, **(types or {})}
     out = dict(inputs)
     for name in by_token(inputs):
         if name == "input_ids":
             more = tokens
         else:  # a mask says that they are there, types that they are text
-            more = torch.full_like(tokens, int(name == "attention_mask"))
+            more = torch.full_like(tokens, fill.get(name, 0))
         out[name] = torch.cat([inputs[name], more.to(inputs[name])], 1)
     return out
 

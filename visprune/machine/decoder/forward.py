@@ -194,7 +194,7 @@ class Forward(Call):
         Layers of one kind (full, sliding-window) share theirs; those of another kind have another
         rotary embedding.
         """
-        ledger, kind = self.ledger(layer), self.adapter.kind_of(layer)
+        ledger, kind = self.ledger(layer), self.adapter.rope_of(layer)
         shifted = self.compact and ledger is not None and ledger is not self.ledger(0)
         if self.table is self.first and not shifted:
             return given

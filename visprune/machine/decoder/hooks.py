@@ -237,7 +237,8 @@ class DecoderHooks:
         if masks is not None or isinstance(kwargs.get("attention_mask"), dict):
             # What the decoder is given may be a dict, made of this by the core.
             plain = kwargs.get("attention_mask")
-            plain = call.get("attention_mask") if isinstance(plain, dict) else plain
+            if isinstance(plain, dict) or self.adapter.masks_before:
+                plain = call.get("attention_mask")
             cache = cache_of(kwargs)
             if layouts and (cache is not None or self._caches(kwargs)):
                 cache = open_windows(cache)
@@ -262,7 +263,8 @@ class DecoderHooks:
         if not layouts and not pruned:
             return None
         adapter, mask = self.adapter, kwargs.get("attention_mask")
-        if layouts and isinstance(mask, dict) and cache is not None and cache.get_seq_length():
+        before = isinstance(mask, dict) or adapter.masks_before
+        if layouts and before and cache is not None and cache.get_seq_length():
             raise UnsupportedModel(
                 f"A picture of a later turn is seen both ways by {adapter.config.model_type}, and "
                 f"transformers gives that to the tokens at the beginning of the cache. Give the "
@@ -306,7 +308,7 @@ class DecoderHooks:
                 hidden = step(hidden)
                 fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             for number, stage in self.plan.projector_stages:
-                step, hidden = self._run(stage, number, fwd, hidden)
+                step, hidden = self._run(stage, number, fwd, hidden, self._shown(fwd, hidden))
                 fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             fwd.start_layers()
             if not in_layers:
@@ -370,10 +372,27 @@ class DecoderHooks:
         fwd.enter(number, steps, changed)
         return hidden
 
-    def _run(self, stage: Stage, number: int, fwd: Forward, hidden: Tensor) -> tuple[Step, Tensor]:
-        """Run a stage; returns what shortens hidden states, and these ones shortened."""
+    def _shown(self, fwd: Forward, hidden: Tensor) -> Tensor:
+        """What a stage at the projector chooses by: the features, where placeholders wait empty."""
+        if not self.adapter.starts_empty or not fwd.later:
+            return hidden
+        return hidden + fwd.later[min(fwd.later)].to(hidden.device, hidden.dtype)
+
+    def _run(
+        self,
+        stage: Stage,
+        number: int,
+        fwd: Forward,
+        hidden: Tensor,
+        shown: Tensor | None = None,
+    ) -> tuple[Step, Tensor]:
+        """Run a stage; returns what shortens hidden states, and these ones shortened.
+
+        ``shown``: what it chooses by, if that is not ``hidden`` itself.
+        """
+        shown = hidden if shown is None else shown
         with timed(fwd, self.observers):
-            step = run_stage(self.plan.acts[number], stage, fwd, hidden, self.observers)
+            step = run_stage(self.plan.acts[number], stage, fwd, shown, self.observers)
             return step, step(hidden)
 
     @torch.compiler.disable
