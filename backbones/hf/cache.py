@@ -82,17 +82,21 @@ class Ledger:
         valid: whether the slot may be attended to, ``[B, P]``.
         padded: whether any slot is not valid.
         shift: tokens dropped so far in each row, ``[B]`` (what compact positions close up).
+        evicted: after an eviction: which of the tokens up to then were there, ``[B, n]``; ``index``
+            is -1 for slots that are not the same tokens in all heads.
     """
 
     def __init__(
-        self, owner: Owner, seen: int, index: Tensor, valid: Tensor, padded: bool, shift: Tensor
-    ) -> None:
+        self, owner: Owner, seen: int, index: Tensor, valid: Tensor, padded: bool, shift: Tensor,
+        evicted: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.owner, self.seen, self.index, self.valid = owner, seen, index, valid
-        self.padded, self.shift = padded, shift
+        self.padded, self.shift, self.evicted = padded, shift, evicted
         self._derived: tuple[Any, Ledger] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
-        tensors = (self.index.clone(), self.valid.clone(), self.padded, self.shift.clone())
+        gone = None if self.evicted is None else self.evicted.clone()
+        tensors = (self.index.clone(), self.valid.clone(), self.padded, self.shift.clone(), gone)
         memo[id(self)] = copied = Ledger(self.owner, self.seen, *tensors)
         return copied
 
@@ -128,6 +132,7 @@ class Ledger:
             torch.cat([self.valid, table.valid], dim=1),
             self.padded or table.padded,
             shift,
+            self.evicted,
         )
 
     def derive(self, key: Any, rows: Callable[[Tensor], Tensor]) -> Ledger:
@@ -140,6 +145,7 @@ class Ledger:
                 rows(self.valid),
                 self.padded,
                 rows(self.shift),
+                None if self.evicted is None else rows(self.evicted),
             )
             self._derived = (key, new)
         return self._derived[1]
@@ -157,10 +163,31 @@ class Ledger:
         if self._derived is None or self._derived[0] != key:
             left = Ledger(
                 self.owner, self.seen, self.index[:, count:], self.valid[:, count:],
-                self.padded, self.shift,
+                self.padded, self.shift, self.evicted,
             )  # fmt: skip
             self._derived = (key, left)
         return self._derived[1]
+
+    def hiding(self, mask: Tensor) -> Ledger:
+        """The ledger under a padding mask ``[B, seen + R]`` that may hide tokens of earlier turns.
+
+        Raises:
+            ConfigError: it hides what was there when heads were left with tokens of their own.
+        """
+        if self.evicted is not None:
+            then = mask[:, : self.evicted.shape[1]].to(self.evicted.device)
+            if bool((self.evicted & ~then).any()):
+                raise ConfigError(
+                    "The attention mask hides tokens of a prompt whose cache was evicted since: "
+                    "each head keeps tokens of its own. Pass the mask that the prompt came with, "
+                    "or start the prompt anew."
+                )
+        apart = self.index < 0
+        shown = mask.to(self.index.device).gather(1, self.index.clamp(min=0)) | apart
+        visible = self.valid & shown
+        if torch.equal(visible, self.valid):
+            return self
+        return Ledger(self.owner, self.seen, self.index, visible, True, self.shift, self.evicted)
 
     def cropped(self, count: int) -> Ledger:
         """Remove the last ``count`` tokens.
@@ -178,7 +205,7 @@ class Ledger:
             )
         new = Ledger(
             self.owner, self.seen - count, self.index[:, :-count], self.valid[:, :-count],
-            self.padded, self.shift,
+            self.padded, self.shift, self.evicted,
         )  # fmt: skip
         self._derived = (("crop", count), new)
         return new

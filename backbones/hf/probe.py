@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from visprune.backbones.hf.ragged import RaggedLayer, layer_of
 from visprune.errors import UnsupportedModel
 
 NAME = "visprune_probe"
@@ -99,6 +100,9 @@ def _probed_attention(
         if shown.below is None:
             break
         shown = shown.below
+    ragged = layer_of(key)
+    if ragged is not None:
+        return _attend_ragged(ragged, query, scaling, kwargs)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     name = str(shown.original._attn_implementation)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(_taking_bias(name) if biased else name, eager)
@@ -123,6 +127,21 @@ def _taking_bias(name: str) -> str:
         )
     # transformers' flex looks a mask up by query, of which this has none: it read past its end.
     return "sdpa" if name.startswith("flex") else name
+
+
+def _attend_ragged(
+    layer: RaggedLayer, query: Tensor, scaling: float | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, None]:
+    """Attention to a cache whose heads hold different numbers of slots, ``[B, R, H, dv]``."""
+    other = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if other:
+        raise UnsupportedModel(
+            f"This decoder's attention takes {other[0]}, which a cache with heads of different "
+            f"lengths does not know. Use a method that keeps the same number in every head."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = layer.attend(query, scale, kwargs.get("softcap"))
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _probed_attention)

@@ -14,7 +14,7 @@ import visprune
 import visprune.catalog
 from tests import tiny
 from visprune.core.method import ModelSpec, PruningMethod
-from visprune.machine.plan import inside_only, why_not
+from visprune.machine.plan import acts_on_cache, inside_only, why_not
 
 
 def projector_only(method: type[PruningMethod]) -> bool:
@@ -27,7 +27,11 @@ def projector_only(method: type[PruningMethod]) -> bool:
 INSIDE = [
     name for name in visprune.list_methods() if inside_only(visprune.catalog.methods.get(name))
 ]
-EVERY = [name for name in visprune.list_methods() if name not in INSIDE]
+# So has what acts on the cache alone: test_cache_stage.py.
+CACHE = [
+    name for name in visprune.list_methods() if acts_on_cache(visprune.catalog.methods.get(name))
+]
+EVERY = [name for name in visprune.list_methods() if name not in (*INSIDE, *CACHE)]
 # The registry names every family; the tiny models are built for these.
 FAMILIES = tiny.FAMILIES
 NO_CLASS_TOKEN = ("qwen2_vl", "qwen2_5_vl")

@@ -14,7 +14,7 @@ import visprune.catalog
 from visprune.core.method import ModelSpec, PruningMethod
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.encoder.plan import make_encoder_plan
-from visprune.machine.plan import inside_only, make_plan
+from visprune.machine.plan import acts_on_cache, inside_only, make_plan
 
 METHODS = visprune.list_methods()
 OTHERS: dict[str, list[dict[str, Any]]] = {
@@ -39,6 +39,7 @@ CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"nu
 
 
 INSIDE = [name for name in METHODS if inside_only(visprune.catalog.methods.get(name))]
+CACHE = [name for name in METHODS if acts_on_cache(visprune.catalog.methods.get(name))]
 
 
 def plain(name: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def test_a_method_is_frozen_and_named(name: str) -> None:
     assert type(built).__doc__
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m not in INSIDE])
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in (*INSIDE, *CACHE)])
 @pytest.mark.parametrize("layers", [8, 28, 32, 40])
 def test_schedules_go_down(name: str, layers: int) -> None:
     spec = ModelSpec(family="llava", num_layers=layers, has_cls=True, multi_axis_rope=False)

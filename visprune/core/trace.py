@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from visprune.core.cache.trace import CacheTrace
 from visprune.core.selection import Selection
 
 
@@ -49,6 +50,8 @@ class Trace:
             dropped (0 without labels).
         selection_per_row: multiply-adds spent on scores and selection, per sample as if it had been
             alone: padding is not counted.
+        cache: what an eviction left of the cache, layer by layer and head by head; ``None``: there
+            was none.
         selection_seconds: time that scores, selection and shortening took behind the encoder, of a
             run that is observed (0 without an observer: it would have to wait for the device).
     """
@@ -74,6 +77,7 @@ class Trace:
     ignored_labels: int = 0
     selection_per_row: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
+    cache: CacheTrace | None = None
 
     @property
     def selection_macs(self) -> int:
@@ -120,5 +124,7 @@ class Trace:
             zip(self.tokens_per_layer, self.stored_per_layer, strict=True)
         ):
             lines.append(f"sample {row}: visual tokens per layer {visual}, slots stored {stored}")
+        for row, layers in enumerate(self.cache.slots if self.cache is not None else ()):
+            lines.append(f"sample {row}: slots per layer and head after eviction {layers}")
         lines += [f"stage {number}: {stage}" for number, stage in enumerate(self.stages)]
         return "\n".join(lines)

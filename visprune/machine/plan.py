@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from visprune.catalog import methods
 from visprune.core.budget import Budget, Stage, StepBudget
+from visprune.core.cache import CacheStage
 from visprune.core.chain import Act, Chain, acts
 from visprune.core.method import ModelSpec, PositionRule, PruningMethod
 from visprune.core.signals.base import DecoderSignal, EncoderSignal, PictureSignal, Signal
@@ -32,6 +33,7 @@ class Plan:
         previous: stages that are shown attention of a layer as it ran, by that layer.
         own: layers whose stage is shown queries and keys of the layer itself, ahead of its run.
         states: stages that are shown what entered a layer, by that layer.
+        cache: the stage at the cache, with its number.
     """
 
     positions: PositionRule = "original"
@@ -43,6 +45,7 @@ class Plan:
     previous: dict[int, list[Stage]] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
     states: dict[int, list[Stage]] = field(default_factory=dict)
+    cache: tuple[int, CacheStage] | None = None
 
     @property
     def stages(self) -> list[Stage]:
@@ -119,6 +122,13 @@ def inside_only(method: type[PruningMethod]) -> bool:
     return all(stage.site.kind == "encoder" for stage in method.example().schedule(spec))
 
 
+def acts_on_cache(method: type[PruningMethod]) -> bool:
+    """Whether a method acts on the cache and nowhere else."""
+    spec = ModelSpec("", num_layers=32, has_cls=True, multi_axis_rope=False, encoder_layers=24)
+    stages = method.example().schedule(spec)
+    return bool(stages) and all(stage.site.kind == "cache" for stage in stages)
+
+
 class _Lacking(UnsupportedModel):
     """A model lacks what a method needs; the message wants a list of methods that do not."""
 
@@ -154,6 +164,8 @@ def _check(method: PruningMethod, stage: Stage, spec: ModelSpec) -> None:
 
 def _shown(stage: Stage, spec: ModelSpec) -> Stage:
     """The stage with those of its wants that the model has."""
+    if isinstance(stage, CacheStage):
+        return stage
     wants = tuple(signal for signal in stage.wants if signal.missing(spec) is None)
     return Stage(stage.site, stage.budget, stage.needs, wants)
 
@@ -166,11 +178,10 @@ def _no_encoder(method: PruningMethod, spec: ModelSpec) -> str:
 
 
 def _wrong_site(method: PruningMethod, stage: Stage, spec: ModelSpec) -> str:
-    where = (
-        "inside a language model's decoder"
-        if stage.site.kind == "decoder"
-        else "behind a VLM's projector"
-    )
+    where = {
+        "decoder": "inside a language model's decoder",
+        "cache": "in a language model's key-value cache",
+    }.get(stage.site.kind, "behind a VLM's projector")
     return (
         f"{method.name} acts at {stage.site}, {where}; {spec.family} is a vision transformer alone "
         f"and has none."
@@ -212,10 +223,19 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
             )
         plan.projector_stages.append((number, stage))
         return
+    if isinstance(stage, CacheStage):
+        if plan.cache is not None:
+            raise ConfigError(
+                f"{method.name} would evict from one cache twice. Chain one method that acts at "
+                f"the cache with methods that act before it."
+            )
+        plan.cache = (number, stage)
+        return
     if stage.site.kind != "decoder":
         raise UnsupportedModel(
             f"{method.name} acts at {stage.site}, which no adapter of {spec.family} offers yet. "
-            f"Sites: projector, decoder(layer), encoder(layer) inside some encoders."
+            f"Sites: projector, decoder(layer), encoder(layer) inside some encoders, cache (with a "
+            f"CacheStage)."
         )
     layer = stage.site.resolve(spec.num_layers)
     _watch(plan, method, spec, stage, layer, decoder)

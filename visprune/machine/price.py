@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +109,8 @@ def sample_costs(
         if not padded:
             alone = [new + old for new, old in zip(sequence, cached, strict=True)]
             stored = [min(pair) for pair in zip(stored, alone, strict=True)]
+        if trace.cache is not None:  # a head's own slots, to the nearest whole mean
+            stored = [round(mean) for mean in trace.cache.mean_slots(row)]
         grids = [grid for i in images for grid in trace.grids[i]]
         cost = sample_cost(
             shape,
@@ -122,6 +125,8 @@ def sample_costs(
             selection=spent,
             causal=causal,
         )
+        if trace.cache is not None:
+            cost = replace(cost, kv_bytes=trace.cache.bytes_of(row))
         costs.append(cost)
     return costs
 

@@ -37,4 +37,13 @@ TABLE = {
     "v2drop": "visprune.methods.v2drop:V2Drop",
     "dart": "visprune.methods.dart:DART",
     "vtw": "visprune.methods.vtw:VTW",
+    # At the cache.
+    "snapkv": "visprune.methods.snapkv:SnapKV",
+    "pyramidkv": "visprune.methods.pyramidkv:PyramidKV",
+    "adakv": "visprune.methods.adakv:AdaKV",
+    "h2o": "visprune.methods.h2o:H2O",
+    "tova": "visprune.methods.tova:TOVA",
+    "streaming_llm": "visprune.methods.streaming_llm:StreamingLLM",
+    "knorm": "visprune.methods.knorm:Knorm",
+    "expected_attention": "visprune.methods.expected_attention:ExpectedAttention",
 }

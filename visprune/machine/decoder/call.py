@@ -162,10 +162,7 @@ class Call:
         """Respect a padding mask that hides tokens of earlier turns."""
         key = ("hidden", ledger)
         if key not in self._memo and self.mask2d is not None:
-            visible = ledger.valid & self.mask2d.gather(1, ledger.index)
-            if not torch.equal(visible, ledger.valid):
-                ledger = Ledger(self.owner, ledger.seen, ledger.index, visible, True, ledger.shift)
-            self._memo[key] = ledger
+            self._memo[key] = ledger.hiding(self.mask2d)
         return self._memo[key]
 
     # Shortening ------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class Forward(Call):
         self.signals: dict[Signal, Tensor] = {}
         self.read_at: dict[Signal, SlotTable] = {}
         self.later: dict[int, Tensor] = {}
+        self.looks: Any = None  # what an eviction has seen so far
 
     # What a layer is given -------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.machine.cache.evict import CacheEviction
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
@@ -97,12 +98,23 @@ class DecoderHooks:
         self._tap = EncoderTap(adapter, plan.encoder_signals, plan.picture_signals)
         if encoder is not None:
             self._tap.finish = encoder.mark
-        self._in_layers = bool(plan.decoder_stages)
+        self._in_layers = bool(plan.decoder_stages) or plan.cache is not None
         self._flash = str(adapter.text_config._attn_implementation).startswith("flash")
         self._warned: set[str] = set()
         everything = method.asks_the_last_token
         self._prompt = PromptEnd(adapter, plan, method.name, everything, self._warn)
         self._reader = LayerReader(adapter, plan, observers, self._under_way)
+        self._eviction: CacheEviction | None = None
+        if plan.cache is not None:
+            number, stage = plan.cache
+            self._eviction = CacheEviction(
+                adapter,
+                method.name,
+                stage,
+                plan.acts[number].member is not None,
+                observers,
+                self._under_way,
+            )
 
     @property
     def trace(self) -> Trace:
@@ -132,6 +144,8 @@ class DecoderHooks:
                 hook = partial(self._layer, number)
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles += self._reader.install() + self._outputs.install() + adapter.guards()
+        if self._eviction is not None:
+            self._handles += self._eviction.install()
         self._tap.install()
         add(Noticed(adapter.core))
         add(Noticed(adapter.language_model))
@@ -294,6 +308,9 @@ class DecoderHooks:
             return args, kwargs  # nothing was dropped here or before
         if fwd.masks is not None:
             kwargs[CACHE_ARGUMENT] = fwd.cache
+        if self._eviction is not None:
+            self._eviction.check(fwd, fwd.cache is not None or self._caches(kwargs))
+            self._eviction.expect(fwd)
         hidden = kwargs["inputs_embeds"]
         in_layers = self._flash or (self._in_layers and (bool(fwd.images) or fwd.uneven))
         if fwd.images:
@@ -407,6 +424,8 @@ class DecoderHooks:
         if trace is None:
             self._outputs.forget()
             return output
+        if self._eviction is not None:
+            self._eviction.finish(fwd, cache_of(output))
         self.trace = trace
         states = getattr(output, "hidden_states", None)
         if states is not None:

@@ -58,7 +58,9 @@ class PromptEnd:
         warn: Callable[[str, str], None],
     ) -> None:
         self._adapter, self._name, self._everything, self._warn = adapter, name, everything, warn
-        self._asked = any(isinstance(s, DecoderSignal) for x in plan.stages for s in x.signals)
+        self._asked = plan.cache is not None or any(
+            isinstance(s, DecoderSignal) for x in plan.stages for s in x.signals
+        )
         self._told = _Told()
 
     def install(self) -> Any:

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods at the cache against stored outputs of the official implementations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.test_methods_golden import cases
+from tests.unit.test_methods_golden import tensors as stored_tensors
+from visprune.core.cache import CacheMethod, CacheSeen, Counted, Eviction, Looked
+from visprune.core.method import ModelSpec
+from visprune.methods.adakv import AdaKV
+from visprune.methods.expected_attention import ExpectedAttention
+from visprune.methods.h2o import H2O
+from visprune.methods.pyramidkv import PyramidKV
+from visprune.methods.snapkv import SnapKV
+from visprune.methods.streaming_llm import StreamingLLM
+from visprune.methods.tova import TOVA
+
+SPEC = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False)
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def tensors(family: str, case: dict[str, Any]) -> dict[str, Tensor]:
+    """What a case stores as tensors; other values stand in the case itself."""
+    named = {k: v for k, v in case["expected"].items() if isinstance(v, str)}
+    return stored_tensors(family, {**case, "expected": named})
+
+
+def shown(q: Tensor, k: Tensor, v: Tensor | None = None, **more: Any) -> CacheSeen:
+    """One sample's layer: ``[H, P, d]``, ``[Hk, L, d]``; no token is visual unless it is said."""
+    nothing = torch.zeros(k.shape[1], dtype=torch.bool)
+    given = {"free": nothing, "visual": nothing, **more}
+    return CacheSeen(q, k, k if v is None else v, **given)
+
+
+def look(method: CacheMethod, seen: CacheSeen, visual: Tensor | None = None) -> Looked:
+    """What is known of a layer, its amount resolved."""
+    eviction = method.eviction(SPEC)
+    seen.text_observes = eviction.scope.kind == "visual"
+    seen.free = eviction.scope.free(seen.visual if visual is None else visual, seen.prompt)
+    counted = Counted(int(seen.free.sum()), seen.prompt)
+    return eviction.look(seen, eviction.amount.resolve(counted))
+
+
+def kept(method: CacheMethod, *looked: Looked) -> list[list[Tensor]]:
+    """Of every layer, what its heads keep."""
+    counts = method.eviction(SPEC).budget.share(looked)
+    return [x.kept(count.clamp(max=x.num_free)) for x, count in zip(looked, counts, strict=True)]
+
+
+def same(got: Tensor, want: Tensor, score: Tensor) -> None:
+    """Equal sets of slots; where they differ it is between equal scores at the boundary."""
+    for mine, theirs, scores in zip(got, want, score, strict=True):
+        apart = (set(mine.tolist()) ^ set(theirs.tolist())) or {0}
+        assert len(mine) == len(theirs)
+        assert len({float(scores[slot]) for slot in apart}) == 1
+
+
+def pool(name: str) -> Any:
+    return name.removesuffix("pool")
+
+
+# SnapKV and its family --------------------------------------------------------------------------
+
+
+@cases("snapkv")
+def test_snapkv(case: dict[str, Any]) -> None:
+    t, p = tensors("snapkv", case), case["params"]
+    method = SnapKV(
+        max_cache=p["cap"], scope="prompt", window=p["window"], kernel=p["kernel"],
+        pool=pool(p["pooling"]), group=p["gqa_agg"] or "mean",
+    )  # fmt: skip
+    for row in range(p["B"]):
+        looked = look(method, shown(t["q"][row], t["k"][row]))
+        heads = kept(method, looked)[0]
+        if "kept" not in t:
+            assert [len(x) for x in heads] == [p["L"]] * p["Hk"]
+            continue
+        torch.testing.assert_close(looked.score[:, looked.free], t["pooled"][row], **CLOSE)
+        want = t["kept"][row]
+        # The official order: falling score, then the window (equal scores in any order).
+        count = p["cap"] - p["window"]
+        best, theirs = (looked.score.gather(1, x[:, :count]) for x in (looked.ranked(), want))
+        torch.testing.assert_close(best, theirs, rtol=0.0, atol=0.0)
+        same(torch.stack(heads), want, looked.score)
+
+
+@cases("pyramidkv")
+def test_pyramidkv(case: dict[str, Any]) -> None:
+    t, p = tensors("pyramidkv", case), case["params"]
+    method = PyramidKV(
+        max_cache=p["cap"], scope="prompt", window=p["window"], kernel=p["kernel"],
+        pool=pool(p["pooling"]), beta=p["beta"],
+    )  # fmt: skip
+    layers = [look(method, shown(t["q"][0], t["k"][0])) for _ in range(p["layers"])]
+    found = kept(method, *layers)
+    for number, length in zip(p["layer_indices"], case["expected"]["lengths"], strict=True):
+        assert [len(x) for x in found[number]] == [length] * p["H"]
+        if f"kept_{number}" in t:
+            want = t[f"kept_{number}"][0]
+            same(torch.stack(found[number]), want, layers[number].score)
+
+
+@cases("adakv")
+def test_adakv(case: dict[str, Any]) -> None:
+    t, p = tensors("adakv", case), case["params"]
+    pyramid = p["pyramid"]
+    method = AdaKV(
+        max_cache=p["cap"], scope="prompt", window=p["window"], kernel=p["kernel"],
+        pool=pool(p["pooling"]), floor=p["floor_alpha"], normalize=p["normalize"],
+        group=p["gqa"] or "mean", pyramid=pyramid and pyramid["beta"],
+    )  # fmt: skip
+    looked = look(method, shown(t["q"][0], t["k"][0]))
+    number, count = (pyramid["layer"], pyramid["layers"]) if pyramid else (0, 1)
+    heads = kept(method, *[looked] * count)[number]
+    assert [len(x) for x in heads] == case["expected"]["head_lens"]
+    if case["id"] == "noop":
+        return
+    score = looked.score[:, looked.free]
+    torch.testing.assert_close(score, t["score"], **CLOSE)
+    for head, index in enumerate(heads):
+        want = t[f"kept_{head}"].sort().values
+        if case["exact_match_expected"]:
+            assert torch.equal(index, want)
+        else:  # equal neighbours after max pooling: which of them is kept is not defined
+            prefix = score.shape[1]
+            mine, theirs = (score[head][x[x < prefix]].sort().values for x in (index, want))
+            torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+# Rules that go on while tokens are decoded: applied again after every token ---------------------
+
+
+@cases("tova")
+def test_tova(case: dict[str, Any]) -> None:
+    t, p = tensors("tova", case), case["params"]
+    method = TOVA(max_cache=p["size"], scope="prompt")
+    for row in range(p["B"]):
+        q, k = t["q"][row], t["k"][row]
+        there = torch.arange(p["L"])
+        for step in range(p["T"] + 1):
+            new = slice(0, p["L"]) if step == 0 else slice(p["L"] + step - 1, p["L"] + step)
+            looked = look(method, shown(q[:, new], k[:, there]))
+            (heads,) = kept(method, looked)
+            assert all(torch.equal(heads[0], other) for other in heads)
+            there = there[heads[0]]
+            assert torch.equal(there, t[f"kept_{step}"][row])
+            there = torch.cat([there, torch.tensor([p["L"] + step])])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_h2o_that_drops(number: int) -> None:
+    case = cases("h2o").args[1][number].values[0]
+    t, p = tensors("h2o", case), case["params"]
+    q, k = t["q"][0], t["k"][0]
+    method = H2O(max_cache=p["hh"] + p["recent"], recent=p["recent"], scope="prompt")
+    there = torch.arange(p["L"]).expand(p["H"], -1)
+    carried: Tensor | None = None
+    for step in range(p["T"] + 1):
+        new = slice(0, p["L"]) if step == 0 else slice(p["L"] + step - 1, p["L"] + step)
+        keys = torch.stack([k[head, there[head]] for head in range(p["H"])])
+        looked = look(method, shown(q[:, new], keys, carried=carried))
+        (heads,) = kept(method, looked)
+        index = torch.stack(heads)
+        there, score = there.gather(1, index), looked.score.gather(1, index)
+        assert torch.equal(there, t[f"kept_{step}"])
+        torch.testing.assert_close(score, t[f"score_{step}"], **CLOSE)
+        there = torch.cat([there, torch.full((p["H"], 1), p["L"] + step)], 1)
+        carried = torch.cat([score, torch.zeros(p["H"], 1)], 1)
+
+
+def test_h2o_at_the_end_of_a_prompt() -> None:
+    case = cases("h2o").args[1][3].values[0]
+    t, p = tensors("h2o", case), case["params"]
+    method = H2O(max_cache=p["cap"], recent=p["window"], scope="prompt")
+    looked = look(method, shown(t["q"][0], t["k"][0]))
+    want = t["kept"].reshape(p["H"], -1)
+    assert torch.equal(torch.stack(kept(method, looked)[0]), want.sort(dim=1).values)
+    stored = t["score"].reshape(p["H"], -1)
+    torch.testing.assert_close(looked.score[:, : stored.shape[1]], stored, **CLOSE)
+
+
+# ``evict_range`` of the official class cuts out what its caller names, and is no rule.
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_streaming_llm(number: int) -> None:
+    case = cases("streaming_llm").args[1][number].values[0]
+    t, p = tensors("streaming_llm", case), case["params"]
+    room = p["num_coming"] or 0  # made before that many tokens come
+    method = StreamingLLM(
+        max_cache=p["start"] + p["recent"] - room, sinks=p["start"], scope="prompt"
+    )
+    x = torch.zeros(1, p["L"], 4)
+    assert torch.equal(kept(method, look(method, shown(x, x)))[0][0], t["kept"])
+
+
+# kvpress ----------------------------------------------------------------------------------------
+
+
+def rotary(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    inverse = 10000.0 ** (-torch.arange(0, dim, 2).float() / dim)
+    angle = ids.float()[:, None] * inverse
+    return torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
+
+
+def half_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+@cases("kvpress_scores")
+def test_kvpress_scores(case: dict[str, Any]) -> None:
+    t, p = tensors("kvpress_scores", case), case["params"]
+    length, dim = p["L"], p["head_dim"]
+    cos, sin = rotary(torch.arange(length), dim)
+    seen = shown(
+        half_turned(t["q"][0], cos, sin), t["k"][0], t["v"][0],
+        places=torch.arange(length), turn=lambda ids: rotary(ids, dim),
+    )  # fmt: skip
+    method: CacheMethod
+    if p["kind"] == "expected_attention":
+        method = ExpectedAttention(
+            max_cache=9, scope="prompt", future=p.get("n_future_positions", 512),
+            sinks=p.get("n_sink", 4), covariance=p.get("use_covariance", True),
+            values=p.get("use_vnorm", True),
+        )  # fmt: skip
+        got, want = look(method, seen).score, t["score"][0]
+        top = slice(0, method.sinks)
+        assert bool((got[:, top] > got[:, method.sinks :].max()).all())
+        got, want = got[:, method.sinks :], want[:, method.sinks :]
+    elif p["kind"] == "tova":
+        got = look(TOVA(max_cache=9, scope="prompt"), seen).score
+        got, want = got[:, :-1], t["score"][0][:, :-1]  # the last slot is set to a maximum there
+    else:
+        window = p["window_size"]
+        method = SnapKV(max_cache=20, scope="prompt", window=window)
+        looked = look(method, seen)
+        got = looked.score[:, looked.free] / window  # a mean there, a sum here
+        want = t["score"][0][:, : length - window]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_an_eviction_has_four_parts() -> None:
+    made = SnapKV(num_keep=4).eviction(SPEC)
+    assert isinstance(made, Eviction)
+    assert made.scope.kind == "visual"

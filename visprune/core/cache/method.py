@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method that acts on the cache is: a frozen dataclass that names its four parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from visprune.core.budget import Budget, Schedule, Stage
+from visprune.core.cache.parts import Amount, Eviction, Score
+from visprune.core.method import Context, ModelSpec, PruningMethod
+from visprune.core.numeric import is_whole
+from visprune.core.selection import Selection
+from visprune.core.site import Site
+from visprune.core.tokens import VisualTokens
+from visprune.errors import BudgetError, ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class CacheStage(Stage):
+    """A stage at the cache, with its parts.
+
+    Attributes:
+        eviction: what is done there.
+    """
+
+    eviction: Eviction = field(default_factory=lambda: Eviction(Score()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMethod(PruningMethod):
+    """Base of the methods that shrink what a model remembers of a prompt it has read.
+
+    The prompt itself is read whole: its logits are those of the untouched model.
+
+    Args:
+        num_keep: visual tokens of one picture that each key head keeps (on average, where heads or
+            layers keep different numbers).
+        keep_ratio: the same as a share; with ``scope="prompt"`` of all slots of the prompt.
+        max_cache: slots of the prompt in all, protected ones included; one of the three is given.
+        scope: ``"visual"``: text is never touched, and budgets count visual tokens; ``"prompt"``:
+            as the papers on text, everything counts and may leave.
+    """
+
+    decides: ClassVar[bool] = False  # the method knows itself how much stays
+
+    num_keep: int | None = None
+    keep_ratio: float | None = None
+    max_cache: int | None = None
+    scope: Literal["visual", "prompt"] = "visual"
+
+    def __post_init__(self) -> None:
+        """Check the budget and the scope."""
+        super().__post_init__()
+        if self.scope not in ("visual", "prompt"):
+            raise ConfigError(
+                f"scope is 'visual' or 'prompt', got {self.scope!r}."
+                + did_you_mean(str(self.scope), ("visual", "prompt"))
+            )
+        if self.positions == "compact":
+            raise ConfigError(
+                f"{self.name} takes no positions='compact': keys that are stored keep their phase. "
+                f"Use positions='original'."
+            )
+        self._check_amount()
+
+    def _check_amount(self) -> None:
+        if self.max_cache is None:
+            if self.decides and self.num_keep is None and self.keep_ratio is None:
+                return
+            Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
+        elif self.num_keep is not None or self.keep_ratio is not None:
+            raise BudgetError(
+                f"A budget of a cache is num_keep, keep_ratio or max_cache; got "
+                f"num_keep={self.num_keep}, keep_ratio={self.keep_ratio}, "
+                f"max_cache={self.max_cache}. Give exactly one."
+            )
+        elif not is_whole(self.max_cache) or self.max_cache < 1:
+            raise BudgetError(
+                f"max_cache is a whole number of slots, at least 1; got {self.max_cache!r}."
+            )
+        if self.scope == "prompt" and self.num_keep is not None:
+            raise BudgetError(
+                "num_keep counts visual tokens; with scope='prompt' give max_cache (slots of the "
+                "prompt) or keep_ratio (their share)."
+            )
+
+    @property
+    def amount(self) -> Amount:
+        """How much stays."""
+        return Amount(
+            self.num_keep, self.keep_ratio, self.max_cache, self.scope == "visual", self.strict
+        )
+
+    def eviction(self, spec: ModelSpec) -> Eviction:
+        """The method's parts."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def schedule(self, spec: ModelSpec) -> Schedule:
+        """One stage, at the cache."""
+        return (CacheStage(Site.cache(), eviction=self.eviction(spec)),)
+
+    def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
+        """There is nothing to choose while the prompt is read.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self.name} acts at the cache and chooses no tokens of a sequence.")

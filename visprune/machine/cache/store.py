@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Store what heads keep: one shorter tensor where they keep as much, else head after head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visprune.backbones.hf.cache import Ledger, SlotLayer
+from visprune.backbones.hf.ragged import RaggedLayer, Segments
+from visprune.core.cache import CacheTrace, HeadSlots
+from visprune.machine.decoder.forward import Forward
+
+
+@dataclass
+class RowSlots:
+    """What the heads of one sample keep of a layer.
+
+    Attributes:
+        heads: of each head.
+        places: the slots of the layer's cache that they chose from, ``[L]``.
+        tail: slots at the end that all heads have, in one order.
+    """
+
+    heads: list[HeadSlots]
+    places: Tensor
+    tail: int
+
+    @classmethod
+    def whole(cls, key: Tensor, value: Tensor, places: Tensor) -> RowSlots:
+        """All that is there, ``[Hk, L, d]``."""
+        index = torch.arange(len(places), device=key.device)
+        heads = [HeadSlots(k, v, index) for k, v in zip(key, value, strict=True)]
+        return cls(heads, places, len(places))
+
+    @property
+    def counts(self) -> list[int]:
+        """Slots of each head."""
+        return [len(head.key) for head in self.heads]
+
+
+def store(
+    entry: Any,
+    rows: list[RowSlots] | None,
+    fwd: Forward,
+    shared: dict[Any, Ledger],
+    trace: CacheTrace,
+) -> Any:
+    """The layer that holds what is kept.
+
+    Args:
+        entry: as the forward left it.
+        rows: of each sample; ``None``: all of it stays.
+        fwd: the forward.
+        shared: ledgers that were made for other layers of the same shape.
+        trace: to note it in.
+    """
+    if entry.keys is None or not isinstance(entry, SlotLayer):
+        return entry
+    ledger = entry.ledger
+    if rows is None:
+        _note_whole(entry, trace)
+        return entry
+    even = all(len(set(row.counts)) == 1 for row in rows)
+    biased = any(head.bias is not None for row in rows for head in row.heads)
+    made: SlotLayer
+    if even and not biased:
+        made = _even(entry, rows, fwd, shared)
+    else:
+        made = _ragged(entry, rows, fwd, shared)
+    _note(made, rows, ledger, trace)
+    return made
+
+
+def _even(
+    entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Ledger]
+) -> SlotLayer:
+    counts = tuple(row.counts[0] for row in rows)
+    width = max(counts)
+    shape = (len(rows), len(rows[0].heads), width)
+    left = fwd.pad_side == "left"
+    keys = entry.keys.new_zeros(*shape, entry.keys.shape[-1])
+    values = entry.values.new_zeros(*shape, entry.values.shape[-1])
+    for number, row in enumerate(rows):
+        span = slice(width - counts[number], width) if left else slice(0, counts[number])
+        keys[number, :, span] = torch.stack([head.key for head in row.heads])
+        values[number, :, span] = torch.stack([head.value for head in row.heads])
+    tails = tuple(row.tail for row in rows)
+    key = ("even", counts, tails, id(entry.ledger))
+    if key not in shared:
+        shared[key] = _ledger(entry.ledger, rows, fwd, counts, width, left)
+    return SlotLayer(keys, values, shared[key])
+
+
+def _ragged(
+    entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Ledger]
+) -> SlotLayer:
+    heads = [head for row in rows for head in row.heads]
+    segments = Segments(
+        [h.key.detach() for h in heads], [h.value.detach() for h in heads],
+        [h.bias for h in heads], len(rows[0].heads),
+    )  # fmt: skip
+    tail = min(row.tail for row in rows)
+    key = ("ragged", tail, id(entry.ledger))
+    if key not in shared:
+        shared[key] = _ledger(entry.ledger, rows, fwd, (tail,) * len(rows), tail, True)
+    return RaggedLayer(segments, shared[key])
+
+
+def _ledger(
+    old: Ledger, rows: list[RowSlots], fwd: Forward, counts: tuple[int, ...], width: int, left: bool
+) -> Ledger:
+    """What masks and crops have to know of the slots that are left.
+
+    Places of the tail alone are told: those before differ from head to head.
+    """
+    index = old.index.new_full((len(rows), width), -1)
+    valid = torch.zeros(index.shape, dtype=torch.bool, device=index.device)
+    for number, row in enumerate(rows):
+        end = width if left else counts[number]
+        valid[number, end - counts[number] : end] = True
+        tail = min(row.tail, counts[number])
+        if tail:
+            places = row.places[-tail:].to(old.index.device)
+            index[number, end - tail : end] = old.index[number, places]
+    there = torch.ones(len(rows), old.seen, dtype=torch.bool, device=index.device)
+    if fwd.mask2d is not None:
+        there = fwd.mask2d[:, : old.seen].to(index.device)
+    padded = min(counts) < width
+    return Ledger(old.owner, old.seen, index, valid, padded, old.shift, there)
+
+
+# What is noted ------------------------------------------------------------------------------------
+
+
+def _note_whole(entry: SlotLayer, trace: CacheTrace) -> None:
+    heads = 1 if entry.keys.dim() < 4 else entry.keys.shape[1]
+    each = _slot_bytes(entry.keys) + _slot_bytes(entry.values)
+    trace.form.append("whole")
+    trace.allocated.append(entry.keys.nbytes + entry.values.nbytes)
+    for row in range(len(trace.slots)):
+        index = entry.ledger.index[row][entry.ledger.valid[row]]
+        count = len(index)
+        trace.before[row].append(count)
+        trace.slots[row].append([count] * heads)
+        trace.nbytes[row].append([count * each] * heads)
+        trace.kept[row].append([index] * heads)
+
+
+def _note(made: SlotLayer, rows: list[RowSlots], old: Ledger, trace: CacheTrace) -> None:
+    if isinstance(made, RaggedLayer):
+        slots, sizes = made.slots.tolist(), made.head_bytes.tolist()
+        trace.form.append(made.form)
+        trace.allocated.append(sum(x.nbytes for x in made.tensors))
+    else:
+        slots = [row.counts for row in rows]
+        each = _slot_bytes(made.keys) + _slot_bytes(made.values)
+        sizes = [[count * each for count in row] for row in slots]
+        trace.form.append("even")
+        trace.allocated.append(made.keys.nbytes + made.values.nbytes)
+    for number, row in enumerate(rows):
+        trace.before[number].append(len(row.places))
+        trace.slots[number].append(slots[number])
+        trace.nbytes[number].append(sizes[number])
+        places = old.index[number, row.places.to(old.index.device)]
+        trace.kept[number].append([_positions(places, head.index) for head in row.heads])
+
+
+def _positions(places: Tensor, index: Tensor) -> Tensor:
+    index = index.to(places.device)
+    return places[index.clamp(min=0)].where(index >= 0, -1)
+
+
+def _slot_bytes(x: Tensor) -> int:
+    """Bytes of one slot of one head."""
+    return x.shape[-1] * x.element_size()
