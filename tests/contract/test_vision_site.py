@@ -25,10 +25,11 @@ FEW: dict[str, dict[str, Any]] = {
     "evit": {"keep_ratio": 0.6},
     "topk": {"keep_ratio": 0.6},
     "dynamicvit": {"num_keep": 12},
+    "spatten": {"keep_ratio": 0.5},
+    "diffrate": {},
 }
-ALL: dict[str, dict[str, Any]] = {
-    name: {"r": 0} if name == "tome" else {"keep_ratio": 1.0} for name in FEW
-}
+KEEP_ALL = {"tome": {"r": 0}, "diffrate": {"pruned": [37] * 3, "merged": [37] * 3, "tokens": 37}}
+ALL: dict[str, dict[str, Any]] = {name: KEEP_ALL.get(name, {"keep_ratio": 1.0}) for name in FEW}
 every_method = pytest.mark.parametrize("name", INSIDE)
 every_tower = pytest.mark.parametrize("family", TOWERS)
 

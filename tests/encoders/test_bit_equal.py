@@ -21,10 +21,12 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "topk": {"keep_ratio": 1.0},
     "dynamicvit": {"keep_ratio": 1.0},
     "random": {"keep_ratio": 1.0},
+    "spatten": {"keep_ratio": 1.0},
+    "diffrate": {"pruned": [197] * 2, "merged": [197] * 2},
     "uniform": {"keep_ratio": 1.0},
     "keep_all": {},
 }
-BY_CLASS = ("evit", "topk")
+BY_CLASS = ("evit", "topk", "diffrate")
 
 
 def test_every_method_for_encoders_is_here() -> None:
@@ -57,7 +59,8 @@ def test_keeping_all_changes_no_bit(name: str) -> None:
             stages, layers = run.trace.stages, len(model.blocks)
         assert torch.equal(got, want), method
         # The whole path ran: selections, gathers, states.
-        assert len(stages) == (1 if method in (*BY_CLASS, "dynamicvit", "random", "uniform") else 2)
+        once = ("evit", "topk", "dynamicvit", "random", "uniform")
+        assert len(stages) == (1 if method in once else 2)
         assert layers == 2
         assert all(stage["before"] == stage["after"] for stage in stages)
     # Guards the above: the configuration does change once tokens merge.

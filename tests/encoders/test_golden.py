@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
-from visprune.core.method import Context
+from visprune.core.method import Context, ModelSpec
 from visprune.core.selection import Selection
-from visprune.core.signals import EncoderKeys
+from visprune.core.signals import EncoderKeys, ReceivedAttention
+from visprune.core.signals.base import EncoderSeen
 from visprune.core.tokens import VisualTokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -161,3 +162,137 @@ def test_the_count_is_what_a_counter_counts(kind: str, method: str, params: dict
     assert cost.samples == 2
     assert abs(counted - cost.vision) <= cost.selection + 1e-3 * cost.vision
     assert counted >= cost.vision
+
+
+SPATTEN = json.loads((GOLDEN / "spatten" / "cases.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in SPATTEN if c["params"]["kind"] == "cascade"], ids=lambda c: c["id"]
+)
+@torch.no_grad()
+def test_spatten_cascade(case: dict[str, Any]) -> None:
+    """Attention as stored, with the heads that the case prunes; the method chooses the tokens."""
+    stored, p = load_file(GOLDEN / "spatten" / case["file"]), case["params"]
+    x, protect, width = stored["x"].double(), p["protect"], p["dim"]
+    method = visprune.get_method("spatten", keep_ratio=0.5)
+    live = torch.arange(p["N"]).expand(p["B"], -1)
+    heads = torch.arange(p["num_heads"]).expand(p["B"], -1)
+    carried = None
+    for layer in range(p["layers"]):
+        q, k, v = (
+            (x @ stored[f"qkv_{layer}"].double().T)
+            .unflatten(-1, (3, p["num_heads"], -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        at = heads[:, :, None, None].expand(-1, -1, *q.shape[2:])
+        scale = q.shape[-1] ** -0.5
+        seen = EncoderSeen(protect, False, query=q.gather(1, at), key=k.gather(1, at), scale=scale)
+        received = ReceivedAttention("own")
+        context = Context(
+            num_keep=p["keep_tokens"][layer] - protect,
+            signals={received: received.read(seen)},
+            prefix=protect,
+            carried=carried,
+        )
+        patches = x[:, protect:]
+        tokens = VisualTokens(patches, patches[..., 0] * 0 + 1, torch.empty(0, 0, 3).long())
+        chosen = method.select(tokens, context)
+        out = torch.zeros_like(v).scatter(
+            1, at, (q @ k.transpose(-1, -2) * scale).softmax(-1).gather(
+                1, heads[:, :, None, None].expand(-1, -1, q.shape[2], q.shape[2])
+            ) @ v.gather(1, at),
+        )  # fmt: skip
+        x = x + out.transpose(1, 2).flatten(2) @ stored[f"proj_{layer}"].double().T
+        x = chosen.reduce(x, protect)
+        carried = chosen.carried
+        first = live[:, :protect]
+        live = torch.cat([first, live[:, protect:].gather(1, chosen.index)], dim=1)
+        assert torch.equal(live, stored[f"tokens_{layer}"].long())
+        kept = (stored[f"tokens_{layer}"].long(), stored[f"importance_{layer}"])
+        before = live_before(stored, layer, p)
+        want = kept[1].gather(1, torch.searchsorted(before, live[:, protect:].contiguous()))
+        torch.testing.assert_close(carried.float(), want.float(), rtol=1e-4, atol=1e-5)
+        heads = stored[f"heads_{layer}"].long()
+    assert x.shape[-1] == width
+    torch.testing.assert_close(x.float(), stored["out"].float(), rtol=1e-4, atol=1e-4)
+
+
+def live_before(stored: dict[str, torch.Tensor], layer: int, p: dict[str, Any]) -> torch.Tensor:
+    """Places of the tokens that enter a layer."""
+    if layer == 0:
+        return torch.arange(p["N"]).expand(p["B"], -1).contiguous()
+    return stored[f"tokens_{layer - 1}"].long().contiguous()
+
+
+FLOPS = json.loads((GOLDEN / "flops" / "cases.json").read_text())["cases"]
+DIFFRATE = [c for c in FLOPS if c["family"] == "diffrate"]
+
+
+@pytest.mark.parametrize("case", DIFFRATE, ids=lambda c: c["id"])
+def test_diffrate_costs_what_was_published(case: dict[str, Any]) -> None:
+    size, _, origin = case["id"].split("_")[1].removeprefix("ViT-").partition("-")
+    sizes = {"T": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+    numbers = f"{origin.lower()}_{sizes[size]}-{case['id'].split('_')[2]}"
+    shape = case["inputs"]
+    with torch.device("meta"):
+        model = timm.models.VisionTransformer(
+            patch_size=shape["patch"], embed_dim=shape["C"], depth=shape["blocks"],
+            num_heads=shape["C"] // 64, num_classes=1000,
+        )  # fmt: skip
+    with visprune.prune(model, "diffrate", numbers=numbers) as run:
+        assert run.cost().vision == case["value"]
+        pruned, merged = shape["prune_kept"], shape["merge_kept"]
+        counts = run.plan.encoder.counts((224 // shape["patch"]) ** 2, shape["blocks"])
+    left = [min(pair) - 1 for pair in zip(pruned, merged, strict=True)]
+    assert [after for _, after in counts] == [min(left[: n + 1]) for n in range(len(left))]
+
+
+@torch.no_grad()
+def test_diffrate_by_hand() -> None:
+    torch.manual_seed(3)
+    count, batch, width = 12, 2, 6
+    features, attention = torch.randn(batch, count, width), torch.rand(batch, 3, count)
+    method = visprune.get_method("diffrate", pruned=[10], merged=[6], tokens=13)
+    stage = method.schedule(ModelSpec("", 0, True, False, encoder_layers=1, encoder_width=width))[0]
+    signal = stage.needs[0]
+    context = Context(
+        num_keep=stage.budget.resolve(count, count), signals={signal: attention}, original=count,
+        layer=0, num_layers=1,
+    )  # fmt: skip
+    tokens = VisualTokens(features, torch.ones(batch, count), torch.empty(0, 0, 3).long())
+    chosen = method.select(tokens, context)
+    got, sizes = chosen.reduce(features), chosen.sizes(torch.ones(batch, count))
+    assert got.shape == (batch, 5, width)
+    for row in range(batch):
+        ranked = attention[row].mean(0).argsort(descending=True, stable=True).tolist()
+        stay, join = ranked[:5], ranked[5:9]
+        unit = torch.nn.functional.normalize(features[row], dim=-1)
+        groups: dict[int, list[int]] = {n: [n] for n in stay}
+        size = dict.fromkeys(stay, 1.0)
+        for n in join:
+            cosines = [float(unit[n] @ unit[m]) for m in stay]
+            best = max(range(5), key=lambda m: cosines[m])
+            groups[stay[best]].append(n)
+            size[stay[best]] += max(cosines[best], 0.0)
+        want = torch.stack([features[row, groups[n]].mean(0) for n in stay])
+        torch.testing.assert_close(got[row], want)
+        torch.testing.assert_close(sizes[row], torch.tensor([size[n] for n in stay]))
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"numbers": "deit_smal-2.9"}, "Did you mean 'deit_small-2.9'"),
+        ({"pruned": [4, 3]}, "two lists"),
+        ({"pruned": [4, 3], "merged": [4]}, "two lists"),
+        ({"pruned": [4, 1], "merged": [4, 2]}, "from 2"),
+        ({"pruned": [4, 3], "merged": [4, 2], "numbers": "deit_small-2.9"}, "without numbers"),
+        ({"numbers": "mae_large-38.5"}, "for 24 layers.* has 12"),
+    ],
+)
+def test_diffrate_refuses(params: dict[str, Any], match: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("deit_tiny_patch16_224")
+    with pytest.raises(visprune.VispruneError, match=match):
+        visprune.prune(model, "diffrate", **params)

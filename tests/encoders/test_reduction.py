@@ -18,11 +18,13 @@ DROPPING: dict[str, dict[str, Any]] = {
     "random": {"keep_ratio": 0.6},
     "uniform": {"num_keep": 7},
     "dynamicvit": {"keep_ratio": 0.6},
+    "spatten": {"keep_ratio": 0.4},
 }
 MERGING: dict[str, dict[str, Any]] = {
     "tome": {"r": 3},
     "pitome": {"keep_ratio": 0.8},
     "evit": {"keep_ratio": 0.6},
+    "diffrate": {"pruned": [197, 150, 120, 99], "merged": [190, 140, 110, 70]},
 }
 ALL = [*DROPPING.items(), *MERGING.items()]
 KINDS = sorted(small.KINDS.items())
@@ -34,7 +36,7 @@ def pruned(model: Any, method: str, params: dict[str, Any]) -> Any:
     try:
         return visprune.prune(model, method, **params)
     except UnsupportedModel:
-        assert method in ("topk", "evit")
+        assert method in ("topk", "evit", "diffrate")
         return None
 
 

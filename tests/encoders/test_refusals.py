@@ -73,7 +73,15 @@ def test_no_class_token(method: str, kind: str, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"{why}.*Methods that fit it") as caught:
         visprune.prune(model, method, keep_ratio=0.5)
     named = str(caught.value).rpartition(": ")[2].rstrip(".").split(", ")
-    assert named == ["keep_all", "random", "uniform", "tome", "pitome", "dynamicvit"]
+    assert named == [
+        "keep_all",
+        "random",
+        "uniform",
+        "tome",
+        "pitome",
+        "spatten",
+        "dynamicvit",
+    ]
     for name in named:
         params = {"keep_all": {}, "tome": {"r": 2}}.get(name, {"keep_ratio": 0.5})
         visprune.prune(model, name, **params).remove()

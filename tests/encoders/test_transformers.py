@@ -22,6 +22,8 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "dynamicvit": {"keep_ratio": 1.0},
     "random": {"keep_ratio": 1.0},
     "uniform": {"keep_ratio": 1.0},
+    "spatten": {"keep_ratio": 1.0},
+    "diffrate": {"pruned": [197] * 3, "merged": [197] * 3},
     "keep_all": {},
 }
 DROPPING = {"topk": {"keep_ratio": 0.6}, "random": {"keep_ratio": 0.6}}
@@ -40,7 +42,7 @@ def pruned(model: Any, method: str, params: dict[str, Any]) -> Any:
     try:
         return visprune.prune(model, method, **params)
     except UnsupportedModel:
-        assert method in ("topk", "evit")
+        assert method in ("topk", "evit", "diffrate")
         return None
 
 

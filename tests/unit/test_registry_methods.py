@@ -34,6 +34,9 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "evit": [{}, {"keep_ratio": 0.5, "fuse": False, "layers": (3, 0.5)}],
     "topk": [{"keep_ratio": 0.5, "layers": (2,)}, {"num_keep": 7}],
     "dynamicvit": [{"keep_ratio": 0.5}, {"num_keep": 7}],
+    "spatten": [{"keep_ratio": 0.5}, {"keep_ratio": 0.7, "front": 0.3}],
+    "diffrate": [{}, {"numbers": "mae_base-11.5"}, 
+                 {"pruned": (9, 4), "merged": (8, 3), "tokens": 17}],
 }  # fmt: skip
 CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"num_keep": 7}])]
 
@@ -43,12 +46,13 @@ CACHE = [name for name in METHODS if acts_on_cache(visprune.catalog.methods.get(
 
 
 def plain(name: str) -> dict[str, Any]:
-    by_ratio = {"tome": {"r": 4}, "pitome": {"keep_ratio": 0.9}, "evit": {"keep_ratio": 0.7}}
+    by_ratio = {"tome": {"r": 4}, "pitome": {"keep_ratio": 0.9}, "evit": {"keep_ratio": 0.7},
+                "spatten": {"keep_ratio": 0.7}}  # fmt: skip
     return by_ratio.get(name, {} if name in NO_BUDGET else {"num_keep": 16})
 
 
 # What decides itself how many stay, or at which layer they leave.
-NO_BUDGET = ("keep_all", "vtw")
+NO_BUDGET = ("keep_all", "vtw", "diffrate")
 # Their frames decide how the budget is met.
 BY_FRAME = ("evs", "vidcom2")
 
@@ -102,10 +106,9 @@ def test_schedules_go_down(name: str, layers: int) -> None:
 def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
     spec = ModelSpec(family="VisionTransformer", num_layers=0, has_cls=True, multi_axis_rope=False,
                      encoder_layers=layers, encoder_width=64)  # fmt: skip
-    schedule = visprune.get_method(name, **plain(name)).schedule(spec)
-    plan = make_encoder_plan(
-        visprune.get_method(name, **plain(name)), list(enumerate(schedule)), spec
-    )
+    method = visprune.get_method(name, **plain(name))
+    schedule = method.schedule(spec)
+    plan = make_encoder_plan(method, list(enumerate(schedule)), spec)
     depths = [stage.site.resolve(layers) for stage in schedule]
     assert depths == sorted(set(depths))
     counts = [count for pair in plan.counts(576, layers) for count in pair]

@@ -75,6 +75,8 @@ class Context:
         num_layers: the encoder's layers, at such a site.
         prefix: tokens before the patches there (class, distillation, register tokens).
         learned: the stage's own module, of a method that has parameters.
+        carried: inside an encoder, what the method's stage before gave to the tokens that are left
+            (:meth:`Selection.carrying`), ``[B, N]``; ``None``: nothing.
     """
 
     num_keep: int = 0
@@ -86,6 +88,7 @@ class Context:
     num_layers: int = 0
     prefix: int = 0
     learned: nn.Module | None = None
+    carried: Tensor | None = None
 
     def __getitem__(self, signal: Signal) -> Any:
         """Return a signal that the stage needs.

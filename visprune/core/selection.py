@@ -38,6 +38,9 @@ class Selection:
         entered: patches that each token stood for, ``[B, N]``, once the choice is made.
         macs: multiply-adds that the rule spent on each image.
         evidence: numbers that the method decided by, one per image, for the trace.
+        carried: numbers that go on with the slots, for the method's next stage, ``[B, K]``.
+        grows: what part of its size each of ``source`` brings to its slot, ``[B, E]``; ``None``:
+            all of it.
     """
 
     index: Tensor
@@ -52,6 +55,8 @@ class Selection:
     entered: Tensor | None = None
     macs: int = 0
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    carried: Tensor | None = None
+    grows: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check shapes (values are the method's business)."""
@@ -171,8 +176,16 @@ class Selection:
         return Selection(
             self.index, self.num_tokens, self.own, self.source, self.slot, self.weight,
             gaps=self.gaps, overlaps=self.overlaps, count=self.count, entered=entered, macs=macs,
-            evidence=self.evidence,
+            evidence=self.evidence, carried=self.carried, grows=self.grows,
         )  # fmt: skip
+
+    def carrying(self, numbers: Tensor) -> Selection:
+        """The same, with numbers of the tokens ``[B, N]`` that go on with their slots."""
+        return replace(self, carried=numbers.gather(1, self.index.clamp(min=0)))
+
+    def growing(self, part: Tensor) -> Selection:
+        """The same, where each of ``source`` brings ``part`` ``[B, E]`` of its size to its slot."""
+        return replace(self, grows=part)
 
     def row(self, place: int) -> Selection:
         """The selection of one image, without padding."""
@@ -184,8 +197,8 @@ class Selection:
         return Selection(
             self.index[span, :width], self.num_tokens, part(self.own, width), part(self.source),
             part(self.slot), part(self.weight), gaps=self.gaps, overlaps=self.overlaps,
-            entered=part(self.entered), macs=self.macs,
-            evidence={name: x[span] for name, x in self.evidence.items()},
+            entered=part(self.entered), macs=self.macs, carried=part(self.carried, width),
+            grows=part(self.grows), evidence={name: x[span] for name, x in self.evidence.items()},
         )  # fmt: skip
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,6 +284,8 @@ class Selection:
         if self.source is None or self.slot is None:
             return out
         came, slot = size.gather(1, self.source), self.slot
+        if self.grows is not None:
+            came = came * self.grows
         if self.gaps:
             came, slot = came.masked_fill(slot < 0, 0.0), slot.clamp(min=0)
         return out.scatter_add(1, slot, came)

@@ -60,6 +60,7 @@ def choose(
         num_layers=context.num_layers,
         prefix=context.prefix,
         learned=context.learned,
+        carried=context.carried,
     )
     seconds, timed = 0.0, bool(observers)
     if timed:

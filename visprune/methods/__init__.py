@@ -17,6 +17,8 @@ TABLE = {
     "pitome": "visprune.methods.pitome:PiToMe",
     "evit": "visprune.methods.evit:EViT",
     "topk": "visprune.methods.topk:TopK",
+    "spatten": "visprune.methods.spatten:SpAtten",
+    "diffrate": "visprune.methods.diffrate:DiffRate",
     "dynamicvit": "visprune.methods.dynamicvit:DynamicViT",
     "cdpruner": "visprune.methods.cdpruner:CDPruner",
     "fastervlm": "visprune.methods.fastervlm:FasterVLM",

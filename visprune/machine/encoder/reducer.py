@@ -226,6 +226,7 @@ class EncoderReducer:
             num_layers=len(self.adapter.layers),
             prefix=prefix,
             learned=None if self.learned is None else self.learned[order],
+            carried=state.carried,
         )
         selection = choose(method, stage, tokens, context, self.observers)
         if selection.count is not None and len(set(selection.counts)) > 1:

@@ -25,6 +25,7 @@ class TokenState:
         bias: what attention adds to the scores of each key, prefix tokens first, ``[B, T]``.
         policy: in the training of a method that learns: how much each counts as a key, 1 or 0
             with a gradient, ``[B, N]``; ``None``: 1.
+        carried: what the method's last stage gave to each for the next, ``[B, N]``.
     """
 
     count: int
@@ -32,6 +33,7 @@ class TokenState:
     size: Tensor | None = None
     bias: Tensor | None = None
     policy: Tensor | None = None
+    carried: Tensor | None = None
 
     def reduced(
         self, selection: Selection, *, prefix: int, placed: bool, sized: bool, biased: bool
@@ -53,7 +55,7 @@ class TokenState:
             size = selection.sizes(ones if size is None else size)
             if biased:
                 bias = torch.nn.functional.pad(size.log(), (prefix, 0))
-        return TokenState(selection.num_slots, origin, size, bias)
+        return TokenState(selection.num_slots, origin, size, bias, carried=selection.carried)
 
 
 class EncoderPass:
