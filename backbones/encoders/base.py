@@ -216,11 +216,15 @@ class EncoderAdapter:
         """
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def watch(self, number: int, record: ShownQK) -> list[Any]:
-        """Show queries and keys ``[B, H, T, d]`` of a layer's attention, and the scale."""
+    def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
+        """Show queries and keys ``[B, H, T, d]`` of a layer's attention, and the scale.
+
+        Without ``every`` the first token's query is enough: an adapter that projects once more for
+        it may leave the others out.
+        """
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def signal_macs(self, tokens: int) -> int:
+    def signal_macs(self, tokens: int, *, every: bool = True) -> int:
         """Multiply-adds that :meth:`watch` itself spends on one picture of ``tokens`` tokens."""
         return 0
 

@@ -137,7 +137,7 @@ class HfViT(EncoderAdapter):
         first = torch.arange(self.prefix, device=at.device).expand(at.shape[0], -1)
         return Rows(nn.functional.embedding(torch.cat([first, at + self.prefix], dim=1), table))
 
-    def watch(self, number: int, record: ShownQK) -> list[Any]:
+    def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """By the probe of transformers' attention functions."""
         attention: Any = self.layers[number].attention
         if by_function(attention):

@@ -87,15 +87,15 @@ class OpenClipViT(EncoderAdapter):
         """Nothing here: the bias goes to the attention module, see :meth:`overrides`."""
         return args, kwargs
 
-    def watch(self, number: int, record: ShownQK) -> list[Any]:
+    def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """Project queries and keys of what the attention is given."""
-        hook = functools.partial(_project, record)
+        hook = functools.partial(_project, record, every)
         attention = self.layers[number].attention
         return [attention.register_forward_pre_hook(hook, with_kwargs=True)]
 
-    def signal_macs(self, tokens: int) -> int:
-        """The keys of all tokens and the query of one."""
-        return (tokens + 1) * self.width * self.width
+    def signal_macs(self, tokens: int, *, every: bool = True) -> int:
+        """The keys of all tokens and the queries of one or all."""
+        return (tokens + (tokens if every else 1)) * self.width * self.width
 
     # What else is indexed by token --------------------------------------------------------------
 
@@ -143,9 +143,9 @@ class OpenClipViT(EncoderAdapter):
         return {**found, "image_intermediates": maps}
 
 
-def _project(record: ShownQK, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _project(record: ShownQK, every: bool, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     x = args[0] if args else kwargs["query"]
-    record(*_queries_and_keys(module, x), (x.shape[-1] // module.num_heads) ** -0.5)
+    record(*_queries_and_keys(module, x, every), (x.shape[-1] // module.num_heads) ** -0.5)
 
 
 def _add_bias(
@@ -169,8 +169,8 @@ def _add_pool_bias(
     return args, {**kwargs, "key_padding_mask": whole.log().to(args[1].dtype)}
 
 
-def _queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, H, 1, d]`` of the class token and ``[B, H, T, d]``."""
+def _queries_and_keys(attention: Any, x: Tensor, every: bool) -> tuple[Tensor, Tensor]:
+    """``[B, H, T, d]`` both; of queries without ``every`` that of the class token alone."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     width = x.shape[-1]
 
@@ -179,7 +179,7 @@ def _queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         y = nn.functional.linear(rows, weight[span], None if bias is None else bias[span])
         return y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
-    query, key = heads(x[:, :1], 0), heads(x, 1)
+    query, key = heads(x if every else x[:, :1], 0), heads(x, 1)
     if isinstance(attention, Attention):
         query, key = attention.ln_q(query), attention.ln_k(key)
     return query, key

@@ -44,7 +44,7 @@ class TimmEva(TimmViT):
             return args, kwargs
         return args, {**kwargs, "rope": places(kwargs["rope"], at)}
 
-    def watch(self, number: int, record: ShownQK) -> list[Any]:
+    def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """The norms come before the rotation: it is applied to what they show."""
         attention: Any = self.layers[number].attention
         hooks = _Turned(attention, record)

@@ -124,7 +124,7 @@ class TimmViT(EncoderAdapter):
             return args, kwargs
         return args, {**kwargs, "attn_mask": bias[:, None, None].to(args[0].dtype)}
 
-    def watch(self, number: int, record: ShownQK) -> list[Any]:
+    def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """By hooks on the norms of queries and keys, which are there (as identities) always."""
         block: Any = self.layers[number].block
         if isinstance(block, ParallelThingsBlock):

@@ -30,6 +30,9 @@ def nothing_compiled() -> Iterator[None]:
         ("plain", "evit", {"keep_ratio": 0.6}),
         ("eva_rope", "topk", {"keep_ratio": 0.6}),
         ("average_no_class", "pitome", {"keep_ratio": 0.8}),
+        ("plain", "random", {"keep_ratio": 0.6}),
+        ("plain", "spatten", {"keep_ratio": 0.6}),
+        ("plain", "diffrate", {}),
     ],
 )
 def test_one_graph(kind: str, method: str, params: dict[str, Any]) -> None:
@@ -44,7 +47,6 @@ def test_one_graph(kind: str, method: str, params: dict[str, Any]) -> None:
         oracle.assert_close(compiled(other), model(other))
 
 
-# The draw of random is outside any graph: its frames compile one by one, those of modules too.
 ORDERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "dense first": [("", {}), ("random", {"keep_ratio": 0.4}), ("evit", {}), ("tome", {"r": 3})],
     "pruned first": [("tome", {"r": 3}), ("random", {"keep_ratio": 0.4}), ("topk", {"num_keep": 9}),
@@ -107,3 +109,21 @@ def test_a_forward_of_the_user_stays() -> None:
     assert vars(norm)["forward"] is mine
     assert vars(block)["forward"] is theirs
     assert "forward" not in vars(model.blocks[0])
+
+
+@torch.no_grad()
+def test_random_tokens_are_drawn_inside_one_graph() -> None:
+    model = small.small(small.KINDS["plain"], 2)
+    frames = torch._dynamo.testing.CompileCounter()
+    with visprune.prune(model, "random", keep_ratio=0.6) as run:
+        compiled = torch.compile(model, fullgraph=True, backend=frames)
+        for seed in range(12):  # each picture has a number of its own
+            x = small.picture(model, seed=seed)
+            oracle.assert_close(compiled(x), model(x))
+        assert frames.frame_count <= 2  # of a run that has not run yet, and of one that has
+        kept = torch.stack(run.kept)
+        traced = torch.jit.trace(model, small.picture(model, seed=99), check_trace=False)
+        x = small.picture(model, seed=11)
+        oracle.assert_close(traced(x), model(x))
+        assert torch.equal(torch.stack(run.kept), kept)
+        assert model(x[:0]).shape == (0, 5)

@@ -31,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "evit": {"keep_ratio": 0.6},
     "topk": {"keep_ratio": 0.6},
     "random": {"keep_ratio": 0.6},
+    "spatten": {"keep_ratio": 0.4},
+    "diffrate": {},
     "dynamicvit": {"keep_ratio": 0.6},
 }
 
@@ -58,7 +60,10 @@ def pixels(batch: int = 2) -> Tensor:
 def test_keeping_all_and_keeping_some(kind: str, method: str) -> None:
     model, x = tower(kind), pixels()
     want = model(x)
-    everything = {"r": 0} if method == "tome" else {"keep_ratio": 1.0}
+    everything = {
+        "tome": {"r": 0},
+        "diffrate": {"pruned": [26] * 4, "merged": [26] * 4, "tokens": 26},
+    }.get(method, {"keep_ratio": 1.0})
     with visprune.prune(model, method, **everything) as run:
         got = model(x)
         assert run.trace.stages
@@ -210,3 +215,24 @@ def test_a_tower_of_mixed_precision(precision: str, method: str) -> None:
         assert out.dtype == dtype
         assert torch.isfinite(out).all()
         assert len(run.kept[0]) < 16
+
+
+@torch.no_grad()
+def test_received_attention_is_that_of_all_queries() -> None:
+    model, x = tower("plain"), pixels()
+    maps = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        _, weights = module.forward(*args, **{**kwargs, "need_weights": True})
+        maps.append(weights)  # [B, T, T], mean over heads
+
+    block = model.transformer.resblocks[0]
+    handle = block.attn.register_forward_pre_hook(look, with_kwargs=True)
+    model(x)
+    handle.remove()
+    with visprune.prune(model, "spatten", keep_ratio=0.4, front=0.0) as run:
+        model(x)
+        first = run._reducer.latest.selections[0, 0]
+    want = maps[0].sum(1)[:, 1:]
+    best = want.argsort(dim=1, descending=True, stable=True)[:, : first.num_slots]
+    assert torch.equal(first.index, best.sort(dim=1).values)

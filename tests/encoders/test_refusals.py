@@ -198,3 +198,30 @@ def test_after_removal_and_before_a_forward() -> None:
     assert "removed" in repr(run)
     with pytest.raises(ConfigError, match="was removed"):
         run.cost(small.picture(model))
+
+
+@torch.no_grad()
+def test_prompts_behind_the_patches_are_no_patches() -> None:
+    model = small.shrunk(small.KINDS["plain"])
+    x, own = small.picture(model), model._pos_embed
+    prompts = torch.randn(1, 3, 48)
+    vars(model)["_pos_embed"] = lambda y: torch.cat([own(y), prompts.expand(len(y), -1, -1)], dim=1)
+    want = model(x)
+    with (
+        visprune.prune(model, "tome", r=2),
+        pytest.raises(UnsupportedModel, match=r"27 tokens behind the prefix.* 24 patches"),
+    ):
+        model(x)
+    assert torch.equal(model(x), want)
+    # Before the patches and counted, they stay: deep prompts of one layer's length.
+    vars(model)["_pos_embed"] = lambda y: torch.cat(
+        [own(y)[:, :1], prompts.expand(len(y), -1, -1), own(y)[:, 1:]], dim=1
+    )
+    model.num_prefix_tokens = 4
+    want = model(x)
+    with visprune.prune(model, "tome", r=0):
+        assert torch.equal(model(x), want)
+    with visprune.prune(model, "tome", r=4) as run:
+        model(x)
+        assert run.trace.num_tokens == [24, 24]
+        assert len(run.kept[0]) == 16

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
+from visprune import ops
 from visprune.core import Selection, VisualTokens
 
 
@@ -14,9 +16,8 @@ def draw(
     tokens: VisualTokens, num_keep: int, fingerprints: Iterable[int], seed: int, stage: int
 ) -> Selection:
     """Keep ``num_keep`` tokens of each picture, drawn without replacement."""
-    drawn = []
-    for fingerprint in fingerprints:
-        state = seed * 1_000_003 + stage * 7_919 + fingerprint
-        generator = torch.Generator().manual_seed(state % 2**63)
-        drawn.append(torch.randperm(tokens.num_tokens, generator=generator)[:num_keep])
-    return Selection.keep(torch.stack(drawn).to(tokens.features.device), tokens.num_tokens)
+    if not isinstance(fingerprints, Tensor):
+        fingerprints = torch.tensor(list(fingerprints), dtype=torch.int64)
+    start = (seed * 1_000_003 + stage * 7_919) % 2**62
+    drawn = ops.draw_tokens(fingerprints, tokens.num_tokens, num_keep, start)
+    return Selection.keep(drawn.to(tokens.features.device), tokens.num_tokens)

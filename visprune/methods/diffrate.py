@@ -118,7 +118,7 @@ class DiffRate(PruningMethod):
         """Rank, drop, and merge what is between."""
         keep, count = ctx.num_keep, tokens.num_tokens
         if keep == count:
-            return Selection.identity(len(tokens.features), count, tokens.features.device)
+            return Selection.identity(tokens.features.shape[0], count, tokens.features.device)
         pruned, _, whole = self._left(ctx.num_layers)
         there = max(keep, _step(pruned[ctx.layer], whole).resolve(count, ctx.original))
         attention = ctx[ClsAttention("own")].mean(dim=1)  # [B, N]

@@ -9,6 +9,7 @@ by ``torch.utils.flop_counter``.
 """
 
 from visprune.ops.coverage import greedy_coverage
+from visprune.ops.draw import draw_tokens, picture_checksum
 from visprune.ops.grouped import rank_within, shares
 from visprune.ops.hilo import hilo_attention, hilo_layer, hilo_pool
 from visprune.ops.match import bipartite_pairs
@@ -44,6 +45,7 @@ __all__ = [
     "bipartite_pairs",
     "column_sums",
     "dequantize_kv",
+    "draw_tokens",
     "gather_tokens",
     "greedy_coverage",
     "greedy_diverse",
@@ -56,6 +58,7 @@ __all__ = [
     "na_av",
     "na_qk",
     "neighborhood_attention",
+    "picture_checksum",
     "quantize_kv",
     "ragged_decode",
     "ragged_offsets",

@@ -65,6 +65,10 @@ class PictureSignal(Signal):
         """What methods get of one picture, of the pixels that its encoder is given."""
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def of_batch(self, pixels: Tensor) -> Any:
+        """The same of each picture of a batch ``[B, ...]``, where an encoder is given one."""
+        return tuple(self.read(picture) for picture in pixels)
+
     def joined(self, parts: list[Any]) -> Any:
         """What they get of a picture that was encoded in parts (tiles), of what each part gave."""
         return tuple(parts)
@@ -115,11 +119,13 @@ class EncoderSignal(Signal):
             the stage acts in, the only one to have inside an encoder.
         uses: ``"attention"``: its queries and keys; ``"output"``: the states that leave it.
         token_dim: the axis of the result that counts patches, from the end.
+        every: of attention, whether it reads the queries of all tokens, or at most the first's.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("encoder_attention",)
     uses: ClassVar[Literal["attention", "output"]] = "attention"
     token_dim: ClassVar[int] = -1
+    every: ClassVar[bool] = True
 
     layer: EncoderLayer = "feature"
 

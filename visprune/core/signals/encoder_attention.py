@@ -18,6 +18,7 @@ class ClsAttention(EncoderSignal):
     """Attention of the class token to the patches, ``[B, H, N]``."""
 
     requires: ClassVar[tuple[str, ...]] = ("cls_token", "encoder_attention")
+    every: ClassVar[bool] = False
 
     layer: EncoderLayer = "last"
 
@@ -59,6 +60,7 @@ class EncoderKeys(EncoderSignal):
     """Keys of the patches, mean over heads, ``[B, N, d]``."""
 
     token_dim: ClassVar[int] = -2
+    every: ClassVar[bool] = False
 
     def read(self, seen: EncoderSeen) -> Tensor:
         """The mean over heads, without gradient: matching has none."""

@@ -9,18 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visprune import ops
 from visprune.core.signals.base import PictureSignal, Signal, TokenSignal
 from visprune.core.tokens import VisualTokens
+from visprune.ops.draw import checksum
 
 
 @dataclass(frozen=True)
 class Fingerprint(PictureSignal):
-    """A number that depends on the picture's pixels alone: a tuple of B ints."""
+    """A number that depends on the picture's pixels alone: B ints, or a tensor of them."""
 
     def read(self, pixels: Tensor) -> int:
         """A checksum of the values in float32."""
-        data = pixels.detach().to("cpu", torch.float32).contiguous()
-        return zlib.crc32(data.numpy().tobytes())
+        return checksum(pixels)
+
+    def of_batch(self, pixels: Tensor) -> Tensor:
+        """Those of a batch, ``[B]``, by an operator that a graph can hold."""
+        return ops.picture_checksum(pixels)
 
     def joined(self, parts: list[int]) -> int:
         """A checksum of those of the parts."""

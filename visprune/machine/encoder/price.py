@@ -73,7 +73,8 @@ def _stage_macs(
     """What one stage spends on one picture: its signals, and the method's own rule."""
     layer, tokens = adapter.layers[number], count + adapter.prefix
     signals = [s for s in stage.signals if isinstance(s, EncoderSignal)]
-    spent = adapter.signal_macs(tokens) if signals else 0
+    every = any(signal.every for signal in signals)
+    spent = adapter.signal_macs(tokens, every=every) if signals else 0
     spent += sum(signal.macs(tokens, layer.attention_width) for signal in signals)
     keyed = any(isinstance(signal, EncoderKeys) for signal in signals)
     return spent + method.macs(count, keep, layer.head_width if keyed else adapter.width)

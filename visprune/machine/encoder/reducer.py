@@ -152,7 +152,7 @@ class EncoderReducer:
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the pixels became patches: a new pass."""
         pixels = args[0] if args else next(iter(kwargs.values()))
-        pictures = {s: tuple(s.read(picture) for picture in pixels) for s in self._of_pixels}
+        pictures = {s: s.of_batch(pixels) for s in self._of_pixels}
         self.current.latest = self._last = EncoderPass(self.adapter.grid(pixels), pictures)
 
     def pass_of(self, number: int, x: Tensor) -> EncoderPass:
@@ -276,8 +276,10 @@ class _ReducedLayer:
         stages = [stage for _, stage in reducer.plan.at(number)]
         self._before = vars(layer.block).get("forward")  # Accelerate's, of a layer it moves
         handles: list[Any] = [Instead(layer.block, "forward", self.forward)]
-        if any(isinstance(s, EncoderSignal) for stage in stages for s in stage.signals):
-            handles += reducer.adapter.watch(number, partial(reducer.record, number))
+        signals = [s for stage in stages for s in stage.signals if isinstance(s, EncoderSignal)]
+        if signals:
+            every, record = any(s.every for s in signals), partial(reducer.record, number)
+            handles += reducer.adapter.watch(number, record, every=every)
         if reducer.learned is not None and number >= min(reducer.plan.entry, default=number + 1):
             handles += reducer.adapter.weigh_keys(number, reducer.policy)
         if self._inside and layer.entry is not None and layer.branch is not None:

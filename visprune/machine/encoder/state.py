@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from visprune.core.selection import Selection
 from visprune.core.trace import Trace
+from visprune.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,20 @@ class EncoderPass:
         """Take the state that ``layer`` starts from, also when a checkpoint runs it again."""
         if not self.layers:
             self.batch, self.total = x.shape[0], x.shape[1] - prefix
+            self._refuse_more()
             self.state = TokenState(self.total)
         self.state = self.layers.setdefault(layer, self.state)
+
+    def _refuse_more(self) -> None:
+        """Raise where tokens lie behind the prefix that are no patches (patch dropout: fewer)."""
+        patches = math.prod(self.grid)
+        if self.total > patches:
+            raise UnsupportedModel(
+                f"The first layer is given {self.total} tokens behind the prefix, and the picture "
+                f"has {patches} patches: other tokens (prompts, registers of one's own) would be "
+                f"pruned and merged as if they were patches. Put them before the patches and count "
+                f"them in num_prefix_tokens, or remove the run."
+            )
 
     def pos(self, index: Tensor) -> Tensor:
         """(t, h, w) of patches ``[B, N]``: ``[B, N, 3]``."""
