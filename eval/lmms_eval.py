@@ -17,24 +17,31 @@ chat template.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 from visprune.catalog import get_method
+from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.eval.models.base import NONE, ModelEntry
 from visprune.eval.models.load_vlm import load as load_vlm
 from visprune.eval.models.vlm import VLM
 from visprune.eval.run.runner import process_number
 from visprune.machine.run import prune
+from visprune.machine.saved import read_method
 
 __all__ = ["Visprune"]
+
+logger = logging.getLogger(__name__)
 
 # What lmms-eval says for "greedy", in words that generate() complains about.
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -45,7 +52,8 @@ class Visprune(lmms):
 
     Args:
         pretrained: ``embedded``, a folder, or a name on the Hub.
-        method: a name of ``visprune methods``; ``none`` for the untouched model.
+        method: a name of ``visprune methods``; ``none`` for the untouched model; left out, the
+            method that the folder was saved with, if it was.
         batch_size: questions asked together.
         device: torch device; ``None``: a GPU of this process, else the CPU.
         dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
@@ -64,7 +72,7 @@ class Visprune(lmms):
     def __init__(
         self,
         pretrained: str = "embedded",
-        method: str = NONE,
+        method: str | None = None,
         batch_size: int | str | None = 1,
         device: str | None = None,
         dtype: str = "auto",
@@ -78,8 +86,7 @@ class Visprune(lmms):
             self.batch_size_per_gpu = int(batch_size or 1)
         except ValueError as error:
             raise ConfigError(f"batch_size is a number, got {batch_size!r}.") from error
-        if method == NONE and params:
-            raise ConfigError(f"method={NONE} takes no parameters, got {', '.join(params)}.")
+        chosen = _method(pretrained, method, params)
         self._rank, self._world_size, local = process_number()
         # lmms-eval's own default device is the first GPU, also for the second process.
         wanted = "auto" if device in (None, "", "cuda", "cuda:0") else str(device)
@@ -87,9 +94,10 @@ class Visprune(lmms):
             pretrained, dtype=dtype, device=wanted, attention=attn_implementation, revision=revision
         )
         self.vlm: VLM = load_vlm(spec, local)
-        self.run = None
-        if method != NONE:
-            self.run = prune(self.vlm.model, get_method(method, **params))
+        self.run = None if chosen is None else prune(self.vlm.model, chosen)
+        if method is None and chosen is not None and self._rank == 0:
+            logger.warning(f"{pretrained} was saved with {chosen}: answers are of that method; "
+                        f"method={NONE} asks the untouched model.")  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -107,11 +115,14 @@ class Visprune(lmms):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[-4], sort_keys=True), []).append(number)
         answers: dict[int, GenerationResult] = {}
-        for options, numbers in groups.items():
-            for start in range(0, len(numbers), self.batch_size):
-                batch = numbers[start : start + self.batch_size]
-                made = self._answer([requests[i] for i in batch], json.loads(options))
-                answers.update(zip(batch, made, strict=True))
+        # As lmms-eval's own models show it.
+        with tqdm(total=len(requests), disable=self._rank != 0, desc="Model Responding") as bar:
+            for options, numbers in groups.items():
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = numbers[start : start + self.batch_size]
+                    made = self._answer([requests[i] for i in batch], json.loads(options))
+                    answers.update(zip(batch, made, strict=True))
+                    bar.update(len(batch))
         return [answers[number] for number in range(len(requests))]
 
     @torch.inference_mode()
@@ -154,6 +165,21 @@ class Visprune(lmms):
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered."""
         raise UnsupportedModel("visprune answers one round of generate_until.")
+
+
+def _method(pretrained: str, method: str | None, params: Mapping[str, Any]) -> PruningMethod | None:
+    """The method that arguments name, else that of the folder; ``None``: the untouched model.
+
+    Raises:
+        ConfigError: parameters without a method, or an unknown name or parameter.
+    """
+    if method is not None and method != NONE:
+        return get_method(method, **params)
+    if params:
+        said = f"method={NONE} takes no" if method else "without method= there are no"
+        raise ConfigError(f"{said} parameters, got {', '.join(params)}.")
+    saved = read_method(pretrained) if method is None and Path(pretrained).is_dir() else None
+    return None if saved is None else get_method(saved.pop("method"), **saved)
 
 
 def _generation(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import visprune
+from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.eval.models.vlm import PLAIN
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 
 ROOT = Path(__file__).parents[2]
@@ -152,11 +156,48 @@ def test_only_model_arguments_say_what_is_pruned(plugin: Any) -> None:
     """lmms-eval's cache knows a model by ``model_args`` alone."""
     with pytest.raises(ConfigError, match="Did you mean 'num_keep'"):
         plugin.Visprune("embedded", method="todre", num_kept=64)
-    with pytest.raises(ConfigError, match="takes no parameters"):
+    with pytest.raises(ConfigError, match="without method= there are no parameters, got num_keep"):
         plugin.Visprune("embedded", num_keep=64)
+    with pytest.raises(ConfigError, match="method=none takes no parameters"):
+        plugin.Visprune("embedded", method="none", num_keep=64)
     whole = plugin.Visprune("embedded")
     assert whole.run is None
     assert not whole.vlm.model.model.language_model._forward_pre_hooks
+
+
+def test_a_folder_saved_with_a_method_runs_with_it(
+    plugin: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = embedded.load(torch.float32)
+    with visprune.prune(model, "random", num_keep=8) as run:
+        visprune.save_pretrained(run, tmp_path, processor=processor,
+                                 asked={"template": PLAIN, "style": "plain"})  # fmt: skip
+    options = [{"max_new_tokens": 2}] * 3
+
+    def answers(**arguments: Any) -> tuple[list[str], Any]:
+        loaded = plugin.Visprune(str(tmp_path), **arguments)
+        found = [r.text for r in loaded.generate_until(_requests(loaded, options))]
+        kept = None if loaded.run is None else set(loaded.run.trace.tokens_per_layer[0])
+        if loaded.run is not None:
+            loaded.run.remove()
+        return found, kept
+
+    caplog.set_level("INFO")
+    own, kept = answers()
+    assert kept == {8}
+    assert "was saved with" in caplog.text
+    assert "method=none asks the untouched model" in caplog.text
+    assert answers(method="random", num_keep=8) == (own, {8})
+    assert answers(method="none")[1] is None
+    assert answers(method="todre", num_keep=64)[1] == {64}
+
+
+def test_progress_is_shown(plugin: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = plugin.Visprune("embedded", batch_size=2)
+    model.generate_until(_requests(model, [{"max_new_tokens": 1}] * 5))
+    err = capsys.readouterr().err
+    assert "Model Responding" in err
+    assert "5/5" in err
 
 
 def test_what_it_does_not_do_is_said(plugin: Any) -> None:
