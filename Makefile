@@ -18,7 +18,7 @@ JOBS ?= 2
 ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo test check bench browser clean
+.PHONY: help setup demo test check bench browser lmms clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -67,6 +67,15 @@ browser: ## install Debian's Chromium, which the tests of the report's page driv
 	  $$root apt-get $$bounds update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get $$bounds \
 	    install -qq -y --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null
 
+lmms: $(STAMP) ## the released lmms-eval in .venv-lmms, which its test runs (shares what is in .venv)
+	@$(BIN)/python -m venv .venv-lmms
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+	  sysconfig.get_path("purelib"))' > "$$(.venv-lmms/bin/python -c \
+	  'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"] \
+	  ["optional-dependencies"]["lmms-eval"], sep="\n")' > .venv-lmms/wanted.txt
+	@.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lmms/wanted.txt
+
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(OUT)
+	rm -rf $(VENV) .venv-lmms build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(OUT)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -177,6 +177,18 @@ def test_bench_hands_further_words_to_the_benchmark(monkeypatch: pytest.MonkeyPa
     assert seen == [["visprune bench prefill", "--threads", "2"]]
 
 
+def test_help_behind_a_benchmark_is_that_of_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, "bench", "prefill", "--help") == 0
+    said = capsys.readouterr().out
+    assert "usage: visprune bench prefill" in said
+    assert "--rounds" in said
+    for words in (["bench", "--help"], ["bench", "-h"]):
+        assert _run(monkeypatch, *words) == 0
+        assert "Options after NAME go to that" in capsys.readouterr().out
+
+
 def test_every_benchmark_that_is_listed_has_a_main() -> None:
     found = cli._benchmarks()
     root = Path(cli.__file__).parents[1]

@@ -186,7 +186,12 @@ def tasks() -> None:
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    # `bench NAME --help` is of the benchmark; that of the command itself is printed below.
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
 )
 def bench(
     context: typer.Context,
@@ -196,6 +201,9 @@ def bench(
     ] = False,
 ) -> None:
     """Measure speed, once the results agree. Options after NAME go to that benchmark."""
+    if name in ("--help", "-h"):
+        typer.echo(context.get_help())
+        return
     found = _drawings() if draw else _benchmarks()
     if name not in found:
         raise ConfigError(
