@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from visprune.core.signals import (
     WholeClsAttention,
 )
 from visprune.core.tokens import VisualTokens
-from visprune.methods import cdpruner, idpruner, prunesid, vidcom2
+from visprune.methods import cdpruner, idpruner, prunesid, vidcom2, vispruner
 from visprune.methods.evs import EVS
 from visprune.methods.fastervlm import FasterVLM
 from visprune.methods.gprune import GPrune
@@ -89,6 +90,22 @@ def test_vispruner(case: dict[str, Any]) -> None:
     assert [len(set(row)) for row in made.index.tolist()] == [p["T"]] * len(made.index)
     if "raises" not in p:
         assert made.index.tolist() == of_mask(t["mask"])
+
+
+@pytest.mark.parametrize(("count", "keep"), [(200, 9), (91, 30), (4, 1)])
+def test_vispruner_thins_out_as_every_cosine_anew(count: int, keep: int) -> None:
+    torch.manual_seed(count)
+    x = torch.randn(2, count, 6, dtype=torch.float64)
+    listed = torch.rand(2, count).argsort(dim=1)
+    got = vispruner.thin_out(x, listed, keep)
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    for b, row in enumerate(listed.tolist()):
+        while len(row) > keep:
+            even, odd = row[::2], row[1::2]
+            near = (unit[b, even] @ unit[b, odd].T).amax(1).tolist()
+            order = sorted(range(len(even)), key=lambda n: -near[n])
+            row = [even[n] for n in order[min(8, len(row) - keep, len(even)) :]] + odd
+        assert got[b].tolist() == row
 
 
 # PruMerge ------------------------------------------------------------------------------------

@@ -72,16 +72,22 @@ class GPrune(BudgetedMethod):
 
     def importance(self, features: Tensor, region: Tensor) -> Tensor:
         """The score of every token, ``[B, N]``; importance stays within a region ``[B, N]``."""
+        score = torch.empty_like(features[..., 0])
+        for part in region[0].unique().tolist():  # pictures that are ranked together are cut alike
+            own = region[0] == part
+            score[:, own] = self._spread(features[:, own])
+        return score
+
+    def _spread(self, features: Tensor) -> Tensor:
         unit = normalize(features, dim=-1)
-        cosine = unit @ unit.transpose(1, 2)
-        apart = region[:, :, None] != region[:, None]
-        edge = (cosine >= self.similarity) & ~apart
-        graph = (cosine / self.temperature).masked_fill(~edge, -5000.0)
-        graph = graph.masked_fill(apart, float("-inf")).softmax(dim=-1)
+        graph = unit @ unit.transpose(1, 2)
+        apart = graph < self.similarity
+        graph = graph.div_(self.temperature).masked_fill_(apart, -5000.0).softmax(dim=-1)
+        edges = (graph > 0).sum(dim=-1)
         spread = features.norm(dim=-1)[:, None]
         for _ in range(self.power):
             spread = spread @ graph
-        return spread[:, 0] / (graph > 0).sum(dim=-1)
+        return spread[:, 0] / edges
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """All pairwise cosines, and a product with the graph each time."""

@@ -25,6 +25,7 @@ from visprune.core.signals import ClsAttention, EncoderFeatures, ReceivedAttenti
 from visprune.errors import ConfigError
 
 _FEATURES = EncoderFeatures("feature")
+_NEAR = 32  # nearest tokens that are known from the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +95,29 @@ def thin_out(features: Tensor, listed: Tensor, keep: int) -> Tensor:
     # In float32 many cosines of like tokens are equal, and the published order of those is none.
     unit = normalize(features.double(), dim=-1)
     cosine = unit @ unit.transpose(1, 2)
+    near, who = cosine.topk(min(_NEAR + 1, cosine.shape[2]), dim=2)  # each finds itself too
     while listed.shape[1] > keep:
         even, odd = listed[:, ::2], listed[:, 1::2]
-        rows = cosine.gather(1, even[..., None].expand(-1, -1, cosine.shape[2]))
-        nearest = rows.gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(2)
-        order = nearest.argsort(dim=1, descending=True, stable=True)
+        is_odd = torch.zeros(cosine.shape[:2], dtype=torch.bool, device=cosine.device)
+        is_odd = is_odd.scatter(1, odd, True)
+        best = _largest(cosine, near, who, even, is_odd)
+        order = best.argsort(dim=1, descending=True, stable=True)
         drop = min(8, listed.shape[1] - keep, even.shape[1])
         listed = torch.cat([even.gather(1, order[:, drop:]), odd], dim=1)
     return listed
+
+
+def _largest(cosine: Tensor, near: Tensor, who: Tensor, even: Tensor, is_odd: Tensor) -> Tensor:
+    """The largest cosine of each of ``even`` ``[B, E]`` to one that ``is_odd`` ``[B, N]``.
+
+    Mostly one of its nearest tokens is odd; only for the others a whole row is looked at.
+    """
+    wide = even[..., None].expand(-1, -1, who.shape[2])
+    neighbours = who.gather(1, wide)
+    hit = is_odd.gather(1, neighbours.flatten(1)).view_as(neighbours)
+    first = hit.to(torch.uint8).argmax(dim=2, keepdim=True)
+    best = near.gather(1, wide).gather(2, first)[..., 0]
+    image, place = (~hit.any(dim=2)).nonzero(as_tuple=True)
+    rows = cosine[image, even[image, place]].masked_fill(~is_odd[image], float("-inf"))
+    best[image, place] = rows.amax(dim=1)
+    return best
