@@ -13,15 +13,8 @@ from torch import Tensor
 import visprune
 import visprune.catalog
 from tests import tiny
-from visprune.core.method import ModelSpec, PruningMethod
+from visprune.core.method import ModelSpec
 from visprune.machine.plan import acts_on_cache, inside_only, why_not
-
-
-def projector_only(method: type[PruningMethod]) -> bool:
-    """Whether all stages of a method are at the projector."""
-    spec = ModelSpec("", num_layers=32, has_cls=True, multi_axis_rope=False, encoder_layers=24)
-    return all(stage.site.kind == "projector" for stage in method.example().schedule(spec))
-
 
 # What acts inside the image encoder alone has a contract of its own: test_vision_site.py.
 INSIDE = [
@@ -36,27 +29,27 @@ EVERY = [name for name in visprune.list_methods() if name not in (*INSIDE, *CACH
 FAMILIES = tiny.FAMILIES
 NO_CLASS_TOKEN = ("qwen2_vl", "qwen2_5_vl")
 # These take every path of the machine, and run on every family of the suite. What came later takes
-# the same paths: what holds of every method is in test_every_method.py, in a second each, and what
-# acts elsewhere than at the projector runs the whole suite on one family of each kind besides.
+# the same paths: what holds of every method is in test_every_method.py, in a second each, and some
+# that act inside the decoder run the whole suite on one family of each kind besides.
 FIRST = ("todre", "divprune", "fastv", "pyramiddrop", "visionzip", "keep_all", "random", "uniform",
          "pool")  # fmt: skip
-METHODS = [
-    name
-    for name in EVERY
-    if name in FIRST or not projector_only(visprune.catalog.methods.get(name))
-]
+METHODS = [*FIRST, "random_deep", "v2drop", "dart", "vtw"]
 LATER_FAMILIES = ("llava", "qwen2_5_vl")
 # Options under which a method without a budget drops nothing (None: there are none), and some.
 NO_BUDGET: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "keep_all": ({}, {}),
     "vtw": (None, {}),
+    "ivc_prune": ({"foreground": 1.0}, {}),
+    "sparsevlm": ({"lists": (10_000, 10_000, 10_000)}, {"lists": (12, 8, 5)}),
+    "lightkv": ({"ratios": (0.0, 0.0, 0.0)}, {"windows": (1, 1, 1)}),
+    "pact": ({"share": 1.0, "cutoff": 0.0, "layer": 2}, {"layer": 2}),
 }
 # Methods with a published setting that no budget names, which stands where none is given.
 OPTIONAL_BUDGET = ("v2drop",)
 # These thin out clips alone.
 WHOLE_PICTURES = ("evs",)
 # Their rules read rotated keys by themselves: another place in the sequence, another choice.
-BY_PLACE = ("dart",)
+BY_PLACE = ("dart", "ivc_prune")
 NO_ATTENTION = ModelSpec("", num_layers=4, has_cls=False, multi_axis_rope=True, encoder_refusal="-",
                          lacking={"encoder_attention": "its encoder packs pictures"})  # fmt: skip
 NEEDS_CLASS_TOKEN = tuple(
@@ -88,7 +81,7 @@ every_dropping_pair = pytest.mark.parametrize(("name", "family"), DROPPING)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 # Beside a budget: thresholds under which the budget alone decides.
-BESIDE: dict[str, dict[str, Any]] = {"todre": {"tau": 0.0}}
+BESIDE: dict[str, dict[str, Any]] = {"todre": {"tau": 0.0}, "vitcop": {"visual": 1.0}}
 
 
 def takes(name: str) -> set[str]:

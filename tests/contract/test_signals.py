@@ -41,6 +41,7 @@ from visprune.core.signals import (
     LastQueryAttention,
     QueriesKeys,
     ReceivedAttention,
+    RotaryTables,
     SampleKeysValues,
     Signal,
     Slots,
@@ -356,3 +357,15 @@ def test_slots_say_which_entries_of_a_sample_are_whose(family: str) -> None:
     there = plain.abs().sum(-1) > 0
     torch.testing.assert_close(normed[there], want[there])
     assert bool((normed[~there] == 0).all())
+
+
+def test_rotary_tables_are_those_of_the_layer(family: str) -> None:
+    model, inputs = tiny.build(family), batch(family, ROWS)
+    got = looked(model, inputs, RotaryTables())
+    given = noted(
+        model.model.language_model.layers[0], model, inputs,
+        lambda args, kwargs, out: kwargs["position_embeddings"],
+    )  # fmt: skip
+    for number, want in enumerate(given):
+        mean = want.mean(0) if want.dim() == 4 else want
+        torch.testing.assert_close(got[:, number], mean.expand(len(got), -1, -1))

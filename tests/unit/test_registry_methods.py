@@ -28,6 +28,12 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "v2drop": [{}, {"ratios": (0.5, 0.25), "layers": (2, 7)}, {"keep_ratio": 0.1}],
     "dart": [{"num_keep": 7, "pivot_image": 2, "pivot_text": 6, "official": True}],
     "vtw": [{}, {"layer": 3}],
+    "ivc_prune": [{}, {"layer": 3, "seeds": 0.1, "skip": 0}],
+    "sparsevlm": [{}, {"setting": 64, "version": 2}, {"lists": (9, 5), "layers": (2, 3)},
+                  {"adaptive": 0.5}],
+    "lightkv": [{}, {"ratios": (0.25,), "windows": (3,), "layers": (0.5,)}],
+    "pact": [{}, {"share": 0.5, "cutoff": 0.1, "recover": 2.0, "layer": 0.25}],
+    "vitcop": [{"num_keep": 7, "visual": 0.5, "official": True}],
     "keep_all": [{}],
     "tome": [{"r": 8}, {"r": (8, 4, 0), "prop_attn": False}, {"r": 8, "inflect": -1.0}],
     "pitome": [{"keep_ratio": 0.9, "margin": 0.5}],
@@ -52,7 +58,7 @@ def plain(name: str) -> dict[str, Any]:
 
 
 # What decides itself how many stay, or at which layer they leave.
-NO_BUDGET = ("keep_all", "vtw", "diffrate")
+NO_BUDGET = ("keep_all", "vtw", "diffrate", "ivc_prune", "sparsevlm", "lightkv", "pact")
 # Their frames decide how the budget is met.
 BY_FRAME = ("evs", "vidcom2")
 

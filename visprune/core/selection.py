@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -143,6 +143,32 @@ class Selection:
         source = torch.arange(dest.shape[1], device=index.device).expand_as(dest)
         slot = dest.masked_fill(heads, -1)
         return cls.merge(index, dest.shape[1], source, slot, weight, own, gaps=True)
+
+    @classmethod
+    def stack(cls, rows: Sequence[Selection]) -> Selection:
+        """Selections of one image each as that of all, each with its own number of slots."""
+        counts = torch.tensor([row.num_slots for row in rows], device=rows[0].index.device)
+        ragged = len(set(counts.tolist())) > 1
+        merges, owns = any(row.merges for row in rows), any(row.own is not None for row in rows)
+        source = slot = weight = None
+        if merges:
+            entries = [row._listed() for row in rows]
+            source, slot = (_padded([e[n] for e in entries], fill) for n, fill in ((0, 0), (1, -1)))
+            weight = _padded([e[2] for e in entries], 0.0)
+        one = [torch.ones(row.index.shape, device=row.index.device) for row in rows]
+        own = [x if row.own is None else row.own for row, x in zip(rows, one, strict=True)]
+        return cls(
+            _padded([row.index for row in rows], -1), rows[0].num_tokens,
+            _padded(own, 0.0) if owns else None, source, slot, weight, gaps=merges,
+            overlaps=any(row.overlaps for row in rows), count=counts if ragged else None,
+        )  # fmt: skip
+
+    def _listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Source, slot and weight, of no entries where it only prunes."""
+        if self.source is None or self.slot is None or self.weight is None:
+            none = self.index[:, :0]
+            return none, none, torch.ones(none.shape, device=none.device)
+        return self.source, self.slot, self.weight
 
     # What they are -----------------------------------------------------------------------------
 
@@ -321,6 +347,13 @@ class Selection:
         weight = torch.where(dest >= 0, first * second.gather(1, inner.clamp(min=0)), 0.0)
         whole = Selection.assign(index.clamp(min=0), dest, weight)
         return replace(whole, index=index, count=later.count)
+
+
+def _padded(rows: Sequence[Tensor], fill: float) -> Tensor:
+    """Rows ``[1, K]`` of different length as ``[B, K]``."""
+    width = max(row.shape[1] for row in rows)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(row, (0, width - row.shape[1]), value=fill) for row in rows])
 
 
 def _behind(index: Tensor, prefix: int) -> Tensor:

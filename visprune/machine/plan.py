@@ -33,6 +33,7 @@ class Plan:
         previous: stages that are shown attention of a layer as it ran, by that layer.
         own: layers whose stage is shown queries and keys of the layer itself, ahead of its run.
         states: stages that are shown what entered a layer, by that layer.
+        inputs: stages that are shown what enters the first.
         cache: the stage at the cache, with its number.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     previous: dict[int, list[Stage]] = field(default_factory=dict)
     own: set[int] = field(default_factory=set)
     states: dict[int, list[Stage]] = field(default_factory=dict)
+    inputs: list[Stage] = field(default_factory=list)
     cache: tuple[int, CacheStage] | None = None
 
     @property
@@ -252,6 +254,9 @@ def _watch(
 ) -> None:
     """Note which layers are looked at for a stage."""
     for signal in signals:
+        if signal.uses == "input":
+            plan.inputs.append(stage)
+            continue
         if signal.layer == "own" and signal.uses == "attention":
             plan.own.add(layer)
             continue

@@ -39,6 +39,11 @@ TABLE = {
     "v2drop": "visprune.methods.v2drop:V2Drop",
     "dart": "visprune.methods.dart:DART",
     "vtw": "visprune.methods.vtw:VTW",
+    "ivc_prune": "visprune.methods.ivc_prune:IVCPrune",
+    "sparsevlm": "visprune.methods.sparsevlm:SparseVLM",
+    "lightkv": "visprune.methods.lightkv:LightKV",
+    "pact": "visprune.methods.pact:PACT",
+    "vitcop": "visprune.methods.vitcop:ViTCoP",
     # At the cache.
     "snapkv": "visprune.methods.snapkv:SnapKV",
     "pyramidkv": "visprune.methods.pyramidkv:PyramidKV",

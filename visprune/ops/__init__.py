@@ -8,6 +8,7 @@ rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`
 by ``torch.utils.flop_counter``.
 """
 
+from visprune.ops.cluster import dpc_knn, separated
 from visprune.ops.coverage import greedy_coverage
 from visprune.ops.draw import draw_tokens, picture_checksum
 from visprune.ops.grouped import rank_within, shares
@@ -45,6 +46,7 @@ __all__ = [
     "bipartite_pairs",
     "column_sums",
     "dequantize_kv",
+    "dpc_knn",
     "draw_tokens",
     "gather_tokens",
     "greedy_coverage",
@@ -64,6 +66,7 @@ __all__ = [
     "ragged_offsets",
     "rank_within",
     "reduce_tokens",
+    "separated",
     "shares",
     "sparse_attention",
     "take_rows",

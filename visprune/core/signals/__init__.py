@@ -33,7 +33,7 @@ from visprune.core.signals.encoder_attention import (
 )
 from visprune.core.signals.encoder_features import EncoderFeatures
 from visprune.core.signals.pictures import Fingerprint, Frames, PatchPositions
-from visprune.core.signals.sample import SampleKeysValues, Slots, TextSlots
+from visprune.core.signals.sample import RotaryTables, SampleKeysValues, Slots, TextSlots
 from visprune.core.signals.text import TextStates
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "PictureSignal",
     "QueriesKeys",
     "ReceivedAttention",
+    "RotaryTables",
     "SampleKeysValues",
     "Signal",
     "Slots",

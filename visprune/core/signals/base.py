@@ -156,6 +156,7 @@ class DecoderSeen:
         stored: C, slots that were in the cache before.
         mask: for chosen query slots ``[B, R]``: which keys are visible, or what is added to their
             scores, ``[B, 1 or H, 1 or R, C + P]``; ``None``: all.
+        rotary: the tables of the rotary embedding at the slots' positions, cosines and sines.
         norm: the norm behind the last layer.
         embedded: whether these are input embeddings (a stage at the projector).
         spent: multiply-adds of what was read, per sample without its padding, ``[B]``; ``None``:
@@ -174,6 +175,7 @@ class DecoderSeen:
     softcap: float | None = None
     stored: int = 0
     mask: Callable[[Tensor], Tensor | None] | None = None
+    rotary: Callable[[], tuple[Tensor, Tensor]] | None = None
     norm: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
     spent: Tensor | None = None
@@ -214,6 +216,10 @@ class DecoderSeen:
             softcap=self.softcap,
         )  # fmt: skip
 
+    def attention(self) -> tuple[Tensor, Tensor]:
+        """Queries of the new slots and keys of all; raises ``LookupError`` if not shown."""
+        return _there(self.query, "attention"), _there(self.key, "attention")
+
     def new(self, x: Tensor) -> Tensor:
         """Of what is there for every key ``[..., C + P]``, the part of the new slots."""
         return x[..., self.stored :]
@@ -228,13 +234,13 @@ class DecoderSignal(Signal):
             ``"own"``: that layer, ahead of its run, from its own projections.
         uses: ``"attention"``: queries, keys and values of that layer; ``"states"``: what entered
             that layer; ``"sequence"``: what the stage itself is given (its layer does not matter,
-            and it is there at the projector too).
+            and it is there at the projector too); ``"input"``: what enters the first layer.
         token_dim: the axis of the result that counts slots, from the end; ``None``: it belongs to
             the sample as a whole.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("decoder",)
-    uses: ClassVar[Literal["attention", "states", "sequence"]] = "attention"
+    uses: ClassVar[Literal["attention", "states", "sequence", "input"]] = "attention"
     token_dim: ClassVar[int | None] = -1
 
     layer: DecoderLayer = "previous"

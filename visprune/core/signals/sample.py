@@ -44,6 +44,24 @@ class TextSlots(DecoderSignal):
 
 
 @dataclass(frozen=True)
+class RotaryTables(DecoderSignal):
+    """Cosines and sines of the rotary embedding at the positions of all slots, ``[B, 2, P, d]``.
+
+    Of a model whose positions have several axes, the mean of their tables.
+    """
+
+    token_dim: ClassVar[int | None] = None
+
+    def read(self, seen: DecoderSeen) -> Tensor:
+        """As the model makes them."""
+        if seen.rotary is None:
+            raise LookupError("This decoder has no rotary embedding.")
+        tables = [x.mean(0) if x.dim() == 4 else x for x in seen.rotary()]
+        both = torch.stack(tables, dim=1)
+        return both.expand(len(seen.valid), -1, -1, -1)
+
+
+@dataclass(frozen=True)
 class SampleKeysValues(DecoderSignal):
     """Keys (with the rotary embedding) and values of all slots, ``[B, 2, Hk, P, d]``."""
 

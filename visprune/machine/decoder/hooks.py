@@ -328,6 +328,7 @@ class DecoderHooks:
                 step, hidden = self._run(stage, number, fwd, hidden, self._shown(fwd, hidden))
                 fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             fwd.start_layers()
+            self._reader.inputs(fwd, hidden)
             if not in_layers:
                 for number in range(len(self.adapter.layers)):
                     fwd.enter(number, [], {})

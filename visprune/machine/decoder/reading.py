@@ -75,6 +75,12 @@ class LayerReader:
         if number in self._plan.states:
             read_layer(self._plan.states[number], fwd, seen_by(fwd, hidden, number), "states")
 
+    def inputs(self, fwd: Forward, hidden: Tensor) -> None:
+        """Read what stages ask of the states that enter the first layer."""
+        if self._plan.inputs:
+            with timed(fwd, self._observers):
+                read_layer(self._plan.inputs, fwd, seen_by(fwd, hidden, 0), "input")
+
     @torch.compiler.disable
     def _wanted(self, number: int) -> Wanted | None:
         """What is wanted of a call of the attention of a layer."""

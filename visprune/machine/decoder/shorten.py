@@ -105,8 +105,18 @@ def seen_by(fwd: Forward, hidden: Tensor, layer: int) -> DecoderSeen:
         valid=fwd.table.valid,
         prompt=fwd.prompt_slots(),
         mask=lambda at: fwd.row_mask(layer, at),
+        rotary=lambda: _tables(fwd, hidden, layer),
         norm=fwd.adapter.final_norm,
     )
+
+
+def _tables(fwd: Forward, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines at the positions of the current slots."""
+    ids = fwd.table_positions(fwd.table, layer)
+    if ids.dim() == 3 and ids.shape[0] == 4:  # a line of ids for masks, before (t, h, w)
+        ids = ids[1:]
+    cosine, sine = fwd.adapter.rotary(hidden, ids, fwd.adapter.kind_of(layer))
+    return cosine, sine
 
 
 def _sequence_signals(stage: Stage, fwd: Forward, hidden: Tensor) -> None:

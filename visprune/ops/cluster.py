@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clusters by density (see ``visprune.ops``): plain PyTorch, batched, exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visprune.errors import BudgetError, ConfigError
+from visprune.ops.check import floating
+
+
+def dpc_knn(x: Tensor, clusters: int, neighbors: int) -> tuple[Tensor, Tensor]:
+    """Density peaks by nearest neighbours (DPC-KNN, as token reduction uses it).
+
+    Distances are Euclidean over ``sqrt(D)``. A token's density is ``exp(-mean d^2)`` over its
+    ``neighbors`` nearest tokens, itself among them; its separation the distance to the nearest
+    token of higher density (of the densest: the largest distance there is). Centres are those of
+    largest product; every token goes to the nearest centre, a centre to itself. Ties: the lower
+    index.
+
+    Args:
+        x: ``[B, N, D]``.
+        clusters: how many, in 1..N.
+        neighbors: k, cut to N.
+
+    Returns:
+        Centres ``[B, C]`` by falling product, and the cluster of each token ``[B, N]``, int64.
+
+    Raises:
+        BudgetError: ``clusters`` out of range.
+        ConfigError: a wrong shape or dtype.
+    """
+    count = _checked("dpc_knn", x, clusters)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dist = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
+    near = dist.topk(min(max(1, neighbors), count), dim=-1, largest=False).values
+    density = (-near.square().mean(-1)).exp()
+    higher = density[:, None, :] > density[..., None]
+    top = dist.flatten(1).max(1).values[:, None, None]
+    separation = torch.where(higher, dist, top).min(-1).values
+    order = (separation * density).argsort(dim=1, descending=True, stable=True)
+    centers = order[:, :clusters]
+    own = dist.gather(1, centers[..., None].expand(-1, -1, count)).min(1).indices
+    ranks = torch.arange(clusters, device=x.device).expand_as(centers)
+    return centers, own.scatter(1, centers, ranks)
+
+
+def separated(dist: Tensor, density: Tensor, cutoff: float) -> Tensor:
+    """Visit tokens by falling density; one is a centre that is farther than ``cutoff`` from all.
+
+    The same set as one token after another, by rounds: a token is settled once every denser one
+    within the cutoff is.
+
+    Args:
+        dist: ``[B, N, N]``, symmetric.
+        density: ``[B, N]``; ties go to the lower index.
+        cutoff: of the distance.
+
+    Returns:
+        Centres, bool ``[B, N]``.
+    """
+    rank = density.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    before = (rank[:, None, :] < rank[..., None]) & (dist <= cutoff)  # [B, i, j]: j is denser, near
+    center = torch.zeros(density.shape, dtype=torch.bool, device=dist.device)
+    covered = center.clone()
+    while not bool((center | covered).all()):
+        left = ~(center | covered)
+        waits = (before & left[:, None, :]).any(-1)
+        center = center | (left & ~waits)
+        covered = covered | (left & (before & center[:, None, :]).any(-1))
+    return center
+
+
+def _checked(name: str, x: Tensor, clusters: int) -> int:
+    if x.ndim != 3:
+        raise ConfigError(f"{name}: x must be [B, N, D]; got {list(x.shape)}.")
+    floating(name, x=x)
+    if not 1 <= clusters <= x.shape[1]:
+        raise BudgetError(f"{name}: clusters must be in 1..{x.shape[1]}; got {clusters}.")
+    return x.shape[1]
