@@ -11,8 +11,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -39,6 +41,13 @@ def new_cache(config: Any) -> dict[str, Any]:
     """The argument that gives a call of a decoder an empty cache."""
     return {CACHE_ARGUMENT: DynamicCache(config=config)}
 
+
+# Layers that keep no keys: a state, or nothing at all (older transformers have no such layers).
+STATES: tuple[type, ...] = tuple(
+    getattr(cache_utils, name)
+    for name in ("LinearAttentionLayer", "DummyLayer")
+    if hasattr(cache_utils, name)
+)
 
 # Runs by key, for caches that were pickled; one that is gone is in force no more.
 _OWNERS: WeakValueDictionary[str, Owner] = WeakValueDictionary()
@@ -323,7 +332,9 @@ def check_cache(cache: Any, *, windows: bool = False) -> None:
             f"{type(cache).__name__} cannot hold. Use a DynamicCache (the default of generate; "
             f"no cache_implementation)."
         )
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer) if windows else (DynamicLayer,)
+    kinds: tuple[type, ...] = (DynamicLayer, *STATES)
+    if windows:
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer, *STATES)
     for number, layer in enumerate(cache.layers):
         if type(layer) not in kinds and not isinstance(layer, SlotLayer):
             raise UnsupportedModel(
@@ -332,8 +343,12 @@ def check_cache(cache: Any, *, windows: bool = False) -> None:
             )
 
 
-def open_windows(cache: Any) -> Any:
+def open_windows(cache: Any, config: Any) -> Any:
     """Let sliding-window layers of an empty cache hold every slot, until ledgers say which to keep.
+
+    Args:
+        cache: of a call, or ``None``.
+        config: of the decoder, for a new one.
 
     Returns:
         The cache; a new one for ``None``.
@@ -342,7 +357,7 @@ def open_windows(cache: Any) -> Any:
         UnsupportedModel: such a layer holds tokens that no run has counted.
     """
     if cache is None:
-        return DynamicCache()
+        cache = DynamicCache(config=config)
     for number, layer in enumerate(cache.layers):
         if type(layer) is not DynamicSlidingWindowLayer:
             continue
@@ -362,7 +377,7 @@ def stored_length(cache: Cache | None, layer: int) -> int:
     entry = cache.layers[layer]
     if isinstance(entry, SlotLayer):
         return entry.num_stored
-    return int(entry.get_seq_length())
+    return int(entry.get_seq_length()) if isinstance(entry, CacheLayerMixin) else 0
 
 
 def ledger_of(cache: Cache | None, layer: int) -> Ledger | None:
@@ -388,7 +403,7 @@ def adopt(
     """
     stale: dict[tuple[int, int], int] = {}
     for number, entry in enumerate(cache.layers):
-        if entry.keys is None:
+        if getattr(entry, "keys", None) is None:  # a recurrent layer, or one that ran not
             continue
         ledger, window = ledger_for(number), None if window_of is None else window_of(number)
         if not isinstance(entry, SlotLayer):

@@ -9,8 +9,8 @@ _RETRIEVAL = (
 )
 
 _RECURRENT = (
-    "layers of its decoder carry a state from token to token (linear attention, convolutions or "
-    "Mamba): a token that is dropped is no hidden one there, and that is not supported yet"
+    "layers of its decoder carry a state from token to token beside indexed keys, other streams or "
+    "distances that count what is stored: a token that was dropped is not gone from those"
 )
 _WINDOW = (
     "layers of its decoder see a window of tokens, or tokens of a picture both ways, which masks "
@@ -73,6 +73,16 @@ TABLE = {
     "exaone4_5": _GENERIC,
     "aya_vision": "visprune.backbones.vlm.generic:MarkedTilesAdapter",
     "cohere2_vision": "visprune.backbones.vlm.generic:MarkedTilesAdapter",
+    "gemma4": "visprune.backbones.vlm.gemma:Gemma4Adapter",
+    "gemma4_unified": "visprune.backbones.vlm.gemma:Gemma4Adapter",
+    "gemma3n": "visprune.backbones.vlm.gemma:Gemma3nAdapter",
+    "qwen3_5": _GENERIC,
+    "qwen3_5_moe": _GENERIC,
+    "lfm2_vl": "visprune.backbones.vlm.slices:NaFlexTilesAdapter",
+    "lfm3_vl": _GENERIC,
+    "minicpmv4_6": "visprune.backbones.vlm.slices:SlicesAdapter",
+    "minicpm_ocr": "visprune.backbones.vlm.slices:SlicesAdapter",
+    "minicpmv4_7": "visprune.backbones.vlm.slices:SlicesAdapter",
 }
 
 # Looked at, by `model_type`, and left out for a reason.
@@ -91,14 +101,7 @@ REFUSED: dict[str, str] = {
     "phi4_multimodal": _INSIDE,
     **dict.fromkeys(
         (
-            "qwen3_5",
-            "qwen3_5_moe",
             "qwen4_exp",
-            "lfm2_vl",
-            "lfm3_vl",
-            "minicpmv4_6",
-            "minicpmv4_7",
-            "minicpm_ocr",
             "nemotron_h_omni",
             "glm5_next",
             "inkling_mm_model",
@@ -110,9 +113,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             "shieldgemma2",
-            "gemma4",
-            "gemma4_unified",
-            "gemma3n",
             "cohere_compass",
             "muse_glimmer",
             "muse_spark",

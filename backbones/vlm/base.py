@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
 
 _SLIDING = "sliding_attention"
+# Kinds of layers that carry a state from token to token and keep no keys.
+_RECURRENT = ("linear_attention", "conv", "mamba")
 
 
 class VLMAdapter(Placeholders):
@@ -56,11 +59,14 @@ class VLMAdapter(Placeholders):
 
     def _check_layers(self) -> None:
         kinds = [self.kind_of(layer) for layer in range(len(self.layers))]
-        other = [n for n, kind in enumerate(kinds) if kind not in ("full_attention", _SLIDING)]
-        if other:
+        known = ("full_attention", _SLIDING, *_RECURRENT)
+        other = [n for n, kind in enumerate(kinds) if kind not in known]
+        if other or len(self.recurrent) == len(kinds):
             raise UnsupportedModel(
-                f"Decoder layers {other} of this {self.config.model_type} model use "
-                f"{kinds[other[0]]}; decoders with full and sliding-window attention are supported."
+                f"Decoder layers {other or kinds} of this {self.config.model_type} model use "
+                f"{kinds[other[0]] if other else kinds[0]}; decoders with full and sliding-window "
+                f"attention are supported, with recurrent layers (linear attention, convolutions) "
+                f"between them too."
             )
         if self.windowed and str(self.text_config._attn_implementation) not in ("sdpa", "eager"):
             raise UnsupportedModel(
@@ -73,6 +79,84 @@ class VLMAdapter(Placeholders):
     def windowed(self) -> bool:
         """Whether masks differ from layer to layer, or are made before the decoder is called."""
         return any(self.window(layer) is not None for layer in range(len(self.layers)))
+
+    @cached_property
+    def recurrent(self) -> frozenset[int]:
+        """Layers that carry a state from token to token: a token that left was never there.
+
+        They keep no keys that could be hidden, so there is no other meaning to dropping: their
+        state is that of the tokens that are left, in their order.
+        """
+        return frozenset(n for n in range(len(self.layers)) if self.kind_of(n) in _RECURRENT)
+
+    @property
+    def padding_counts(self) -> bool:
+        """Whether recurrent layers add padding to their state, zeroed as it is (a bias does)."""
+        return False
+
+    def keeper(self, layer: int) -> int:
+        """The layer whose cache holds what a layer attends to.
+
+        Itself; of one that shares keys, the last of its kind that has its own. Of a recurrent
+        layer, which attends to nothing, the first that does.
+        """
+        return self._keepers[layer]
+
+    @cached_property
+    def _keepers(self) -> list[int]:
+        modes = getattr(self.text_config, "kv_sharing_modes", None) or []
+        first = next(n for n in range(len(self.layers)) if n not in self.recurrent)
+        last: dict[str, int] = {}
+        found = []
+        for layer in range(len(self.layers)):
+            kind = self.kind_of(layer)
+            if layer < len(modes) and modes[layer] == "reuse":
+                found.append(last[kind])
+                continue
+            last[kind] = layer
+            found.append(first if layer in self.recurrent else layer)
+        return found
+
+    @cached_property
+    def deepest(self) -> int:
+        """The last decoder layer at which tokens can leave.
+
+        Behind the first layer whose keys others share, these would still see what left.
+        """
+        shared = [
+            keeper
+            for layer, keeper in enumerate(self._keepers)
+            if keeper != layer and layer not in self.recurrent
+        ]
+        return min(shared, default=len(self.layers) - 1)
+
+    @property
+    def sees_both_ways(self) -> bool:
+        """Whether masks that the core makes let tokens of a picture see those behind them."""
+        return True
+
+    # States of the decoder's layers ------------------------------------------------------------
+
+    def as_rows(self, hidden: Tensor) -> Tensor:
+        """What enters a decoder layer as one row a token, ``[B, S, ...]``."""
+        return hidden
+
+    def as_states(self, rows: Tensor) -> Tensor:
+        """As the layer takes them: the reverse of :meth:`as_rows`."""
+        return rows
+
+    def shown(self, rows: Tensor) -> Tensor:
+        """The features that methods are shown of rows, ``[B, S, D]``."""
+        return rows
+
+    @cached_property
+    def layer_arguments(self) -> tuple[str, ...]:
+        """Names of what a decoder layer takes behind its states."""
+        return tuple(inspect.signature(self.layers[0].forward).parameters)[1:]
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        """What the attention of a layer takes beside states, mask and positions."""
+        return {}
 
     @cached_property
     def takes_masks(self) -> bool:
@@ -111,6 +195,8 @@ class VLMAdapter(Placeholders):
             encoder_width=0 if self.encoder is None else self.encoder.width,
             encoder_refusal=self.no_encoder,
             lacking=self.lacking,
+            recurrent=self.recurrent,
+            deepest=self.deepest,
         )
 
     @property
@@ -192,6 +278,9 @@ class VLMAdapter(Placeholders):
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             return rotary(hidden, ids, kind)
         return rotary(hidden, position_ids=ids)
+
+    packed: Mapping[str, int] = MappingProxyType({})
+    """Arguments in which pictures follow one another along another axis than the first."""
 
     by_token: tuple[str, ...] = ()
     """Arguments of the decoder with one row a token, beside embeddings, mask and positions."""

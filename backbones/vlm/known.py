@@ -59,6 +59,16 @@ KNOWN: dict[str, tuple[str, str]] = {
     "exaone4_5": ("EXAONE 4.5 (sliding windows)", PICTURES),
     "aya_vision": ("Aya Vision (sliding windows)", TILES),
     "cohere2_vision": ("Command A Vision (sliding windows)", TILES),
+    "gemma4": ("Gemma 4, E2B and E4B too (sliding windows)", CLIPS),
+    "gemma4_unified": ("Gemma 4 without an encoder (sliding windows)", PICTURES),
+    "gemma3n": ("Gemma 3n (sliding windows)", PICTURES),
+    "qwen3_5": ("Qwen3.5 (recurrent layers)", CLIPS),
+    "qwen3_5_moe": ("Qwen3.5, mixture of experts (recurrent layers)", CLIPS),
+    "lfm2_vl": ("LFM2-VL (recurrent layers)", TILES),
+    "lfm3_vl": ("LFM3-VL (recurrent layers, sliding windows)", CLIPS),
+    "minicpmv4_6": ("MiniCPM-V 4.6 (recurrent layers)", CLIPS),
+    "minicpm_ocr": ("MiniCPM-OCR (recurrent layers)", CLIPS),
+    "minicpmv4_7": ("MiniCPM-V 4.7 (recurrent layers)", CLIPS),
 }
 
 

@@ -279,8 +279,8 @@ def test_the_inner_model_is_not_enough(family: str, models: Any) -> None:
 
 def test_layers_of_other_kinds_are_refused() -> None:
     model = tiny.build("qwen2_5_vl")
-    model.config.text_config.layer_types = ["full_attention", "linear_attention"] * 2
-    message = r"layers \[1, 3\].*linear_attention.*full and sliding-window attention"
+    model.config.text_config.layer_types = ["full_attention", "chunked_attention"] * 2
+    message = r"layers \[1, 3\].*chunked_attention.*full and sliding-window attention"
     with pytest.raises(UnsupportedModel, match=message):
         visprune.prune(model, "todre", num_keep=4)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import visprune
 from tests.contract.oracle import assert_close, error
 from tests.families import tiny
-from tests.families.oracle import decoder_call
+from tests.families.oracle import decoder_call, masks_of
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.find import find_adapter
@@ -23,27 +23,13 @@ from visprune.machine.find import find_adapter
 PROMPT = [2, "b", 4, "C", 3]
 
 
-def masks_of(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """The mask of every layer of the untouched model (eager)."""
-    seen: list[Tensor] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda m, a, k: seen.append(k["attention_mask"]), with_kwargs=True
-        )
-        for layer in find_adapter(model).layers
-    ]
-    model(**inputs, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 @contextmanager
-def cut_masks(model: Any, masks: list[Tensor], stands: Tensor) -> Iterator[None]:
+def cut_masks(model: Any, masks: list[Tensor | None], stands: Tensor) -> Iterator[None]:
     """Give every layer its own mask of the slots that are left."""
     with ExitStack() as stack:
         for layer, mask in zip(find_adapter(model).layers, masks, strict=True):
-            own = {"attention_mask": mask[..., stands, :][..., stands]}
+            cut = None if mask is None else mask[..., stands, :][..., stands]
+            own = {"attention_mask": cut}
             hook = partial(_given, own)
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
@@ -95,7 +81,8 @@ def test_pooling_equals_the_decoder_on_the_means(
     short["position_ids"] = ids[..., stands]
     short["attention_mask"] = torch.ones(1, len(stands), dtype=torch.long)
     for name in find_adapter(model).by_token:
-        short[name] = call[name][:, stands]
+        if call.get(name) is not None:
+            short[name] = call[name][:, stands]
     mask = call.get("visual_pos_masks")
     if mask is not None:
         visual = mask[0, stands]

@@ -36,6 +36,9 @@ class ModelSpec:
         encoder_refusal: why none can be reduced inside, where that is so.
         lacking: by capability (:class:`visprune.core.signals.Signal`), why the model has it not, as
             a clause: "its encoder packs all pictures into one sequence".
+        recurrent: decoder layers that carry a state from token to token and have no attention.
+        deepest: the last decoder layer at which tokens can leave, where it is not the last of all:
+            layers behind it attend to keys of this one.
     """
 
     family: str
@@ -46,6 +49,8 @@ class ModelSpec:
     encoder_width: int = 0
     encoder_refusal: str = ""
     lacking: Mapping[str, str] = field(default_factory=dict, hash=False)
+    recurrent: frozenset[int] = frozenset()
+    deepest: int | None = None
 
     @property
     def is_vit(self) -> bool:

@@ -240,6 +240,12 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
             f"CacheStage)."
         )
     layer = stage.site.resolve(spec.num_layers)
+    if spec.deepest is not None and layer > spec.deepest:
+        raise ConfigError(
+            f"{method.name} acts at decoder layer {layer}. Later layers of {spec.family} attend to "
+            f"keys of layer {spec.deepest}, which hold every token that was there: tokens can "
+            f"leave at layers up to {spec.deepest}."
+        )
     _watch(plan, method, spec, stage, layer, decoder)
     plan.decoder_stages.setdefault(layer, []).append((number, stage))
 
@@ -257,7 +263,10 @@ def _watch(
         if signal.uses == "input":
             plan.inputs.append(stage)
             continue
-        if signal.layer == "own" and signal.uses == "attention":
+        own = signal.layer == "own"
+        if signal.uses == "attention":
+            _check_attends(method, spec, signal, layer, own=own)
+        if own and signal.uses == "attention":
             plan.own.add(layer)
             continue
         if layer == 0:
@@ -269,6 +278,23 @@ def _watch(
         staged = where.setdefault(layer - 1, [])
         if stage not in staged:
             staged.append(stage)
+
+
+def _check_attends(
+    method: PruningMethod, spec: ModelSpec, signal: DecoderSignal, layer: int, *, own: bool
+) -> None:
+    """Refuse to read attention of a layer that has none."""
+    read = layer if own else layer - 1
+    if read not in spec.recurrent:
+        return
+    attending = [n for n in range(spec.num_layers) if n not in spec.recurrent]
+    places = [n if own else n + 1 for n in attending]
+    fits = ", ".join(str(n) for n in places if n < spec.num_layers)
+    raise ConfigError(
+        f"{method.name} is shown {signal} of decoder layer {read}, which carries a state from "
+        f"token to token and has no attention to show. Let it act at a layer "
+        f"{'with' if own else 'behind one with'} attention: {fits}."
+    )
 
 
 def _distinct(stages: Iterable[Stage]) -> list[Signal]:

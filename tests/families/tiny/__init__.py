@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random vision-language models of every family, built from configs: nothing is downloaded."""
 
-from tests.families.tiny import both_ways, llava_line, marked, others, qwen, windows
+from tests.families.tiny import (
+    both_ways,
+    gemma,
+    hybrid,
+    llava_line,
+    marked,
+    others,
+    qwen,
+    windows,
+)
 from tests.families.tiny.parts import FAMILIES, IMAGE, VIDEO, build, inputs
 
 __all__ = [
@@ -10,6 +19,8 @@ __all__ = [
     "VIDEO",
     "both_ways",
     "build",
+    "gemma",
+    "hybrid",
     "inputs",
     "llava_line",
     "marked",

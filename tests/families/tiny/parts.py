@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ class Family:
         mixes: whether a call may hold pictures and clips.
         layers: of the decoder.
         only_eager: whether it has no other attention implementation.
+        params: of methods, by name, where their defaults fit no decoder of so few layers.
+        packed: pictures that follow one another along another axis than the first, by argument.
+        recurrent: whether layers carry a state: what is dropped cannot be hidden, it is absent.
+        scale: what the weights are multiplied by, so that a dropped token matters. States sum up
+            over all tokens, and large weights let their rounding grow.
     """
 
     make: Callable[[int], Any]
@@ -47,6 +53,10 @@ class Family:
     mixes: bool = True
     layers: int = 4
     only_eager: bool = False
+    params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    packed: Mapping[str, int] = field(default_factory=dict)
+    recurrent: bool = False
+    scale: float = 8.0
 
 
 FAMILIES: dict[str, Family] = {}
@@ -197,7 +207,7 @@ def build(name: str, *, attn: str = "sdpa", seed: int = 0) -> Any:
             if parameter.dim() > 1 and float(parameter.std()) < 1e-3:
                 parameter.normal_(std=0.16)  # next to nothing would hide what enters it
             elif parameter.dim() > 1:
-                parameter.mul_(8.0)
+                parameter.mul_(spec.scale)
     model.set_attn_implementation("eager" if spec.only_eager else attn)
     model.generation_config.eos_token_id = None
     for letter in "aA" if spec.clip is None else "aAv":
@@ -248,7 +258,10 @@ def inputs(name: str, rows: list[list[Any]], *, pad_side: str = "left") -> Input
             own.append(_pixels(spec, part))
         ids.append(out)
         pixels.append(own)
-    made = {**_padded(ids, pad_side), **(_by_row if spec.by_row else _flat)(pixels)}
+    made = {
+        **_padded(ids, pad_side),
+        **(_by_row(pixels) if spec.by_row else _flat(pixels, spec.packed)),
+    }
     return {**made, **(spec.extra(made) if spec.extra is not None else {})}
 
 
@@ -263,14 +276,14 @@ def _padded(ids: list[list[int]], pad_side: str) -> Inputs:
     return {"input_ids": torch.tensor(full), "attention_mask": torch.tensor(mask)}
 
 
-def _flat(pixels: list[list[Inputs]]) -> Inputs:
-    """Entries of all pictures along the first axis."""
+def _flat(pixels: list[list[Inputs]], packed: Mapping[str, int] = MappingProxyType({})) -> Inputs:
+    """Entries of all pictures along the first axis, or the one that ``packed`` names."""
     found: dict[str, list[Tensor]] = {}
     for row in pixels:
         for one in row:
             for key, value in one.items():
                 found.setdefault(key, []).append(value)
-    return {key: torch.cat(parts) for key, parts in found.items()}
+    return {key: torch.cat(parts, packed.get(key, 0)) for key, parts in found.items()}
 
 
 def _by_row(pixels: list[list[Inputs]]) -> Inputs:

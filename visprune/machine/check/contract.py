@@ -15,6 +15,7 @@ from visprune.backbones.hf.cache import cache_of, new_cache
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.catalog import get_method
 from visprune.errors import ConfigError, UnsupportedKernel, VispruneError, first_line
+from visprune.machine.check.absent import absent_logits
 from visprune.machine.check.attach import Attached, attached, probe_for
 from visprune.machine.check.hide import hiding
 from visprune.machine.check.locate import first_difference
@@ -134,7 +135,9 @@ class Contract:
         return Row("keep all = untouched", found, rounding(self.dtype), "same bits" * same)
 
     def hidden(self) -> Row:
-        """A dropped token is a hidden one, layer by layer."""
+        """A dropped token is a hidden one, layer by layer; in a state, it was never there."""
+        if self.adapter.recurrent:
+            return self._absent()
         name = "drop = hide"
         logits, _, found = self.pruned
         keep = found.alive(-1)
@@ -156,6 +159,23 @@ class Contract:
             cause = first_difference(self.adapter, self.inputs, self.probe, keep, row.allowed)
             return Row(name, row.found, allowed, cause, effect)
         return row
+
+    def _absent(self) -> Row:
+        """A dropped token was never there."""
+        name = "drop = absent"
+        if self.inputs["attention_mask"].dim() != 2:
+            return Row(name, None, note="the attention mask is not a 2-D padding mask")
+        logits, _, found = self.pruned
+        keep, last = found.alive(-1), logits.shape[1]
+        everything = [torch.ones_like(one) for one in keep]
+        plain = absent_logits(self.adapter, self.inputs, everything)[:, -last:]
+        want = absent_logits(self.adapter, self.inputs, keep)[:, -last:]
+        valid = self._valid(logits)
+        # Row by row, an untouched model sums up in other pieces.
+        allowed = rounding(self.dtype) + 2 * difference(plain[valid], self.whole[0][valid])
+        there = valid & keep[-1].to(valid.device)[:, -last:]
+        effect = difference(self.whole[0][there], want[there])
+        return Row(name, difference(logits[there], want[there]), allowed, self._depths, effect)
 
     def cached(self) -> Row:
         """Tokens generated from the cache are those of one forward."""
@@ -183,9 +203,8 @@ class Contract:
 
     @property
     def _depths(self) -> str:
-        layers = len(self.adapter.layers)
-        deep = self.probe.deep and layers > 1
-        return f"at the projector and decoder layer {max(1, layers // 2)}" if deep else ""
+        deep = [s.site for s in self.probe.schedule(self.adapter.spec) if s.site.kind == "decoder"]
+        return f"at the projector and decoder layer {deep[0].layer}" if deep else ""
 
     def _valid(self, logits: Tensor) -> Tensor:
         """Which of the tokens whose logits are compared are no padding, ``[B, T]``."""
@@ -204,7 +223,7 @@ class Contract:
         more = tokens[:, :-1]
         token = int(more[0, -1])  # text
         first = padded(self.inputs, more.shape[1], token)
-        logits = self.logits(together(first, self._longer(more)))
+        logits = self.logits(together(first, self._longer(more), self.adapter.packed))
         rows = short.shape[0]
         valid = self._valid(short)
         late = longer[:, -short.shape[1] :]
@@ -218,13 +237,14 @@ class Contract:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values in a cache."""
+    """Bytes of keys, values and states in a cache."""
     total = 0
     for layer in getattr(cache, "layers", ()):
-        for name in ("keys", "values"):
+        for name in ("keys", "values", "conv_states", "recurrent_states"):
             held = getattr(layer, name, None)
-            if isinstance(held, Tensor):
-                total += held.numel() * held.element_size()
+            for part in held.values() if isinstance(held, dict) else (held,):
+                if isinstance(part, Tensor):
+                    total += part.numel() * part.element_size()
     return total
 
 

@@ -42,7 +42,9 @@ class Probe(PruningMethod):
         first = Stage(Site.projector(), Budget(keep_ratio=2 / 3))
         if not self.deep or spec.num_layers < 2:
             return (first,)
-        second = Stage(Site.decoder(max(1, spec.num_layers // 2)), Budget(keep_ratio=1 / 3))
+        deepest = spec.num_layers if spec.deepest is None else spec.deepest
+        layer = max(1, min(spec.num_layers // 2, deepest))
+        second = Stage(Site.decoder(layer), Budget(keep_ratio=1 / 3))
         return first, second
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:

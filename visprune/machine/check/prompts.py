@@ -83,13 +83,19 @@ def padded(inputs: Inputs, count: int, token: int) -> Inputs:
     return out
 
 
-def together(first: Inputs, second: Inputs) -> Inputs:
-    """Two prompts of one length and of pictures of one size as one batch."""
+def together(first: Inputs, second: Inputs, packed: Mapping[str, int]) -> Inputs:
+    """Two prompts of one length and of pictures of one size as one batch.
+
+    Args:
+        first: what the model takes of one.
+        second: of the other.
+        packed: what is put together along another axis than the first, by name.
+    """
     out: Inputs = {}
     for name, value in first.items():
         other = second[name]
         if isinstance(value, Tensor) and value.dim():
-            out[name] = torch.cat([value, other])
+            out[name] = torch.cat([value, other], packed.get(name, 0))
         elif isinstance(value, list | tuple):
             out[name] = [*value, *other]
         else:

@@ -64,6 +64,7 @@ class Call:
         ends_padded = self.table.padded and not bool(self.table.valid[:, -1].all())
         self.pad_side = "right" if ends_padded else "left"
         self._positions: Tensor | None = kwargs.get("position_ids")
+        self._check_state()
         self.start_layers()
         self._prompt = prompt
         self.images: list[ImageState] = []
@@ -146,7 +147,7 @@ class Call:
         """What the cache of ``layer`` holds, or ``None`` if it is empty."""
         if self.seen == 0:
             return None
-        found = ledger_of(self.cache, layer)
+        found = ledger_of(self.cache, self.adapter.keeper(layer))
         if found is None:
             key = ("plain", self.seen)
             if key not in self._memo:
@@ -218,6 +219,28 @@ class Call:
 
         return step
 
+    def _check_state(self) -> None:
+        """Refuse a pruned cache whose recurrent layers went on behind a row's last token."""
+        if not self.seen or not self.adapter.recurrent:
+            return
+        ledger = ledger_of(self.cache, self.adapter.keeper(0))
+        if ledger is not None and ledger.padded and not bool(ledger.valid[:, -1].all()):
+            raise UnsupportedModel(
+                f"Padding stands behind the last token of some rows of the cache, and the state of "
+                f"the recurrent layers of {self.adapter.config.model_type} has gone through it. "
+                f"Pad prompts on the left (processor.tokenizer.padding_side = 'left')."
+            )
+
+    def _check_filled(self) -> None:
+        """Refuse padding that the state of recurrent layers would go through."""
+        if self.seen or self.adapter.padding_counts:
+            why = "of a later turn" if self.seen else "of its bias"
+            raise UnsupportedModel(
+                f"The rows of this batch keep different numbers of tokens, and what evens them out "
+                f"would pass through the state of the recurrent layers of "
+                f"{self.adapter.config.model_type}, because {why}. Give the rows one by one."
+            )
+
     def _surviving(self, order: list[list[tuple[Tensor, Tensor]]], leaving: Tensor) -> list[Tensor]:
         """Slots of every sample after a stage.
 
@@ -250,6 +273,8 @@ class Call:
         else:
             rel, real = assemble(rows, self.pad_side)
         self.table = old.gather(rel, real)
+        if self.table.filled and self.adapter.recurrent:
+            self._check_filled()
         self.rel = self.rel.gather(1, rel)
         place = torch.full_like(old.index, -1)
         place = torch.cat([place, place[:, :1]], dim=1)

@@ -97,6 +97,8 @@ class Forward(Call):
 
     def layer_mask(self, layer: int, hidden: Tensor) -> Any:
         """The mask of a layer whose slots differ from the first layer's."""
+        if layer in self.adapter.recurrent:
+            return self._there()
         table, ledger = self.table, self.ledger(layer)
         key = ("mask", self.adapter.kind_of(layer), table, ledger, hidden.device)
         if key not in self._memo:
@@ -105,12 +107,32 @@ class Forward(Call):
             elif self.mask4d is not None:
                 mask = self.cut(layer, table)
             else:
-                stored = stored_length(self.cache, layer)
+                stored = 0 if ledger is None else ledger.index.shape[1]
                 mask = slot_mask(
-                    self.adapter.text_config, hidden, self.visible(layer, table), stored
+                    self.adapter.text_config,
+                    hidden[:, :1].expand(-1, table.num_slots, -1),
+                    self.visible(layer, table),
+                    stored,
                 )
             self._memo[key] = mask
         return self._memo[key]
+
+    def keep_last(self, count: int, given: dict[str, Any]) -> None:
+        """Cut what a layer is given for all slots to its last queries, in place."""
+        for name in ("attention_mask", "position_embeddings"):
+            value = given.get(name)
+            if isinstance(value, Tensor):
+                given[name] = value[..., -count:, :]
+            elif value is not None:
+                given[name] = tuple(part[..., -count:, :] for part in value)
+
+    def _there(self) -> Tensor | None:
+        """Which slots a recurrent layer takes in, ``[B, P]``; ``None``: all.
+
+        What is left out comes before a row's first token, where the state is still empty.
+        """
+        table = self.table
+        return table.valid if table.padded and table.num_slots > 1 else None
 
     def _plain(self, layer: int) -> bool:
         """Whether the whole call is causal at a layer, and shorter than its window."""
@@ -140,8 +162,11 @@ class Forward(Call):
             window=self.adapter.window(layer),
             additive=dtype if eager else None,
         )
-        # A kernel that is given no mask for one query that sees all computes other last bits.
-        if not eager and table.num_slots == 1 and bool(mask.all()):
+        # A kernel that is given no mask for one query that sees all computes other last bits; as in
+        # transformers, none is given as long as no window is full.
+        window = self.adapter.window(layer)
+        whole = window is None or self.seen + table.num_slots < window
+        if not eager and table.num_slots == 1 and whole and bool(mask.all()):
             return None
         return mask
 
@@ -251,8 +276,10 @@ class Forward(Call):
             self.trace.tokens_per_layer.append(list(self.visual))
             self.trace.sequence_per_layer.append(list(self.alive))
             before = stored_length(self.cache, layer)
+            keeps = layer not in self.adapter.recurrent
+            after = before + self.table.num_slots if keeps else 0
             self.trace.cached_per_layer.append([before] * self.batch)
-            self.trace.stored_per_layer.append([before + self.table.num_slots] * self.batch)
+            self.trace.stored_per_layer.append([after] * self.batch)
 
     def table_at(self, layer: int) -> SlotTable:
         """The slots that leave ``layer`` (-1: that enter the first), or the last ones."""

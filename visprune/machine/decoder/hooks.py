@@ -139,7 +139,8 @@ class DecoderHooks:
         add(adapter.core.register_forward_hook(self._end, always_call=True))
         add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
         add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
-        if self._in_layers or self._flash or adapter.adds_later or adapter.windowed:
+        everywhere = adapter.adds_later or adapter.windowed or bool(adapter.recurrent)
+        if self._in_layers or self._flash or everywhere:
             for number, layer in enumerate(adapter.layers):
                 hook = partial(self._layer, number)
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -255,7 +256,7 @@ class DecoderHooks:
                 plain = call.get("attention_mask")
             cache = cache_of(kwargs)
             if layouts and (cache is not None or self._caches(kwargs)):
-                cache = open_windows(cache)
+                cache = open_windows(cache, self.adapter.text_config)
             kwargs = {**kwargs, "attention_mask": plain, CACHE_ARGUMENT: cache}
         fwd = Forward(
             self.adapter,
@@ -277,7 +278,8 @@ class DecoderHooks:
         if not layouts and not pruned:
             return None
         adapter, mask = self.adapter, kwargs.get("attention_mask")
-        before = isinstance(mask, dict) or adapter.masks_before
+        both = isinstance(mask, dict) and adapter.sees_both_ways
+        before = both or adapter.masks_before
         if layouts and before and cache is not None and cache.get_seq_length():
             raise UnsupportedModel(
                 f"A picture of a later turn is seen both ways by {adapter.config.model_type}, and "
@@ -318,7 +320,9 @@ class DecoderHooks:
             # had; they go the way of their tokens.
             kwargs, fwd.later = self.adapter.later_features(kwargs)
             in_layers = in_layers or bool(fwd.later)
-        in_layers = in_layers or fwd.masks is not None
+        # A 4-D mask says nothing to recurrent layers.
+        recurrent = self.adapter.recurrent and fwd.mask4d is not None
+        in_layers = in_layers or fwd.masks is not None or bool(recurrent and fwd.images)
         if fwd.images:
             if self.encoder is not None:
                 step = self.encoder.start(fwd)
@@ -342,6 +346,8 @@ class DecoderHooks:
             new["position_ids"] = fwd.table_positions(fwd.table, 0)
         if in_layers:
             new[_FORWARD] = fwd
+        if fwd.images and fwd.pad_side == "right" and "logits_to_keep" in new:
+            new["logits_to_keep"] = 0  # the last slots of the rows are not their last tokens
         return args, new
 
     @torch.compiler.disable
@@ -354,15 +360,19 @@ class DecoderHooks:
         kwargs = dict(kwargs)
         fwd: Forward = kwargs.pop(_FORWARD)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        hidden = fwd.with_later(number, hidden)
+        rows = fwd.with_later(number, self.adapter.as_rows(hidden))
+        places = dict(zip(self.adapter.layer_arguments, args, strict=False))
         if number in fwd.entered:
             # Older transformers run hooks again when gradient checkpointing recomputes a layer: it
             # is then given what it was given the first time.
             for step in fwd.entered[number].steps:
-                hidden = step(hidden)
+                rows = step(rows)
         else:
-            hidden = self._enter_layer(number, layer, fwd, hidden, kwargs)
-        return (hidden, *args), {**kwargs, **fwd.entered[number].changed}
+            rows = self._enter_layer(number, layer, fwd, rows, {**kwargs, **places})
+        changed = fwd.entered[number].changed
+        kwargs.update((name, value) for name, value in changed.items() if name not in places)
+        args = tuple(changed.get(name, value) for name, value in places.items())
+        return (self.adapter.as_states(rows), *args), kwargs
 
     def _enter_layer(
         self, number: int, layer: nn.Module, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
@@ -373,20 +383,24 @@ class DecoderHooks:
         if fwd.images:
             for order, stage in self.plan.decoder_stages.get(number, ()):
                 self._reader.before(number, stage, layer, fwd, hidden, kwargs)
-                step, hidden = self._run(stage, order, fwd, hidden)
+                step, hidden = self._run(stage, order, fwd, hidden, self.adapter.shown(hidden))
                 steps.append(step)
-            self._reader.states(number, fwd, hidden)
+            self._reader.states(number, fwd, self.adapter.shown(hidden))
         # Gaps in the ids look like packed sequences to FlashAttention.
         changed: dict[str, Any] = {"position_ids": None}
         if self.adapter.reads_positions and kwargs.get("position_ids") is not None:
             changed["position_ids"] = fwd.layer_positions(number, kwargs["position_ids"])
-        given_by_token = {n: kwargs.get(n) for n in self.adapter.by_token}
-        if fwd.table is not fwd.first:
-            changed.update(fwd.by_token(given_by_token, fwd.rel))
         if fwd.masks is not None or fwd.differs(number):
             changed["attention_mask"] = fwd.layer_mask(number, hidden)
-        if fwd.differs(number) and given is not None:
+        # A decoder may go on with the last row alone, which is all that a next token asks of it.
+        last = hidden.shape[1] if hidden.shape[1] < fwd.table.num_slots else None
+        if last is None and fwd.table is not fwd.first:
+            by_token = {n: kwargs.get(n) for n in self.adapter.by_token}
+            changed.update(fwd.by_token(by_token, fwd.rel))
+        if fwd.differs(number) and given is not None and (last is None or fwd.compact):
             changed["position_embeddings"] = fwd.rotary(number, hidden, given)
+        if last is not None:
+            fwd.keep_last(last, changed)
         fwd.enter(number, steps, changed)
         return hidden
 
@@ -447,7 +461,10 @@ def _whole(fwd: Forward, number: int, count: int, x: Tensor) -> Tensor:
     tables = (
         [fwd.table] if number == count - 1 else [fwd.table_at(number - 1), fwd.table_at(number)]
     )
+    states = x.dim() == 4  # as layers hand them on; the last ones are those of the output
+    rows = fwd.adapter.as_rows(x) if states else x
     for table in tables:
-        if x.shape[1] == table.num_slots:
-            return grown(table, x) if table.shortened else x
+        if rows.shape[1] == table.num_slots:
+            rows = grown(table, rows) if table.shortened else rows
+            return fwd.adapter.as_states(rows) if states else rows
     return x

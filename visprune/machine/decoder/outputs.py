@@ -90,8 +90,8 @@ class OutputHooks:
         """Return hidden states ``[B, P, D]`` at the length of the input, ``[B, S, D]``."""
         current = self._current
         current.table, current.trace, current.hidden = table, trace, None
-        if not table.shortened:
-            return hidden
+        if not table.shortened or hidden.shape[1] != table.num_slots:
+            return hidden  # whole, or the last rows alone
         full = grown(table, hidden)
         current.hidden = (full, hidden)
         return full

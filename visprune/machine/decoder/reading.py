@@ -123,7 +123,7 @@ class LayerReader:
             if not mine:
                 continue
             rotary = fwd.rotary(number, hidden, given)
-            more = {}
+            more = self._adapter.attention_arguments(number)
             if self._adapter.reads_positions and positions is not None:
                 more["position_ids"] = fwd.layer_positions(number, positions)
             if unrotated:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 4 and Gemma 3n: inputs of each layer by token, and layers that share keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visprune.backbones.vlm.generic import GenericAdapter, Kind
+
+
+class PerLayerInputsAdapter(GenericAdapter):
+    """A decoder whose layers are given an input of their own for each token.
+
+    The later layers of small models have no keys: they attend to those of the last layer of their
+    kind that has.
+    """
+
+    by_token = ("per_layer_inputs", "per_layer_input")
+
+    def qk_macs(self, layer: int) -> int:
+        """Multiply-adds per token of a decoder layer's queries, keys and values."""
+        attention = self.attention(layer)
+        parts = (getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+        return sum(part.weight.numel() for part in parts if part is not None)
+
+    def attention_arguments(self, layer: int) -> dict[str, Any]:
+        """What the attention of a layer takes beside states, mask and positions."""
+        return {"shared_kv_states": {}}
+
+
+class Gemma4Adapter(PerLayerInputsAdapter):
+    """Patches come with their (x, y), padded by (-1, -1); a clip is one entry."""
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps the encoder's tokens to the decoder's."""
+        return self.core.embed_vision
+
+    @property
+    def sees_both_ways(self) -> bool:
+        """Whether tokens of a picture see those behind them."""
+        return self.text_config.use_bidirectional_attention == "vision"
+
+    def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
+        """(t, h, w) in patches of each picture or clip, from the places of its patches."""
+        return [
+            (len(own), *(int(x) + 1 for x in own.flatten(0, 1).amax(0).flip(0)))
+            for own in self._by_entry(call, kind, call[f"{kind}_position_ids"])
+        ]
+
+    def pixels_of(self, call: dict[str, Any], kind: Kind, counts: list[int]) -> list[Any]:
+        """The patches of each picture or clip, without what pads them."""
+        pixels = call["pixel_values" if kind == "image" else "pixel_values_videos"]
+        places = call[f"{kind}_position_ids"]
+        return [
+            own[(at != -1).all(-1)]
+            for own, at in zip(
+                self._by_entry(call, kind, pixels), self._by_entry(call, kind, places), strict=True
+            )
+        ]
+
+    def _by_entry(self, call: dict[str, Any], kind: Kind, rows: Tensor) -> list[Tensor]:
+        """The rows ``[t, n, ...]`` of each entry: a picture has one, a clip one for each frame."""
+        if kind == "image":
+            return list(rows[:, None])
+        return list(rows.split(torch.as_tensor(call["num_frames_per_video"]).tolist()))
+
+
+class Gemma3nAdapter(PerLayerInputsAdapter):
+    """Layers work on several streams of a token, ``[A, B, S, D]``, of which one is attended to."""
+
+    @property
+    def projector(self) -> nn.Module:
+        """What maps the encoder's tokens to the decoder's."""
+        return self.core.embed_vision
+
+    @property
+    def sees_both_ways(self) -> bool:
+        """Whether tokens of a picture see those behind them."""
+        return False
+
+    def as_rows(self, hidden: Tensor) -> Tensor:
+        """All streams of a token side by side, ``[B, S, A * D]``."""
+        return hidden.permute(1, 2, 0, 3).flatten(2)
+
+    def as_states(self, rows: Tensor) -> Tensor:
+        """As a layer takes them."""
+        return rows.unflatten(2, (-1, self.text_config.hidden_size)).permute(2, 0, 1, 3)
+
+    def shown(self, rows: Tensor) -> Tensor:
+        """The stream that the next layer attends to."""
+        width = self.text_config.hidden_size
+        first = self.text_config.altup_active_idx * width
+        return rows[..., first : first + width]
+
+    def layer_input(self, layer: Any, hidden: Tensor) -> Tensor:
+        """What the attention of a decoder layer is given of the states that enter the layer."""
+        predicted = layer.altup.predict(self.as_states(hidden))
+        return layer.input_layernorm(predicted[self.text_config.altup_active_idx])

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families that cut a picture into slices and tell their sizes in patches: LFM2, MiniCPM-V."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+
+from visprune.backbones.vlm.generic import GenericAdapter, Kind, MarkedTilesAdapter
+from visprune.backbones.vlm.join import join
+from visprune.backbones.vlm.picture import ImageLayout
+
+
+class NaFlexTilesAdapter(MarkedTilesAdapter):
+    """Tiles with one mark between them, the thumbnail last; patches are padded to one length."""
+
+    def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
+        """(t, h, w) in patches of each tile."""
+        return [(1, *row) for row in torch.as_tensor(call["spatial_shapes"]).tolist()]
+
+    @property
+    def padding_counts(self) -> bool:
+        """Whether a bias makes something of padding that was set to zero."""
+        return bool(getattr(self.text_config, "conv_bias", False))
+
+
+class SlicesAdapter(GenericAdapter):
+    """A whole picture between marks of its own, and slices between others behind it (MiniCPM-V).
+
+    Whose mark the first piece of a row has is a whole picture. Frames of a clip follow one another
+    with nothing between them but such marks and ends of lines.
+
+    Attributes:
+        between: tokens between two frames or slices of one clip, at most.
+    """
+
+    between: ClassVar[int] = 3
+    packed = MappingProxyType({"pixel_values": -1, "pixel_values_videos": -1})
+
+    def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
+        """(t, h, w) in patches of each piece."""
+        sizes = call.get("target_sizes" if kind == "image" else "target_sizes_videos")
+        if sizes is None:
+            return None
+        return [(1, *row) for row in torch.as_tensor(sizes).tolist()]
+
+    def pixels_of(self, call: dict[str, Any], kind: Kind, counts: list[int]) -> list[Any]:
+        """The picture of each piece ``[C, H, W]``, put together of its patches in one line."""
+        pixels = call["pixel_values" if kind == "image" else "pixel_values_videos"]
+        grids, out, first = self.grids_of(call, kind) or [], [], 0
+        side = pixels.shape[-2]
+        for _, down, across in grids:
+            end = first + down * across * side
+            cells = pixels[0, ..., first:end].unflatten(-1, (down, across, side))  # [C, s, h, w, s]
+            out.append(cells.movedim(1, 2).flatten(3).flatten(1, 2))
+            first = end
+        return out
+
+    def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
+        """Put slices together with the picture that they are of, and frames of a clip."""
+        ids = call.get("input_ids")
+        if ids is None:  # merged by hand: the marks are gone
+            return layouts
+        if layouts[0].picture.kind == "video":
+            return join(
+                layouts,
+                lambda one, other: other.positions[0] - one.positions[-1] - 1 <= self.between,
+            )
+        marks = {id(x): int(ids[x.row, int(x.positions[0]) - 1]) for x in layouts}
+        whole: dict[int, int] = {}
+        for layout in layouts:
+            whole.setdefault(layout.row, marks[id(layout)])
+        return join(layouts, lambda one, other: marks[id(other)] != whole[other.row])
