@@ -4,7 +4,8 @@
 What a reduction promises is the ratio of multiply-adds; `share` is how much of it is there on the
 clock. `ideal` is the speed-up of the dense model on sequences of the same lengths, with nothing
 that chooses (:mod:`visprune.eval.speed.ideal_vit`). Before any timing, each method that keeps
-everything must give the dense model's very bits.
+everything must give the dense model's very bits. `top-1` is what was published of a model, at its
+own size of pictures (:mod:`visprune.eval.speed.peers`); of methods nothing is known here.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from visprune.errors import ConfigError, VispruneError, did_you_mean
 from visprune.eval.environment import describe, describe_line, set_threads, writable_folder
 from visprune.eval.speed.ideal_vit import forward_shortened, has_ideal
 from visprune.eval.speed.latency import Case, Timings, interleaved
+from visprune.eval.speed.peers import PEERS, published
 from visprune.machine.run import prune
 
 __all__ = ["METHODS", "Entry", "attention_share", "check", "main", "measure"]
@@ -48,7 +50,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "pitome 0.925": ("pitome", {"keep_ratio": 0.925}, {"keep_ratio": 1.0}),
     "random 0.7": ("random", {"keep_ratio": 0.7}, {"keep_ratio": 1.0}),
 }
-ARCHITECTURES = ("litv2_s", "nat_mini")
+ARCHITECTURES = ("litv2_s", "nat_mini", *PEERS)
 _IDEAL = "ideal of "
 
 
@@ -62,6 +64,7 @@ class Entry:
         macs: multiply-adds of one picture, the method's own included.
         around: attaches the method.
         ideal: runs the dense model on as many tokens; None where that cannot be.
+        pixels: what it is given, where it is not what the dense model is.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Entry:
     macs: float
     around: Callable[[], AbstractContextManager[Any]]
     ideal: Callable[[int], Any] | None = None
+    pixels: Tensor | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -171,14 +175,13 @@ def measure(
     for label in labels:
         check(dense, pixels, label)
         entries.append(_pruned(dense, label, pixels))
-    for other in architectures:
-        model = build(other, **made)
-        entries.append(Entry(other, model, counted_macs(model, (3, size, size)), nullcontext))
+    entries += [_other(other, batch, made) for other in architectures]
     with prune(dense, "keep_all") as run:
         whole = run.cost().macs
     cases = [Case(name, _on(dense, pixels))]
     for entry in entries:
-        cases.append(Case(entry.name, _on(entry.model, pixels), entry.around))
+        own = pixels if entry.pixels is None else entry.pixels
+        cases.append(Case(entry.name, _on(entry.model, own), entry.around))
         if entry.ideal is not None:
             cases.append(Case(_IDEAL + entry.name, entry.ideal))
     with Progress(transient=True) as bars, torch.inference_mode():
@@ -188,6 +191,16 @@ def measure(
             cases, rounds=rounds, warmup=warmup, device=device, after=lambda *_: bars.advance(bar)
         )
     return [_row(name, batch, entry, whole, timings) for entry in entries]
+
+
+def _other(name: str, batch: int, made: dict[str, Any]) -> Entry:
+    """Another model, on pictures of the size that its accuracy was published for."""
+    known = published(name)
+    size = made["size"] if known is None else known.size
+    model = build(name, **{**made, "size": size, "depth": None})
+    macs = counted_macs(model, (3, size, size))
+    pixels = torch.randn(batch, 3, size, size, device=made["device"], dtype=made["dtype"])
+    return Entry(name, model, macs, nullcontext, pixels=pixels)
 
 
 def _on(model: Any, pixels: Tensor) -> Callable[[int], Any]:
@@ -227,6 +240,7 @@ def _row(name: str, batch: int, entry: Entry, whole: float, timings: Timings) ->
         "share": speedup / promised,
         "ideal": None if entry.ideal is None else timings.ratio(name, _IDEAL + entry.name),
         "iqr_ms": timings.iqr_ms(entry.name),
+        "published_top1": None if (known := published(entry.name)) is None else str(known),
     }
 
 
@@ -265,14 +279,16 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     title = f"Beside {options.model}, {options.dtype}, {options.device}"
     table = Table(title=title, title_justify="left")
     table.add_column("method or model")
-    for name in ("batch", "GMACs", "images/s", "dense", "speed-up", "promised", "share", "ideal"):
+    columns = ("batch", "GMACs", "images/s", "dense", "speed-up", "promised", "share", "ideal",
+               "top-1")  # fmt: skip
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["method"], str(row["batch"]), f"{row['gmacs']:.3f}", f"{row['images_s']:.1f}",
             f"{row['dense_images_s']:.1f}", f"{row['speedup']:.2f}x", f"{row['promised']:.2f}x",
             f"{100 * row['share']:.0f} %",
-            "" if row["ideal"] is None else f"{row['ideal']:.2f}x",
+            "" if row["ideal"] is None else f"{row['ideal']:.2f}x", row["published_top1"] or "",
         )  # fmt: skip
     console = Console()
     (console if console.is_terminal else Console(width=120, file=console.file)).print(table)

@@ -57,3 +57,28 @@ def test_other_blocks_have_none() -> None:
     assert has_ideal(small())
     parallel = timm.models.vision_transformer.ParallelScalingBlock
     assert not has_ideal(small(block_fn=parallel))
+
+
+def test_peers_are_models_of_timm_at_the_size_of_their_figure() -> None:
+    import visprune.backbones.vit  # noqa: F401
+    from visprune.eval.speed.peers import PEERS, PUBLISHED, published
+
+    assert len(PEERS) >= 6
+    for name, peer in PUBLISHED.items():
+        assert timm.is_model(name)
+        assert published(f"{name}.some_weights") is peer
+        assert 75.0 < peer.top1 < 87.0
+    assert published("vit_tiny_patch16_224") is None
+
+
+def test_a_peer_stands_in_the_table_with_its_accuracy() -> None:
+    from visprune.eval.speed.bench_vit import measure
+
+    rows = measure(
+        "vit_tiny_patch16_224", 1, ["topk 0.7"], ["mobilenetv4_hybrid_medium"],
+        rounds=1, size=64, depth=2,
+    )  # fmt: skip
+    assert [row["published_top1"] for row in rows] == [None, "81.5 @256"]
+    # At its own size, not at that of the dense model here.
+    assert rows[1]["gmacs"] == pytest.approx(1.27, rel=0.02)
+    assert rows[1]["images_s"] > 0
