@@ -63,6 +63,9 @@ _STAGES = "its stages halve the grid, and need all of it"
 _PAIRS = "its attention adds a bias per pair of grid places, which a merged token has not"
 _CONVOLVES = "it convolves over the grid of tokens, and needs all of it"
 _MAPS = "it makes a map of its tokens, or boxes, one for each place of the grid"
+_BLOCKS = (
+    "it gives a map of its tokens, or one token of each block of them, and needs the whole grid"
+)
 _PACKED = "it packs pictures of many sizes into one sequence without a batch"
 _FACTORS = "it attends within a frame and then along time, which needs a grid of both"
 
@@ -73,6 +76,22 @@ REFUSED = {
         "each; a reduction would have to cut that mask too"
     ),
     "timm.Beit": _PAIRS,
+    "timm.VisionTransformerRelPos": _PAIRS,
+    "timm.VisionTransformerSAM": _WINDOWS,
+    "timm.Xcit": "its attention is between channels, and its layers convolve over the grid",
+    "timm.Cait": (
+        "its patches mix heads by attention written out in the module, and its class token comes "
+        "in after them: there is no class token to choose by, and no place for a size"
+    ),
+    "timm.ConVit": "half of its attention is a function of places in the grid",
+    "timm.CrossVit": "its two branches of different patches exchange class tokens",
+    "timm.VOLO": "its outlook attention folds windows of the grid",
+    "timm.DeepseekVitEncoder": _BLOCKS,
+    "timm.DeepseekVitClassifier": _BLOCKS,
+    "timm.Qwen3VitEncoder": _BLOCKS,
+    "timm.Qwen3VitClassifier": _BLOCKS,
+    "timm.Gemma4VitEncoder": _BLOCKS,
+    "timm.Gemma4VitClassifier": _BLOCKS,
     "timm.SwinTransformer": _WINDOWS,
     "timm.SwinTransformerV2": _WINDOWS,
     "transformers.BeitModel": _PAIRS,
