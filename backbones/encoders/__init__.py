@@ -25,6 +25,7 @@ PLAIN = (
 # Keyed by library and class: the first row that names a class of the model's line of descent.
 TABLE = {
     "timm.VisionTransformer": "visprune.backbones.encoders.timm_vit:TimmViT",
+    "timm.Beit": "visprune.backbones.encoders.timm_beit:TimmBeit",
     "timm.Eva": "visprune.backbones.encoders.timm_eva:TimmEva",
     "open_clip.VisionTransformer": "visprune.backbones.encoders.open_clip_vit:OpenClipViT",
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_vit:HfViT" for name in PLAIN},
@@ -75,7 +76,6 @@ REFUSED = {
         "it packs pictures of many sizes into one padded batch, with a mask over the tokens of "
         "each; a reduction would have to cut that mask too"
     ),
-    "timm.Beit": _PAIRS,
     "timm.VisionTransformerRelPos": _PAIRS,
     "timm.VisionTransformerSAM": _WINDOWS,
     "timm.Xcit": "its attention is between channels, and its layers convolve over the grid",

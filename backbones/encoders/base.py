@@ -121,7 +121,8 @@ class Layer:
         """The input with the output of the attention branch."""
         if self.gain is None:
             return x + branch
-        return x + self.block._parameters[self.gain] * branch
+        gain: Any = self.block._parameters[self.gain]
+        return x + gain * branch
 
     @property
     def cost(self) -> EncoderLayer:
@@ -141,6 +142,9 @@ class Reduction(Protocol):
 
     def key_bias(self) -> Tensor | None:
         """Logarithm of the sizes, zero for prefix tokens, ``[B, T]``, of the layer that runs."""
+
+    def places(self) -> Tensor | None:
+        """Place in the grid of each patch ``[B, N]`` of the layer that runs; ``None``: all."""
 
 
 class EncoderAdapter:

@@ -100,8 +100,11 @@ class HfViT(EncoderAdapter):
 
     def fixed_macs(self, grid: tuple[int, ...], last: int) -> int:
         """Embedding, and what follows the encoder in the model itself and in that around it."""
-        weights = sum(m.weight.numel() for m in self.embed.modules() if _is_projection(m))
+        parts: list[Any] = [m for m in self.embed.modules() if _is_projection(m)]
+        weights = sum(part.weight.numel() for part in parts)
         total = round(math.prod(grid) / (1 - getattr(self.config, "mask_ratio", 0.0))) * weights
+        if hasattr(self.embed, "resize_positional_embeddings"):  # SigLIP 2, by a product
+            total += math.prod(grid) * self.config.num_patches * self.width
         return total + head_macs(self.model, self.outer, self.width, last + self.prefix)
 
     # A layer ------------------------------------------------------------------------------------

@@ -92,7 +92,6 @@ def test_no_class_token(method: str, kind: str, why: str) -> None:
     [
         ("naflexvit_base_patch16_gap", "packs pictures of many sizes"),
         ("swin_tiny_patch4_window7_224", "windows need the whole grid"),
-        ("beit_base_patch16_224", "a bias per pair of grid places"),
         ("vit_relpos_small_patch16_224", "a bias per pair of grid places"),
         ("samvit_base_patch16", "windows need the whole grid"),
         ("xcit_nano_12_p16_224", "attention is between channels"),

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
 from tests.encoders import hf, oracle
@@ -354,3 +356,34 @@ def test_flash_attention_is_refused_where_it_would_ignore_the_bias(monkeypatch: 
         model(**x)
     with visprune.prune(model, "tome", r=4, prop_attn=False):
         model(**x)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "CLIPForImageClassification", "ViTMAEModel"])
+@torch.no_grad()
+def test_the_cost_is_what_a_counter_counts(name: str) -> None:
+    model, x = hf.build(name, attn_implementation="eager"), hf.inputs(name)
+    for method, params in (("keep_all", {}), ("tome", {"r": 4}), ("random", {"keep_ratio": 0.6})):
+        with visprune.prune(model, method, **params) as run:
+            with FlopCounterMode(display=False) as counter:
+                model(**x)
+            cost = run.cost()
+        counted = counter.get_total_flops() // 2
+        # A head of one query, written with torch's own attention, is not in the counter's list.
+        slack = 2 * 2 * 32 * 36 if "head" in name else 0
+        assert cost.vision <= counted + slack, method
+        assert counted <= cost.vision + cost.selection, method
+
+
+@torch.no_grad()
+def test_int8_costs_the_same() -> None:
+    for name in ("ViTModel", "CLIPForImageClassification"):
+        model, x = hf.shared(name), hf.inputs(name)
+        small = torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8
+        )
+        costs = []
+        for each in (model, small):
+            with visprune.prune(each, "tome", r=4) as run:
+                each(**x)
+                costs.append(run.cost())
+        assert costs[0] == costs[1]

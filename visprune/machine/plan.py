@@ -140,6 +140,9 @@ def _plan(method: PruningMethod, spec: ModelSpec) -> Plan:
         # A method of every layer of an encoder has none where there is no such layer.
         if not spec.encoder_layers and not member.schedule(spec):
             raise _Lacking(_no_encoder(member, spec))
+        merging = spec.lacking.get("merging")
+        if member.size_weighted and merging is not None:
+            raise _Lacking(f"{member.name} merges tokens: {merging}.")
     plan = Plan(acts=composed(method, acts(method, spec)))
     for number, act in enumerate(plan.acts):
         _check(act.method, act.stage, spec)

@@ -38,7 +38,8 @@ class Signal:
     Attributes:
         requires: capabilities that a model must have: ``"encoder_attention"`` (queries and keys of
             encoder layers can be read, one patch or a known set of patches per token),
-            ``"cls_token"``, ``"encoder_features"``, ``"decoder"``.
+            ``"cls_token"``, ``"every_query"`` (of those, all tokens' queries),
+            ``"encoder_features"``, ``"decoder"``.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()

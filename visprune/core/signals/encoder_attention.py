@@ -41,6 +41,8 @@ class ReceivedAttention(EncoderSignal):
     Needs no class token. Never holds a whole map: queries are taken by parts.
     """
 
+    requires: ClassVar[tuple[str, ...]] = ("encoder_attention", "every_query")
+
     layer: EncoderLayer = "feature"
 
     def read(self, seen: EncoderSeen) -> Tensor:

@@ -142,6 +142,11 @@ class EncoderReducer:
         active = self.current.active
         return None if active is None else active.state.bias
 
+    def places(self) -> Tensor | None:
+        """Where the patches of the layer that runs come from."""
+        active = self.current.active
+        return None if active is None else active.state.origin
+
     def policy(self) -> Tensor | None:
         """How much each patch counts as a key of the layer that runs."""
         active = self.current.active
