@@ -229,3 +229,13 @@ def test_shapes_are_checked(arguments: tuple[object, ...], message: str) -> None
 def test_selections_that_do_not_fit_do_not_compose() -> None:
     with pytest.raises(ConfigError, match="first selection yields 2 slots, the second takes 3"):
         Selection.keep(torch.tensor([[0, 1]]), 4).then(Selection.identity(1, 3))
+
+
+def test_sizes_that_were_added_up_with_other_numbers_are_not_taken_for_the_tokens() -> None:
+    index, source, slot = torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[0]])
+    sizes = torch.tensor([[3.0, 4.0, 5.0]])
+    merged = Selection.mean(index, source, slot, sizes)
+    assert merged.chosen(sizes, 0).size.tolist() == [[7.0, 5.0]]
+    plain = Selection.mean(index, source, slot, torch.ones(1, 3))
+    assert plain.chosen(sizes, 0).size.tolist() == [[7.0, 5.0]]
+    assert plain.chosen(sizes, 0).row(0).size.tolist() == [[7.0, 5.0]]

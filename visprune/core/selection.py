@@ -41,6 +41,7 @@ class Selection:
         carried: numbers that go on with the slots, for the method's next stage, ``[B, K]``.
         grows: what part of its size each of ``source`` brings to its slot, ``[B, E]``; ``None``:
             all of it.
+        summed: sizes ``[B, N]`` that were added up with the slots, and their sums ``[B, K]``.
     """
 
     index: Tensor
@@ -57,6 +58,7 @@ class Selection:
     evidence: Mapping[str, Tensor] = field(default_factory=dict)
     carried: Tensor | None = None
     grows: Tensor | None = None
+    summed: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes (values are the method's business)."""
@@ -130,6 +132,7 @@ class Selection:
             source=source,
             slot=slot,
             weight=came / total.gather(1, slot),
+            summed=(size, total),
         )
 
     @classmethod
@@ -192,6 +195,8 @@ class Selection:
     @property
     def size(self) -> Tensor:
         """Patches that each slot stands for, ``[B, K]``."""
+        if self.summed is not None and self.summed[0] is self.entered:
+            return self.summed[1]
         if self.entered is None:
             return self.sizes(torch.ones(1, self.num_tokens, device=self.index.device).expand(
                 len(self.index), -1))  # fmt: skip
@@ -202,7 +207,7 @@ class Selection:
         return Selection(
             self.index, self.num_tokens, self.own, self.source, self.slot, self.weight,
             gaps=self.gaps, overlaps=self.overlaps, count=self.count, entered=entered, macs=macs,
-            evidence=self.evidence, carried=self.carried, grows=self.grows,
+            evidence=self.evidence, carried=self.carried, grows=self.grows, summed=self.summed,
         )  # fmt: skip
 
     def carrying(self, numbers: Tensor) -> Selection:
@@ -224,7 +229,8 @@ class Selection:
             self.index[span, :width], self.num_tokens, part(self.own, width), part(self.source),
             part(self.slot), part(self.weight), gaps=self.gaps, overlaps=self.overlaps,
             entered=part(self.entered), macs=self.macs, carried=part(self.carried, width),
-            grows=part(self.grows), evidence={name: x[span] for name, x in self.evidence.items()},
+            grows=part(self.grows),
+            evidence={name: x[span] for name, x in self.evidence.items()},
         )  # fmt: skip
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,7 +293,7 @@ class Selection:
         wide = torch.promote_types(x.dtype, torch.float32)  # many tokens may come to one slot
         out = self._heads(x, prefix).to(wide)
         if self.own is not None:
-            out[:, prefix:] *= self.own[..., None]
+            out[:, prefix:].mul_(self.own[..., None])
         rows = ops.take_rows(x, self.source + prefix).to(wide) * self.weight[..., None]
         slot = self.slot
         if self.gaps:

@@ -45,14 +45,12 @@ def bipartite_pairs(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Te
         raise BudgetError(f"{name}: r must be in 0..{count // 2} (half of {count}); got {r}.")
     value, partner = _best_partners(metric.detach(), prefix % 2)
     ranked = value.argsort(dim=1, descending=True, stable=True)
-    merged, left = ranked[:, :r], ranked[:, r:]
-    if prefix:
-        left = left.sort(dim=1).values
+    slot = partner.gather(1, ranked[:, :r])
     shift = prefix % 2  # behind an odd prefix the even tokens are the odd patches
+    patches = ranked * 2 + shift if shift else ranked * 2
+    left = patches[:, r:].sort(dim=1).values if prefix else patches[:, r:]
     odd = torch.arange(1 - shift, count, 2, device=metric.device).expand(metric.shape[0], -1)
-    index = torch.cat([2 * left + shift, odd], dim=1)
-    slot = partner.gather(1, merged) + left.shape[1]
-    return index, 2 * merged + shift, slot
+    return torch.cat([left, odd], dim=1), patches[:, :r], slot + left.shape[1]
 
 
 def _best_partners(metric: Tensor, shift: int) -> tuple[Tensor, Tensor]:

@@ -172,8 +172,8 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     """Add ``rows`` ``[B, R, D]`` to rows ``at`` ``[B, R]`` of ``out`` ``[B, K, D]``, in place."""
     batch, count, width = out.shape
-    flat = out.view(batch * count, width)
-    flat.index_add_(0, _flat(at, count).flatten(), rows.reshape(-1, width))
+    at = at if batch == 1 else _flat(at, count)
+    out.view(batch * count, width).index_add_(0, at.flatten(), rows.reshape(-1, width))
     return out
 
 

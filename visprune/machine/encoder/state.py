@@ -53,8 +53,7 @@ class TokenState:
         if placed:
             origin = index if origin is None else origin.gather(1, index)
         if sized and (selection.merges or size is not None):
-            ones = torch.ones(index.shape[0], self.count, device=index.device)
-            size = selection.sizes(ones if size is None else size)
+            size = selection.size
             if biased:
                 bias = torch.nn.functional.pad(size.log(), (prefix, 0))
         return TokenState(selection.num_slots, origin, size, bias, carried=selection.carried)
