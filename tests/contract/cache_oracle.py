@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from tests.contract.cases import CACHE, FAMILIES, LINE_FAMILIES
+from tests.contract.cases import CACHE, FAMILIES, LATER_FAMILIES, LINE_FAMILIES
+from visprune.backbones.hf.cache import CACHE_ARGUMENT
 from visprune.core.trace import Trace
 
 # What asks for positions along a line.
 LINES = ("expected_attention",)
-PAIRS = [(n, f) for n in CACHE for f in FAMILIES if n not in LINES or f in LINE_FAMILIES]
+# One of each way to store runs on every family, the others on one of each kind.
+FIRST = ("snapkv", "adakv")
+PAIRS = [
+    (n, f)
+    for n in CACHE
+    for f in FAMILIES
+    if (n in FIRST or f in LATER_FAMILIES) and (n not in LINES or f in LINE_FAMILIES)
+]
+MERGING = ("look_m", "d2o", "kvmerger", "razor_attention")
+DROPPING = [pair for pair in PAIRS if pair[0] not in MERGING]
 
 
 def everything(name: str) -> dict[str, Any]:
@@ -29,8 +40,8 @@ def few(name: str) -> dict[str, Any]:
     return FEW.get(name, {"num_keep": 5})
 
 
-EVERYTHING: dict[str, dict[str, Any]] = {}
-FEW: dict[str, dict[str, Any]] = {}
+EVERYTHING: dict[str, dict[str, Any]] = {"zipvl": {"tau": 1.0}}
+FEW: dict[str, dict[str, Any]] = {"zipvl": {"tau": 0.3, "probe": 0.2}}
 
 
 def seen_by_heads(trace: Trace, valid: Tensor, total: int, heads: int) -> list[Tensor]:
@@ -59,6 +70,46 @@ def seen_by_heads(trace: Trace, valid: Tensor, total: int, heads: int) -> list[T
         seen = causal & real[:, None, None] & (there[:, :, None] | ~new)
         found.append(seen | torch.eye(total, dtype=torch.bool))
     return found
+
+
+def stored_logits(model: Any, heads: list[Any], after: dict[str, Any], length: int) -> Tensor:
+    """Logits of the untouched model on ``after``, whose cache holds what is given.
+
+    Args:
+        model: the model.
+        heads: of every layer, the :class:`HeadSlots` of its key heads.
+        after: what it takes for text behind a prompt of one sample.
+        length: tokens of that prompt.
+    """
+    config, cache, masks = model.config.text_config, DynamicCache(), []
+    width = max(len(head.key) for layer in heads for head in layer)
+    new = after["input_ids"].shape[1]
+    for number, layer in enumerate(heads):
+        keys = torch.zeros(1, len(layer), width, layer[0].key.shape[1])
+        values, mask = torch.zeros_like(keys), torch.full((len(layer), width), -torch.inf)
+        for head, slots in enumerate(layer):
+            count = len(slots.key)
+            keys[0, head, :count], values[0, head, :count] = slots.key, slots.value
+            mask[head, :count] = 0.0 if slots.bias is None else slots.bias
+        cache.update(keys, values, number)
+        group = config.num_attention_heads // len(layer)
+        old = mask.repeat_interleave(group, 0)[:, None].expand(-1, new, -1)
+        causal = torch.full((new, new), -torch.inf).triu(1)
+        masks.append(torch.cat([old, causal.expand(len(old), -1, -1)], -1)[None])
+
+    def before(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": masks[number]}
+
+    ids = after.get("position_ids")
+    if ids is None:
+        ids = torch.arange(length, length + new)[None]
+    with ExitStack() as stack, torch.no_grad():
+        for number, layer in enumerate(model.model.language_model.layers):
+            handle = layer.register_forward_pre_hook(partial(before, number), with_kwargs=True)
+            stack.callback(handle.remove)
+        return model(
+            input_ids=after["input_ids"], position_ids=ids, **{CACHE_ARGUMENT: cache}
+        ).logits
 
 
 @contextmanager

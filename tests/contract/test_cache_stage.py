@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,16 +15,25 @@ from transformers import DynamicCache, StaticCache
 
 import visprune
 from tests.contract import oracle
-from tests.contract.cache_oracle import PAIRS, everything, few, hidden_logits
+from tests.contract.cache_oracle import (
+    DROPPING,
+    MERGING,
+    PAIRS,
+    everything,
+    few,
+    hidden_logits,
+    stored_logits,
+)
 from tests.contract.cases import FAMILIES, batch
 from tests.contract.test_generate import BEAMS, GREEDY, best
 from tests.contract.test_removal import state
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
 from visprune.backbones.hf.ragged import RaggedLayer
+from visprune.core.cache import Action, HeadSlots
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel
 
 every_pair = pytest.mark.parametrize(("name", "family"), PAIRS)
-every_dropping_pair = pytest.mark.parametrize(("name", "family"), PAIRS)
+every_dropping_pair = pytest.mark.parametrize(("name", "family"), DROPPING)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 
@@ -63,6 +74,51 @@ def test_dropping_equals_hiding_by_head(name: str, family: str, models: Any) -> 
     # Teeth: a full cache says something else.
     full = model(**longer, use_cache=False).logits[:, length - 1 :]
     assert oracle.error(full[:2, 1:], want[:2, 1:]) > 1e-3
+
+
+@contextmanager
+def applied(heads: dict[int, Any], action: type[Action]) -> Iterator[None]:
+    """Collect what an action makes of every layer."""
+    original = action.apply
+
+    def noted(self: Action, key: Any, value: Any, kept: Any, looked: Any) -> Any:
+        heads[looked.layer] = found = original(self, key, value, kept, looked)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(action, "apply", noted)
+        yield
+
+
+@pytest.mark.parametrize("name", MERGING)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_merging_equals_a_cache_of_what_was_merged(name: str, family: str, models: Any) -> None:
+    model, inputs = models(family), batch(family, [[3, "a", 6]])
+    length = inputs["input_ids"].shape[1]
+    heads: dict[int, Any] = {}
+    with visprune.prune(model, name, **few(name)) as run:
+        with applied(heads, type(run.plan.cache[1].eviction.action)):
+            cache = cache_of(model(**inputs, use_cache=True))
+        trace = run.trace.cache
+        after = oracle.step(model, inputs, torch.tensor([[5, 6]]))
+        got = model(**after, **{CACHE_ARGUMENT: cache}).logits
+    plain = cache_of(model(**inputs, use_cache=True))
+    whole = torch.arange(length)
+    for number, entry in enumerate(plain.layers):
+        if number not in heads:
+            heads[number] = [HeadSlots(k, v, whole) for k, v in zip(entry.keys[0], entry.values[0],
+                                                                    strict=True)]  # fmt: skip
+        assert [len(head.key) for head in heads[number]] == trace.slots[0][number]
+    want = stored_logits(model, [heads[n] for n in sorted(heads)], after, length)
+    oracle.assert_close(got, want)
+    full = model(**after, **{CACHE_ARGUMENT: plain}).logits
+    assert oracle.error(full, want) > 1e-3
+    # Dropping alone would be another computation.
+    dropped = [[HeadSlots(k[h.index[h.index >= 0]], v[h.index[h.index >= 0]], h.index)
+                for h, k, v in zip(heads[n], e.keys[0], e.values[0], strict=True)]
+               for n, e in enumerate(plain.layers)]  # fmt: skip
+    assert oracle.error(stored_logits(model, dropped, after, length), want) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["snapkv", "adakv"])
@@ -276,6 +332,21 @@ def test_budgets_are_checked(models: Any) -> None:
     ):
         with pytest.raises(BudgetError, match=message):
             visprune.prune(model, "snapkv", **params)
+    for name, params, message in (
+        ("zipvl", {"num_keep": 4}, "decides itself how much stays"),
+        ("zipvl", {"tau": 0.0}, r"tau is a share in \(0, 1\], got 0.0"),
+        ("adakv", {"num_keep": 4, "floor": 2.0}, r"in \[0, 1\]; got 2.0"),
+        ("pyramidkv", {"num_keep": 4, "beta": 0}, "beta is at least 1"),
+        ("compresskv", {"slots": (4, 4)}, "slots has 2 entries; llava has 4 layers"),
+        ("compresskv", {"slots": (4,) * 4, "num_keep": 2}, "not both"),
+        ("prefixkv", {"ratios": (0.5,)}, "ratios has 1 entries; llava has 4 layers"),
+        ("duo_attention", {"num_keep": 4, "gates": ((1.0, 0.0),)}, "gates has 1 layers"),
+        ("duo_attention", {"num_keep": 4, "sparsity": 1.5}, r"in \[0, 1\]; got 1.5"),
+        ("look_m", {"num_keep": 4, "merge": "mean"}, "merge is 'pivot'"),
+        ("vl_cache", {"max_cache": 40, "scope": "prompt"}, "takes keep_ratio"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            visprune.prune(model, name, **params)
     with pytest.raises(ConfigError, match="scope is 'visual' or 'prompt', got 'text'"):
         visprune.prune(model, "snapkv", num_keep=4, scope="text")
     with pytest.raises(ConfigError, match="snapkv takes no positions='compact'"):

@@ -11,15 +11,32 @@ from torch import Tensor
 
 from tests.unit.test_methods_golden import cases
 from tests.unit.test_methods_golden import tensors as stored_tensors
-from visprune.core.cache import CacheMethod, CacheSeen, Counted, Eviction, Looked
+from visprune.core.cache import (
+    CacheMethod,
+    CacheSeen,
+    Counted,
+    Eviction,
+    Gated,
+    HeadSlots,
+    Looked,
+    MergeNearest,
+    ProbeSums,
+)
 from visprune.core.method import ModelSpec
 from visprune.methods.adakv import AdaKV
+from visprune.methods.compresskv import CompressKV
+from visprune.methods.d2o import D2O
+from visprune.methods.duo_attention import DuoAttention
 from visprune.methods.expected_attention import ExpectedAttention
 from visprune.methods.h2o import H2O
+from visprune.methods.look_m import LookM
+from visprune.methods.prefixkv import PrefixKV
 from visprune.methods.pyramidkv import PyramidKV
 from visprune.methods.snapkv import SnapKV
 from visprune.methods.streaming_llm import StreamingLLM
 from visprune.methods.tova import TOVA
+from visprune.methods.vl_cache import BySparsity, VLCache
+from visprune.methods.zipvl import ByMass, ZipVL
 
 SPEC = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False)
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -38,18 +55,18 @@ def shown(q: Tensor, k: Tensor, v: Tensor | None = None, **more: Any) -> CacheSe
     return CacheSeen(q, k, k if v is None else v, **given)
 
 
-def look(method: CacheMethod, seen: CacheSeen, visual: Tensor | None = None) -> Looked:
+def look(method: CacheMethod, seen: CacheSeen, spec: ModelSpec = SPEC) -> Looked:
     """What is known of a layer, its amount resolved."""
-    eviction = method.eviction(SPEC)
+    eviction = method.eviction(spec)
     seen.text_observes = eviction.scope.kind == "visual"
-    seen.free = eviction.scope.free(seen.visual if visual is None else visual, seen.prompt)
+    seen.free = eviction.scope.free(seen.visual, seen.prompt)
     counted = Counted(int(seen.free.sum()), seen.prompt)
     return eviction.look(seen, eviction.amount.resolve(counted))
 
 
-def kept(method: CacheMethod, *looked: Looked) -> list[list[Tensor]]:
+def kept(method: CacheMethod, *looked: Looked, spec: ModelSpec = SPEC) -> list[list[Tensor]]:
     """Of every layer, what its heads keep."""
-    counts = method.eviction(SPEC).budget.share(looked)
+    counts = method.eviction(spec).budget.share(looked)
     return [x.kept(count.clamp(max=x.num_free)) for x, count in zip(looked, counts, strict=True)]
 
 
@@ -196,6 +213,202 @@ def test_streaming_llm(number: int) -> None:
     )
     x = torch.zeros(1, p["L"], 4)
     assert torch.equal(kept(method, look(method, shown(x, x)))[0][0], t["kept"])
+
+
+# Layers and heads that differ ------------------------------------------------------------------
+
+
+@cases("vl_cache")
+def test_vl_cache(case: dict[str, Any]) -> None:
+    t, p = tensors("vl_cache", case), case["params"]
+    method = VLCache(
+        keep_ratio=p["alpha"], scope="prompt", per_head=p["head_adaptive"],
+        own_windows=p["per_layer_window"], window=p["post_vision"],
+    )  # fmt: skip
+    layers = [
+        look(method, shown(t["q"][n], t["k"][n], layer=n, num_layers=p["layers"]))
+        for n in range(p["layers"])
+    ]
+    budget = method.eviction(SPEC).budget
+    assert isinstance(budget, BySparsity)
+    sparsity = torch.stack([x.budget for x in layers])
+    torch.testing.assert_close(sparsity, t["sparsity"], rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(budget.shares(layers), t["budget"], rtol=0.0, atol=1e-6)
+    for number, heads in enumerate(kept(method, *layers)):
+        assert torch.equal(torch.stack(heads), t[f"kept_{number}"])
+
+
+@cases("compresskv")
+def test_compresskv(case: dict[str, Any]) -> None:
+    t, p = tensors("compresskv", case), case["params"]
+    layers = len(p["caps"])
+    spec = ModelSpec("llava", num_layers=layers, has_cls=True, multi_axis_rope=False)
+    heads = tuple(tuple(p["heads"]) for _ in range(layers))
+    method = CompressKV(
+        heads=heads, first=p["first_k"], slots=tuple(p["caps"]), window=p["window"],
+        scope="prompt",
+    )  # fmt: skip
+    seen = shown(t["q"][0], t["k"][0], layer=p["layer"], num_layers=layers)
+    looked = look(method, seen, spec)
+    (found,) = kept(method, looked, spec=spec)
+    assert torch.equal(looked.ranked()[0, : len(t["kept"]) - p["window"]],
+                       t["kept"][: -p["window"]])  # fmt: skip
+    for index in found:
+        assert torch.equal(index, t["kept"].sort().values)
+
+
+@cases("prefixkv")
+def test_prefixkv(case: dict[str, Any]) -> None:
+    t, p, want = tensors("prefixkv", case), case["params"], case["expected"]
+    spec = ModelSpec("llava", num_layers=p["layers"], has_cls=True, multi_axis_rope=False)
+    given: dict[str, Any] = {"keep_ratio": 1 - p["ratio"]}
+    if p["mode"] == "fixed":
+        given = {"ratios": tuple(p["ratios"])}
+    method = PrefixKV(**given, sinks=p["start_size"], scope="prompt")
+    layers = [
+        look(method, shown(t["q"][n], t["k"][n], layer=n, num_layers=p["layers"]), spec)
+        for n in range(p["layers"])
+    ]
+    assert method.eviction(spec).budget.forgotten(layers) == want["forget"]  # type: ignore[attr-defined]
+    for heads, slots in zip(kept(method, *layers, spec=spec), want["kept"], strict=True):
+        assert all(index.tolist() == slots for index in heads)
+
+
+@cases("zipvl")
+def test_zipvl(case: dict[str, Any]) -> None:
+    t, p = tensors("zipvl", case), case["params"]
+    rows = tuple(t["rows"].tolist())
+
+    class Rows(ZipVL):
+        def eviction(self, spec: ModelSpec) -> Eviction:
+            score = ProbeSums(rows=rows)
+            made = super().eviction(spec)
+            return Eviction(score, made.amount, ByMass(self.tau, score), scope=made.scope)
+
+    method = Rows(tau=p["tau"], scope="prompt")
+    seen = shown(t["q"].reshape(p["H"], p["L"], -1), t["k"].reshape(p["H"], p["L"], -1))
+    looked = look(method, seen)
+    assert looked.budget == case["expected"]["p"]
+    for index in kept(method, looked)[0]:
+        assert torch.equal(index, t["kept"])
+
+
+@cases("duo_attention")
+def test_duo_attention(case: dict[str, Any]) -> None:
+    t, p = tensors("duo_attention", case), case["params"]
+    gates = tuple(tuple(row) for row in t["gates"].tolist())
+    spec = ModelSpec("llava", num_layers=p["layers"], has_cls=True, multi_axis_rope=False)
+    method = DuoAttention(
+        gates=gates, sparsity=p["sparsity"], sinks=4, max_cache=10, scope="prompt"
+    )
+    budget = method.eviction(spec).budget
+    assert isinstance(budget, Gated)
+    full = t["full"].bool()
+    assert torch.equal(budget.full(t["gates"]), full)
+    x = torch.zeros(p["heads"], 30, 4)
+    layers = [look(method, shown(x, x, layer=n), spec) for n in range(p["layers"])]
+    stream = [0, 1, 2, 3, 24, 25, 26, 27, 28, 29]
+    for number, heads in enumerate(kept(method, *layers, spec=spec)):
+        for head, index in enumerate(heads):
+            assert index.tolist() == (list(range(30)) if full[number, head] else stream)
+
+
+# Merges ----------------------------------------------------------------------------------------
+
+
+def stored(method: CacheMethod, looked: Looked, k: Tensor, v: Tensor) -> list[HeadSlots]:
+    return method.eviction(SPEC).action.apply(k, v, kept(method, looked)[0], looked)
+
+
+@cases("look_m")
+def test_look_m(case: dict[str, Any]) -> None:
+    t, p = tensors("look_m", case), case["params"]
+    prior = p["merge"].startswith("text_")
+    merge = {"h2o": "none"}.get(p["merge"], p["merge"].removeprefix("text_"))
+    method = LookM(
+        max_cache=p["hh"] + p["recent"], scope="prompt", merge=merge, text_prior=prior,
+        recent=p["recent"], official=p["official_bug"],
+    )  # fmt: skip
+    visual = torch.zeros(p["L"], dtype=torch.bool)
+    for number, place in enumerate(p["image_position"]):
+        start = place + (p["n_img"] - 1) * number
+        visual[start : start + p["n_img"]] = True
+    q, k, v = (t[name][0] for name in "qkv")
+    looked = look(method, shown(q, k, v, visual=visual))
+    heads = stored(method, looked, k, v)
+    assert torch.equal(torch.stack([x.index for x in heads]), t["kept"])
+    torch.testing.assert_close(torch.stack([x.key for x in heads]), t["k_out"][0], **MERGED)
+    torch.testing.assert_close(torch.stack([x.value for x in heads]), t["v_out"][0], **MERGED)
+    finite = torch.isfinite(t["score"]) & torch.isfinite(looked.score)
+    finite &= t["score"] > -1000  # image columns of the prior are far below there
+    torch.testing.assert_close(looked.score[finite], t["score"][finite], **CLOSE)
+
+
+MERGED = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_d2o(number: int) -> None:
+    case = cases("d2o").args[1][number].values[0]
+    t, p = tensors("d2o", case), case["params"]
+    length = p["L"] + 1  # the first decoded token is there when the cache is cut
+    q, k, v = (t[name][0][:, :length] for name in "qkv")
+    method = D2O(
+        max_cache=p["hh"] + p["recent"], recent=p["recent"], scope="prompt", by_variance=False
+    )
+    looked = look(method, shown(q, k, v))
+    heads = stored(method, looked, k, v)
+    assert torch.equal(torch.stack([x.index for x in heads]), t["kept_1"])
+    keys, values = (torch.stack([getattr(x, n) for x in heads]) for n in ("key", "value"))
+    torch.testing.assert_close(keys, t["k_1"][0], **MERGED)
+    torch.testing.assert_close(values, t["v_1"][0], **MERGED)
+    _go_on(case, t, looked, torch.stack([x.index for x in heads]), keys, values)
+
+
+def _go_on(
+    case: dict[str, Any], t: dict[str, Tensor], looked: Looked, index: Tensor, keys: Tensor,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """Later steps: one slot leaves a step, and merges if near enough to the running threshold."""
+    p, want = case["params"], case["expected"]
+    threshold = want["threshold"][0]
+    score = looked.score.gather(1, index)
+    for step in range(1, p["T"]):
+        at = p["L"] + step
+        keys = torch.cat([keys, t["k"][0][:, at : at + 1]], 1)
+        values = torch.cat([values, t["v"][0][:, at : at + 1]], 1)
+        carried = torch.cat([score, torch.zeros(p["H"], 1)], 1)
+        seen = shown(t["q"][0][:, at : at + 1], keys, values, carried=carried)
+        method = D2O(
+            max_cache=p["hh"] + p["recent"], recent=p["recent"], scope="prompt", by_variance=False
+        )
+        found = look(method, seen)
+        stay = kept(method, found)[0]
+        nearest = [MergeNearest(free_only=False)._nearest(keys[h], stay[h], found)
+                   for h in range(p["H"])]  # fmt: skip
+        mean = float(torch.stack([c for _, _, c in nearest]).mean())
+        threshold = p["alpha"] * threshold + p["beta"] * mean
+        assert abs(threshold - want["threshold"][step]) < 1e-5
+        action = MergeNearest("weighted", filtered=True, free_only=False, threshold=threshold)
+        assert int(mean >= threshold) == want["merged"][step]
+        heads = action.apply(keys, values, stay, found)
+        keys, values = (torch.stack([getattr(x, n) for x in heads]) for n in ("key", "value"))
+        score = found.score.gather(1, torch.stack(stay))
+    torch.testing.assert_close(keys, t[f"k_{p['T']}"][0], **MERGED)
+    torch.testing.assert_close(values, t[f"v_{p['T']}"][0], **MERGED)
+
+
+def test_d2o_ratios_of_layers() -> None:
+    case = cases("d2o").args[1][2].values[0]
+    t, p = tensors("d2o", case), case["params"]
+    budget = D2O(max_cache=9, scope="prompt").eviction(SPEC).budget
+    variance = torch.stack([
+        budget.read(shown(t["q"][n].reshape(p["H"], p["L"], -1),
+                          t["k"][n].reshape(p["H"], p["L"], -1)))
+        for n in range(p["layers"])
+    ])  # fmt: skip
+    ratio = budget.ratios(variance, p["rho"])  # type: ignore[attr-defined]
+    torch.testing.assert_close(ratio, t["ratio"], rtol=1e-5, atol=1e-6)
 
 
 # kvpress ----------------------------------------------------------------------------------------

@@ -44,6 +44,15 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "diffrate": [{}, {"numbers": "mae_base-11.5"}, 
                  {"pruned": (9, 4), "merged": (8, 3), "tokens": 17}],
 }  # fmt: skip
+AT_CACHE: dict[str, list[dict[str, Any]]] = {
+    "snapkv": [{"num_keep": 7, "window": 8, "pool": "max"}, {"max_cache": 99, "scope": "prompt"}],
+    "compresskv": [{"num_keep": 7, "heads": ((0, 1), (1, 0))}, {"slots": (4, 5)}],
+    "prefixkv": [{"ratios": (0.5, 0.25)}, {"keep_ratio": 0.5, "scope": "prompt"}],
+    "duo_attention": [{"num_keep": 7, "gates": ((0.5, 1.0), (0.0, 0.25))}],
+    "vl_cache": [{"keep_ratio": 0.5, "scope": "prompt", "own_windows": True}],
+    "zipvl": [{}, {"tau": 0.9, "probe": 1.0}],
+}
+OTHERS |= AT_CACHE
 CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"num_keep": 7}])]
 
 
@@ -52,6 +61,8 @@ CACHE = [name for name in METHODS if acts_on_cache(visprune.catalog.methods.get(
 
 
 def plain(name: str) -> dict[str, Any]:
+    if name == "zipvl":  # it decides itself how much stays
+        return {}
     by_ratio = {"tome": {"r": 4}, "pitome": {"keep_ratio": 0.9}, "evit": {"keep_ratio": 0.7},
                 "spatten": {"keep_ratio": 0.7}}  # fmt: skip
     return by_ratio.get(name, {} if name in NO_BUDGET else {"num_keep": 16})

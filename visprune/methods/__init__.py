@@ -53,4 +53,13 @@ TABLE = {
     "streaming_llm": "visprune.methods.streaming_llm:StreamingLLM",
     "knorm": "visprune.methods.knorm:Knorm",
     "expected_attention": "visprune.methods.expected_attention:ExpectedAttention",
+    "vl_cache": "visprune.methods.vl_cache:VLCache",
+    "compresskv": "visprune.methods.compresskv:CompressKV",
+    "prefixkv": "visprune.methods.prefixkv:PrefixKV",
+    "zipvl": "visprune.methods.zipvl:ZipVL",
+    "duo_attention": "visprune.methods.duo_attention:DuoAttention",
+    "razor_attention": "visprune.methods.razor_attention:RazorAttention",
+    "look_m": "visprune.methods.look_m:LookM",
+    "d2o": "visprune.methods.d2o:D2O",
+    "kvmerger": "visprune.methods.kvmerger:KVMerger",
 }

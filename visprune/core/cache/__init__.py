@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a method at the cache is written with: its four parts, and the base that holds them."""
 
-from visprune.core.cache.budgets import JointHeads, Pyramid
+from visprune.core.cache.actions import Compensate, MergeNearest, MergeNeighbours
+from visprune.core.cache.budgets import Gated, JointHeads, Listed, Pyramid
 from visprune.core.cache.method import CacheMethod, CacheStage
 from visprune.core.cache.parts import (
     Action,
@@ -20,6 +21,7 @@ from visprune.core.cache.scores import (
     ColumnSums,
     KeyNorm,
     LastRow,
+    ProbeSums,
     Recency,
     WindowAttention,
     smoothed,
@@ -36,14 +38,20 @@ __all__ = [
     "CacheStage",
     "CacheTrace",
     "ColumnSums",
+    "Compensate",
     "Counted",
     "Drop",
     "Eviction",
+    "Gated",
     "HeadSlots",
     "JointHeads",
     "KeyNorm",
     "LastRow",
+    "Listed",
     "Looked",
+    "MergeNearest",
+    "MergeNeighbours",
+    "ProbeSums",
     "Pyramid",
     "Recency",
     "Same",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visprune.core.cache.parts import CacheBudget, Looked
+from visprune.core.cache.seen import CacheSeen
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,67 @@ class JointHeads(CacheBudget):
         won = torch.bincount(owner, minlength=looked.heads)
         floor = int(base * self.floor)
         return torch.round(won * (1 - self.floor) + floor).long().clamp(max=looked.num_free)
+
+
+@dataclass(frozen=True)
+class Listed(CacheBudget):
+    """Every layer keeps what a list says, which someone has measured.
+
+    Attributes:
+        slots: of every layer, what it keeps; protected slots count where the prompt is counted.
+    """
+
+    slots: tuple[int, ...] = ()
+
+    def share(self, layers: Sequence[Looked]) -> list[Tensor]:
+        """As listed; at most what is there."""
+        found = []
+        for looked in layers:
+            count = self.slots[looked.layer] - (looked.counted - looked.num_free)
+            found.append(torch.full((looked.heads,), max(0, count)))
+        return found
+
+
+@dataclass(frozen=True)
+class Gated(CacheBudget):
+    """Key heads with large gates keep all, the others the amount, the first and last slots.
+
+    Attributes:
+        sparsity: share of all heads that do not keep all.
+        gates: of every layer, of every key head; ``None``: measured on the prompt.
+        window: queries that they are measured with.
+    """
+
+    sparsity: float = 0.5
+    gates: tuple[tuple[float, ...], ...] | None = None
+    window: int = 32
+
+    def read(self, seen: CacheSeen) -> Tensor:
+        """The gates of a layer, or what its last queries give to each slot that may leave."""
+        if self.gates is not None:
+            return torch.tensor(self.gates[seen.layer], device=seen.key.device)
+        rows = seen.grouped(seen.rows(seen.window(self.window)).mean(1))
+        return rows.masked_fill(~seen.free, 0.0)
+
+    def full(self, gates: Tensor) -> Tensor:
+        """Which heads keep all, of gates ``[layers, Hk]``."""
+        if self.sparsity >= 1:
+            return torch.zeros_like(gates, dtype=torch.bool)
+        if self.sparsity <= 0:
+            return torch.ones_like(gates, dtype=torch.bool)
+        return gates >= torch.quantile(gates.flatten(), self.sparsity)
+
+    def share(self, layers: Sequence[Looked]) -> list[Tensor]:
+        """All, or the amount."""
+        gates = torch.stack([self._gate(looked) for looked in layers]).float()
+        return [
+            torch.where(full, looked.num_free, looked.keep).long()
+            for full, looked in zip(self.full(gates), layers, strict=True)
+        ]
+
+    def _gate(self, looked: Looked) -> Tensor:
+        given: Tensor = looked.budget
+        if self.gates is not None:
+            return given
+        kept = looked.ranked()[:, : looked.keep]  # what a head that streams would see
+        return given.sum(1) - given.gather(1, kept).sum(1)

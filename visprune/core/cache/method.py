@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from visprune.core.budget import Budget, Schedule, Stage
 from visprune.core.cache.parts import Amount, Eviction, Score
@@ -52,6 +52,8 @@ class CacheMethod(PruningMethod):
     def __post_init__(self) -> None:
         """Check the budget and the scope."""
         super().__post_init__()
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _frozen(value))
         if self.scope not in ("visual", "prompt"):
             raise ConfigError(
                 f"scope is 'visual' or 'prompt', got {self.scope!r}."
@@ -85,6 +87,11 @@ class CacheMethod(PruningMethod):
                 "prompt) or keep_ratio (their share)."
             )
 
+    @classmethod
+    def example(cls) -> Self:
+        """The least that it can be built with."""
+        return cls() if cls.decides else super().example()
+
     @property
     def amount(self) -> Amount:
         """How much stays."""
@@ -107,3 +114,8 @@ class CacheMethod(PruningMethod):
             ConfigError: always.
         """
         raise ConfigError(f"{self.name} acts at the cache and chooses no tokens of a sequence.")
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, which have a hash: those of a file are lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -25,12 +25,14 @@ class Scope:
         first: with ``"prompt"``, slots at the beginning that stay (sinks).
         last: slots at the end of the prompt that stay (recent ones, the window).
         last_share: the same as a share of the prompt, rounded down; the larger counts.
+        text_stays: with ``"prompt"``, no text leaves either, though it counts.
     """
 
     kind: Literal["visual", "prompt"] = "visual"
     first: int = 0
     last: int = 0
     last_share: float = 0.0
+    text_stays: bool = False
 
     def free(self, visual: Tensor, prompt: int) -> Tensor:
         """Which of L slots may leave, ``[L]``.
@@ -43,7 +45,8 @@ class Scope:
             return visual
         steps = torch.arange(len(visual), device=visual.device)
         last = max(self.last, int(prompt * self.last_share + 1e-9))
-        return (steps >= self.first) & (steps < prompt - last)
+        free = (steps >= self.first) & (steps < prompt - last)
+        return free & visual if self.text_stays else free
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Amount:
         max_cache: slots of the prompt in all, protected ones too.
         visual: whether visual tokens are counted.
         strict: whether more visual tokens than a picture has are refused.
+        yields: what is protected may go beyond the amount, and then all else leaves.
     """
 
     num_keep: int | None = None
@@ -78,6 +82,7 @@ class Amount:
     max_cache: int | None = None
     visual: bool = True
     strict: bool = False
+    yields: bool = False
 
     def resolve(self, counted: Counted) -> int:
         """How many of the slots that may leave stay, for each head.
@@ -96,6 +101,8 @@ class Amount:
         if whole is None:
             whole = int((self.keep_ratio or 0.0) * counted.prompt + 1e-9)
         protected = counted.prompt - counted.free
+        if whole < protected and self.yields:
+            return 0
         if whole < protected:
             what = "text" if self.visual else "sinks and the recent window"
             raise BudgetError(

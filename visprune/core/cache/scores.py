@@ -22,24 +22,25 @@ class WindowAttention(Score):
         kernel: of the smoothing, odd; 1: none.
         pool: average (divided by the kernel at the ends too) or maximum.
         rows: sum or mean over the observers.
-        group: over the query heads of a key head.
-        heads: of every layer, its query heads that count; then one score for all key heads.
+        group: over the query heads of a key head; ``"all"``: one score for the layer, the mean of
+            its heads.
+        heads: with ``"all"``, of every layer the query heads that count.
     """
 
     window: int = 32
     kernel: int = 5
     pool: Literal["avg", "max"] = "avg"
     rows: Literal["sum", "mean"] = "sum"
-    group: Group = "mean"
+    group: Group | Literal["all"] = "mean"
     heads: tuple[tuple[int, ...], ...] | None = None
 
     def read(self, seen: CacheSeen) -> Tensor:
         """Rows of the window, pooled."""
         rows = seen.rows(seen.window(self.window))
         score = rows.sum(1) if self.rows == "sum" else rows.mean(1)
-        if self.heads is None:
+        if self.group != "all":
             return smoothed(seen.grouped(score, self.group), seen.free, self.kernel, self.pool)
-        chosen = score[list(self.heads[seen.layer])]
+        chosen = score if self.heads is None else score[list(self.heads[seen.layer])]
         return smoothed(chosen, seen.free, self.kernel, self.pool).mean(0, keepdim=True)
 
 
@@ -48,19 +49,75 @@ class ColumnSums(Score):
     """What the slots receive from many queries.
 
     Attributes:
-        window: the last observers alone; ``None``: the whole prompt.
+        rows: the whole ``"prompt"``, the text ``"behind"`` the last picture, or that many of the
+            last observers.
         group: over the query heads of a key head; ``"all"``: one score for the layer, their mean.
+        sinks: how many of the first that may leave come before all others.
     """
 
-    window: int | None = None
+    rows: int | Literal["prompt", "behind"] = "prompt"
     group: Literal["mean", "max", "sum", "all"] = "sum"
+    sinks: int = 0
 
     def read(self, seen: CacheSeen) -> Tensor:
         """Column sums."""
-        sums = seen.columns(None if self.window is None else seen.window(self.window))
+        at = None
+        if self.rows != "prompt":
+            at = seen.behind() if self.rows == "behind" else seen.window(self.rows)
+        sums = seen.columns(at)
         if self.group == "all":
-            return sums.mean(0, keepdim=True)
-        return seen.grouped(sums, self.group)
+            score = sums.mean(0, keepdim=True)
+        else:
+            score = seen.grouped(sums, self.group)
+        first = seen.free & (seen.free.cumsum(0) <= self.sinks)
+        return score.masked_fill(first, torch.inf)
+
+
+@dataclass(frozen=True)
+class ProbeSums(Score):
+    """What the slots receive from a few rows, by how many of these see them.
+
+    Attributes:
+        share: of the prompt's rows, the last ones, and as many earlier ones drawn at random; 1:
+            all.
+        seed: of the draw.
+        group: over the query heads of a key head; ``"all"``: one score for the layer, their mean.
+        rows: the rows themselves, in place of a draw.
+        over: divide by the probes that see a slot, or by all rows that do.
+    """
+
+    share: float = 0.05
+    seed: int = 0
+    group: Literal["sum", "all"] = "all"
+    rows: tuple[int, ...] | None = None
+    over: Literal["probes", "all"] = "probes"
+
+    def at(self, seen: CacheSeen) -> Tensor:
+        """Numbers of the probes."""
+        whole = seen.queries
+        if self.rows is not None:
+            return torch.tensor(self.rows, device=whole.device)
+        count = len(whole)
+        last = int(count - self.share * count)
+        made = torch.Generator().manual_seed(self.seed * 7919 + seen.layer)
+        drawn = torch.randperm(last, generator=made)[: int(self.share * count)].sort().values
+        return torch.cat([drawn.to(whole.device), whole[last:]])
+
+    def sums(self, seen: CacheSeen) -> Tensor:
+        """What the probes give, mean of heads, ``[L]``."""
+        return seen.columns(self.at(seen)).mean(0)
+
+    def read(self, seen: CacheSeen) -> Tensor:
+        """Divided."""
+        at = self.at(seen)
+        sums = seen.columns(at)
+        score = sums.mean(0, keepdim=True) if self.group == "all" else seen.grouped(sums, "sum")
+        steps = torch.arange(seen.length, device=at.device)
+        if self.over == "all":
+            seers = (seen.length - steps).clamp(min=1)
+        else:
+            seers = ((at + seen.stored)[:, None] >= steps).sum(0).clamp(min=1)
+        return score / seers
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,18 @@ class CacheSeen:
         Where budgets count visual tokens, observers are the text behind the last picture, or all
         text before it if none follows.
         """
-        at = self.queries
-        if self.text_observes:
-            visual = self.visual[self.stored : self.prompt]
-            behind = at > (at[visual].amax() if bool(visual.any()) else -1)
-            text = at[behind] if bool(behind.any()) else at[~visual]
-            at = text if len(text) else at
+        at = self.behind() if self.text_observes else self.queries
         return at[-max(1, count) :]
+
+    def behind(self) -> Tensor:
+        """Numbers of the text behind the last picture; if none follows, of all text of the prompt.
+
+        A prompt that is a picture alone observes itself.
+        """
+        at, visual = self.queries, self.visual[self.stored : self.prompt]
+        behind = at > (at[visual].amax() if bool(visual.any()) else -1)
+        text = at[behind] if bool(behind.any()) else at[~visual]
+        return text if len(text) else at
 
     def rows(self, at: Tensor) -> Tensor:
         """Attention of the queries ``at`` ``[R]`` to all slots, ``[H, R, L]``."""
