@@ -14,6 +14,9 @@ from transformers import DynamicCache
 
 from tests.contract.cases import CACHE, FAMILIES, LATER_FAMILIES, LINE_FAMILIES
 from visprune.backbones.hf.cache import CACHE_ARGUMENT
+from visprune.backbones.hf.ragged import RaggedLayer
+from visprune.backbones.hf.sealed import Codes, Thin
+from visprune.core.cache import HeadSlots
 from visprune.core.trace import Trace
 
 # What asks for positions along a line.
@@ -27,7 +30,10 @@ PAIRS = [
     if (n in FIRST or f in LATER_FAMILIES) and (n not in LINES or f in LINE_FAMILIES)
 ]
 MERGING = ("look_m", "d2o", "kvmerger", "razor_attention")
-DROPPING = [pair for pair in PAIRS if pair[0] not in MERGING]
+STORED = ("zipcache", "kvquant", "think", "actqkv", "tokenselect")  # in other ways than plain
+DROPPING = [pair for pair in PAIRS if pair[0] not in (*MERGING, *STORED)]
+# Codes are rounded, and what is read in parts is added in parts.
+LOSSLESS = [pair for pair in PAIRS if pair[0] not in STORED or pair[0] == "think"]
 
 
 def everything(name: str) -> dict[str, Any]:
@@ -40,8 +46,18 @@ def few(name: str) -> dict[str, Any]:
     return FEW.get(name, {"num_keep": 5})
 
 
-EVERYTHING: dict[str, dict[str, Any]] = {"zipvl": {"tau": 1.0}}
-FEW: dict[str, dict[str, Any]] = {"zipvl": {"tau": 0.3, "probe": 0.2}}
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "zipvl": {"tau": 1.0},
+    "think": {"ratio": 0.0},
+}
+FEW: dict[str, dict[str, Any]] = {
+    "zipvl": {"tau": 0.3, "probe": 0.2},
+    "zipcache": {"bits": 4, "low_bits": 2},
+    "kvquant": {"bits": 4, "num_keep": 9},
+    "think": {"ratio": 0.4, "num_keep": 9},
+    "actqkv": {"block": 4, "top": 2},
+    "tokenselect": {"top": 5},
+}
 
 
 def seen_by_heads(trace: Trace, valid: Tensor, total: int, heads: int) -> list[Tensor]:
@@ -70,6 +86,38 @@ def seen_by_heads(trace: Trace, valid: Tensor, total: int, heads: int) -> list[T
         seen = causal & real[:, None, None] & (there[:, :, None] | ~new)
         found.append(seen | torch.eye(total, dtype=torch.bool))
     return found
+
+
+def contents(entry: Any) -> list[HeadSlots]:
+    """What the heads of a layer hold of one sample, as numbers; channels that are gone are zero."""
+    if not isinstance(entry, RaggedLayer):
+        whole = torch.arange(entry.keys.shape[2])
+        return [HeadSlots(k, v, whole) for k, v in zip(entry.keys[0], entry.values[0], strict=True)]
+    found, plain = [], entry.segments
+    for head, (start, count) in enumerate(
+        zip(plain.offsets.tolist(), plain.lengths.tolist(), strict=False)
+    ):
+        span = slice(start, start + count)
+        keys, values = [plain.keys[span]], [plain.values[span]]
+        for part in entry.sealed:
+            key, value = _numbers(part, head, keys[0].shape[1])
+            keys.append(key)
+            values.append(value)
+        joined = torch.cat(keys)
+        found.append(HeadSlots(joined, torch.cat(values), torch.arange(len(joined))))
+    return found
+
+
+def _numbers(part: Any, head: int, width: int) -> tuple[Tensor, Tensor]:
+    if isinstance(part, Codes):
+        return part.numbers()[head]
+    if isinstance(part, Thin):
+        start, count = int(part.offsets[head]), int(part.lengths[head])
+        key = torch.zeros(count, width)
+        key[:, part.channels[head]] = part.keys[start : start + count]
+        return key, part.values[start : start + count]
+    count = int(part.lengths[0])
+    return part.keys[0, head].flatten(0, 1)[:count], part.values[0, head].flatten(0, 1)[:count]
 
 
 def stored_logits(model: Any, heads: list[Any], after: dict[str, Any], length: int) -> Tensor:

@@ -17,8 +17,10 @@ import visprune
 from tests.contract import oracle
 from tests.contract.cache_oracle import (
     DROPPING,
+    LOSSLESS,
     MERGING,
-    PAIRS,
+    STORED,
+    contents,
     everything,
     few,
     hidden_logits,
@@ -29,16 +31,16 @@ from tests.contract.test_generate import BEAMS, GREEDY, best
 from tests.contract.test_removal import state
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
 from visprune.backbones.hf.ragged import RaggedLayer
+from visprune.backbones.hf.sealed import Pages
 from visprune.core.cache import Action, HeadSlots
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel
 
-every_pair = pytest.mark.parametrize(("name", "family"), PAIRS)
 every_dropping_pair = pytest.mark.parametrize(("name", "family"), DROPPING)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 
 
-@every_pair
+@pytest.mark.parametrize(("name", "family"), LOSSLESS)
 @torch.no_grad()
 def test_keeping_all_changes_no_bit(name: str, family: str, models: Any) -> None:
     model, inputs = models(family), batch(family)
@@ -119,6 +121,85 @@ def test_merging_equals_a_cache_of_what_was_merged(name: str, family: str, model
                 for h, k, v in zip(heads[n], e.keys[0], e.values[0], strict=True)]
                for n, e in enumerate(plain.layers)]  # fmt: skip
     assert oracle.error(stored_logits(model, dropped, after, length), want) > 1e-3
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_what_is_stored_otherwise_is_read_as_it_is(name: str, family: str, models: Any) -> None:
+    model, inputs = models(family), batch(family, [[3, "a", 6]])
+    length, reads = inputs["input_ids"].shape[1], name in ("actqkv", "tokenselect")
+    params = {**few(name), **({"top": 99} if reads else {})}
+    plain = cache_of(model(**inputs, use_cache=True))
+    after = oracle.step(model, inputs, torch.tensor([[5, 6]]))
+    with visprune.prune(model, name, **params) as run:
+        cache = cache_of(model(**inputs, use_cache=True))
+        heads = [contents(entry) for entry in cache.layers]
+        trace = run.trace.cache
+        got = model(**after, **{CACHE_ARGUMENT: cache}).logits
+    oracle.assert_close(got, stored_logits(model, heads, after, length))
+    full = model(**after, **{CACHE_ARGUMENT: plain}).logits
+    if reads:  # everything, with such a top
+        oracle.assert_close(got, full)
+    else:
+        assert oracle.error(got, full) > 1e-3
+        before = sum(entry.keys.nbytes + entry.values.nbytes for entry in plain.layers)
+        assert trace.bytes_of(0) < before
+    for number, entry in enumerate(cache.layers):
+        assert trace.form[number].startswith("ragged+")
+        assert trace.slots[0][number] == [len(head.key) - 2 for head in contents(entry)]
+
+
+@pytest.mark.parametrize("name", STORED)
+@torch.no_grad()
+def test_storage_goes_with_its_samples(name: str, models: Any) -> None:
+    model, rows = models("llava"), [[3, "a", 6], [2, "b", 4, "c", 3], [5]]
+    with visprune.prune(model, name, **few(name)):
+        together = model.generate(**batch("llava", rows), **GREEDY, **LOGITS)
+        beams = model.generate(**batch("llava", rows[:1]), **BEAMS)
+        assert torch.equal(beams, model.generate(**batch("llava", rows[:1]), **BEAMS))
+        cache = cache_of(model(**batch("llava", rows[:2]), use_cache=True))
+        after = oracle.step(model, batch("llava", rows[:2]), torch.tensor([[5], [6]]))
+        turned = {k: v.flip(0) for k, v in after.items()}
+        want = model(**after, **{CACHE_ARGUMENT: copy.deepcopy(cache)}).logits
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        oracle.assert_close(model(**turned, **{CACHE_ARGUMENT: cache}).logits.flip(0), want)
+        for number, row in enumerate(rows):
+            alone = model.generate(**batch("llava", [row]), **GREEDY, **LOGITS)
+            for mine, theirs in zip(together.logits, alone.logits, strict=True):
+                assert oracle.error(mine[number], theirs[0]) < 2e-2  # codes may differ by one
+            if name not in ("zipcache", "kvquant"):
+                assert torch.equal(together.sequences[number, -3:], alone.sequences[0, -3:])
+
+
+@pytest.mark.parametrize("by", ["cosine", "softmax"])
+def test_pages_that_are_read(by: str) -> None:
+    torch.manual_seed(0)
+    batch_size, heads, kv, count, size, top = 2, 4, 2, 22, 4, 3
+    keys = torch.randn(batch_size, kv, count, 8)
+    values = torch.randn(batch_size, kv, count, 8)
+    lengths = [22, 13]
+    parts = [[x[b, h, : lengths[b]] for b in range(batch_size) for h in range(kv)]
+             for x in (keys, values)]  # fmt: skip
+    pages = Pages(*parts, kv, size, top, by)
+    query = torch.randn(batch_size, heads, 1, 8)
+    out, lse = pages.attend(query, 8**-0.5, None)
+    for b in range(batch_size):
+        k, v = keys[b, :, : lengths[b]], values[b, :, : lengths[b]]
+        logit = torch.einsum("hd,hnd->hn", query[b, :, 0], k.repeat_interleave(2, 0)) * 8**-0.5
+        if by == "cosine":
+            probe = query[b].unflatten(0, (kv, -1)).mean((1, 2)).flatten()
+            near = [torch.cosine_similarity(probe, part.mean(1).flatten(), dim=0)
+                    for part in k.split(size, 1)]  # fmt: skip
+        else:
+            near = [part.sum() for part in logit.softmax(-1).split(size, 1)]
+        best = torch.stack(near).topk(top).indices.tolist()
+        read = torch.tensor([n for n in range(lengths[b]) if n // size in best])
+        weight = logit[:, read].softmax(-1)
+        want = torch.einsum("hn,hnd->hd", weight, v.repeat_interleave(2, 0)[:, read])
+        torch.testing.assert_close(out[b, :, 0], want)
+        torch.testing.assert_close(lse[b, :, 0], logit[:, read].logsumexp(-1))
 
 
 @pytest.mark.parametrize("name", ["snapkv", "adakv"])
@@ -343,6 +424,14 @@ def test_budgets_are_checked(models: Any) -> None:
         ("duo_attention", {"num_keep": 4, "gates": ((1.0, 0.0),)}, "gates has 1 layers"),
         ("duo_attention", {"num_keep": 4, "sparsity": 1.5}, r"in \[0, 1\]; got 1.5"),
         ("look_m", {"num_keep": 4, "merge": "mean"}, "merge is 'pivot'"),
+        ("zipcache", {"bits": 3}, "bits is 2, 4 or 8, got 3"),
+        ("zipcache", {"low": 1.5}, r"in \[0, 1\]; got 1.5"),
+        ("zipcache", {"over": "rows"}, "over is 'all' or 'probes'"),
+        ("kvquant", {"bits": 5}, "bits is 2, 4 or 8, got 5"),
+        ("kvquant", {"group": 0}, "at least 1; got 0"),
+        ("think", {"ratio": 1.0}, r"in \[0, 1\); got 1.0"),
+        ("actqkv", {"top": 0}, "top is at least 1"),
+        ("tokenselect", {"top": 0}, "top is at least 1"),
         ("vl_cache", {"max_cache": 40, "scope": "prompt"}, "takes keep_ratio"),
     ):
         with pytest.raises(ConfigError, match=message):

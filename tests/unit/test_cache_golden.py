@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from tests.unit.test_methods_golden import cases
 from tests.unit.test_methods_golden import tensors as stored_tensors
+from visprune.backbones.hf.sealed import Codes, Pages
 from visprune.core.cache import (
     CacheMethod,
     CacheSeen,
     Counted,
+    DropChannels,
     Eviction,
     Gated,
     HeadSlots,
@@ -34,8 +37,10 @@ from visprune.methods.prefixkv import PrefixKV
 from visprune.methods.pyramidkv import PyramidKV
 from visprune.methods.snapkv import SnapKV
 from visprune.methods.streaming_llm import StreamingLLM
+from visprune.methods.think import ThinK
 from visprune.methods.tova import TOVA
 from visprune.methods.vl_cache import BySparsity, VLCache
+from visprune.methods.zipcache import ZipCache
 from visprune.methods.zipvl import ByMass, ZipVL
 
 SPEC = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False)
@@ -455,6 +460,78 @@ def test_kvpress_scores(case: dict[str, Any]) -> None:
         got = looked.score[:, looked.free] / window  # a mean there, a sum here
         want = t["score"][0][:, : length - window]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+# Storage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_zipcache_saliency(number: int) -> None:
+    case = cases("zipcache").args[1][number].values[0]
+    t, p = tensors("zipcache", case), case["params"]
+    method = ZipCache(low=p["ratio"], scope="prompt")
+    score = method.eviction(SPEC).score
+    assert isinstance(score, ProbeSums)
+    seen = shown(t["q"][0], t["k"][0])
+    at = score.at(seen)  # the last rows are those of the official code, the earlier ones drawn
+    last = p["L"] - int(p["L"] - 0.05 * p["L"])
+    assert torch.equal(at[-last:], t["probe"].sort().values[-last:])
+    given = replace(score, rows=tuple(t["probe"].tolist()))
+    saliency = given.read(seen)
+    torch.testing.assert_close(saliency, t["saliency"][0], rtol=1e-4, atol=0.0)
+    looked = Looked(saliency, torch.ones(p["L"], dtype=torch.bool), p["L"], p["L"])
+    everything = [torch.arange(p["L"])] * p["Hk"]
+    heads = method.eviction(SPEC).action.apply(t["k"][0], t["k"][0], everything, looked)
+    for head, want in zip(heads, t["unimportant"][0], strict=True):
+        assert head.bits is not None
+        assert torch.equal((head.bits == 2).nonzero()[:, 0], want.sort().values)
+        assert set(head.bits.tolist()) == {2, 4}
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_zipcache_quantisers(number: int) -> None:
+    case = cases("zipcache").args[1][number].values[0]
+    t, p = tensors("zipcache", case), case["params"]
+    x, want = t["x"][0], t["dequantised"][0]
+    if p["mode"] == "channelwise":
+        codes = Codes(list(x), list(x), p["H"], p["bits"], group=32)
+        got = torch.stack([key for key, _ in codes.numbers()])
+    else:  # official scales of values span all heads: these are one head here
+        flat = x.transpose(0, 1).flatten(1)
+        codes = Codes([flat], [flat], 1, p["bits"])
+        got = codes.numbers()[0][1].unflatten(1, (p["H"], -1)).transpose(0, 1)
+    torch.testing.assert_close(got, want, rtol=0.0, atol=1e-5)
+
+
+@cases("think")
+def test_think(case: dict[str, Any]) -> None:
+    t, p = tensors("think", case), case["params"]
+    method = ThinK(ratio=p["ratio"], recent=p["recent"], scope="prompt")
+    action = method.eviction(SPEC).action
+    assert isinstance(action, DropChannels)
+    squares = t["q"][0][:, -32:].square().mean(1)
+    free = torch.arange(p["S"]) < p["S"] - p["recent"]
+    looked = Looked(torch.zeros(p["H"], p["S"]), free, 0, p["S"], action=squares)
+    whole = [torch.arange(p["S"])] * p["H"]
+    heads = action.apply(t["k"][0], t["k"][0], whole, looked)
+    for number, head in enumerate(heads):
+        assert head.channels is not None
+        assert torch.equal(head.channels, t["keep"][0, number].nonzero()[:, 0])
+        thin = head.key[~head.plain][:, head.channels]
+        assert torch.equal(thin, t["k_pruned"][0, number])
+        assert torch.equal(head.key[head.plain], t["k_recent"][0, number])
+    queries = shown(t["q"][0], t["q"][0], t["q"][0])
+    torch.testing.assert_close(action.read(queries), squares)
+
+
+def test_actqkv_probes_are_means_before_a_thousand_windows() -> None:
+    case = cases("actqkv").args[1][1].values[0]
+    t, p = tensors("actqkv", case), case["params"]
+    none = torch.zeros(0, p["D"])
+    for window in range(p["T"]):
+        pages = Pages([none], [none], 1, 4, 1, "cosine")
+        probe = pages.probe(t[f"x_{window}"][None, None])
+        torch.testing.assert_close(probe[0], t[f"probe_{window}"], rtol=1e-4, atol=1e-5)
 
 
 def test_an_eviction_has_four_parts() -> None:

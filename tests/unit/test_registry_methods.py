@@ -51,6 +51,8 @@ AT_CACHE: dict[str, list[dict[str, Any]]] = {
     "duo_attention": [{"num_keep": 7, "gates": ((0.5, 1.0), (0.0, 0.25))}],
     "vl_cache": [{"keep_ratio": 0.5, "scope": "prompt", "own_windows": True}],
     "zipvl": [{}, {"tau": 0.9, "probe": 1.0}],
+    "zipcache": [{}, {"low": 0.6, "over": "probes"}],
+    "think": [{}, {"ratio": 0.5, "num_keep": 7}],
 }
 OTHERS |= AT_CACHE
 CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"num_keep": 7}])]

@@ -62,4 +62,9 @@ TABLE = {
     "look_m": "visprune.methods.look_m:LookM",
     "d2o": "visprune.methods.d2o:D2O",
     "kvmerger": "visprune.methods.kvmerger:KVMerger",
+    "zipcache": "visprune.methods.zipcache:ZipCache",
+    "kvquant": "visprune.methods.kvquant:KVQuant",
+    "think": "visprune.methods.think:ThinK",
+    "actqkv": "visprune.methods.actqkv:ActQKV",
+    "tokenselect": "visprune.methods.tokenselect:TokenSelect",
 }

@@ -27,6 +27,7 @@ from visprune.core.cache.scores import (
     smoothed,
 )
 from visprune.core.cache.seen import CacheSeen
+from visprune.core.cache.stored import DropChannels, Quantise, ReadPages
 from visprune.core.cache.trace import CacheTrace
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Compensate",
     "Counted",
     "Drop",
+    "DropChannels",
     "Eviction",
     "Gated",
     "HeadSlots",
@@ -53,6 +55,8 @@ __all__ = [
     "MergeNeighbours",
     "ProbeSums",
     "Pyramid",
+    "Quantise",
+    "ReadPages",
     "Recency",
     "Same",
     "Scope",

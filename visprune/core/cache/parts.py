@@ -202,12 +202,30 @@ class HeadSlots:
         value: ``[n, dv]``.
         index: the slot that each stands for, -1 where it is none of the prompt, ``[n]``.
         bias: what is added to the scores of each, ``[n]``; ``None``: nothing.
+        form: how those ``apart`` are stored: as ``"codes"``, ``"thin"`` (without some channels of
+            their keys) or in ``"pages"``.
+        apart: which are not plain, ``[n]`` bool; ``None``: none.
+        bits: of codes, of each slot, ``[n]``.
+        channels: of thin keys, those that stay.
+        layout: what else the form takes.
     """
 
     key: Tensor
     value: Tensor
     index: Tensor
     bias: Tensor | None = None
+    form: Literal["plain", "codes", "thin", "pages"] = "plain"
+    apart: Tensor | None = None
+    bits: Tensor | None = None
+    channels: Tensor | None = None
+    layout: tuple[Any, ...] = ()
+
+    @property
+    def plain(self) -> Tensor:
+        """Which slots are stored as they are, ``[n]`` bool."""
+        if self.apart is None:
+            return torch.ones(len(self.key), dtype=torch.bool, device=self.key.device)
+        return ~self.apart
 
 
 @dataclass(frozen=True)

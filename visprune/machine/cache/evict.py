@@ -16,7 +16,16 @@ from visprune.backbones.hf.probe import Attended, Wanted, watch
 from visprune.backbones.hf.ragged import RaggedLayer
 from visprune.backbones.hf.rotary import turns_halves
 from visprune.backbones.vlm.base import VLMAdapter
-from visprune.core.cache import Amount, CacheSeen, CacheStage, CacheTrace, Counted, Looked
+from visprune.core.cache import (
+    Amount,
+    CacheSeen,
+    CacheStage,
+    CacheTrace,
+    Counted,
+    Drop,
+    Gated,
+    Looked,
+)
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.cache.store import RowSlots, store
 from visprune.machine.choose import Observer
@@ -72,6 +81,14 @@ class CacheEviction:
             raise UnsupportedModel(
                 f"{name} evicts from layers that see the whole sequence, and "
                 f"{adapter.config.model_type} has none: each sees a window or keeps a state."
+            )
+
+        heads = isinstance(stage.eviction.budget, Gated) or type(stage.eviction.action) is not Drop
+        if heads and any(stores_latents(adapter, n) for n in self._layers):
+            raise UnsupportedModel(
+                f"{adapter.config.model_type} stores one latent for all heads, from which their "
+                f"keys and values are made; {name} treats heads apart, or changes keys. Use a "
+                f"method that drops slots, such as snapkv."
             )
 
     def install(self) -> list[Any]:
@@ -164,6 +181,8 @@ class CacheEviction:
         counted = Counted(int(seen.free.sum()), seen.prompt, pictures)
         amount: Amount = eviction.amount
         looked = eviction.look(seen, amount.resolve(counted))
+        if stores_latents(self._adapter, layer):
+            looked.score = looked.score.mean(0, keepdim=True)
         fwd.trace.spend(row, seen.spent)
         return looked
 
@@ -224,6 +243,11 @@ class CacheEviction:
 def evictable(adapter: VLMAdapter, layer: int) -> bool:
     """Whether a layer's cache grows with the sequence, whole."""
     return adapter.kind_of(layer) == "full_attention" and adapter.window(layer) is None
+
+
+def stores_latents(adapter: VLMAdapter, layer: int) -> bool:
+    """Whether a layer's cache holds latents, one for all heads (multi-head latent attention)."""
+    return getattr(adapter.attention(layer), "kv_lora_rank", None) is not None
 
 
 def _tail(looked: Looked) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.cache import Ledger, SlotLayer
-from visprune.backbones.hf.ragged import RaggedLayer, Segments
+from visprune.backbones.hf.ragged import RaggedLayer, Sealed, Segments
+from visprune.backbones.hf.sealed import Codes, Pages, Thin
 from visprune.core.cache import CacheTrace, HeadSlots
 from visprune.machine.decoder.forward import Forward
 
@@ -65,9 +66,10 @@ def store(
         _note_whole(entry, trace)
         return entry
     even = all(len(set(row.counts)) == 1 for row in rows)
-    biased = any(head.bias is not None for row in rows for head in row.heads)
+    heads = [head for row in rows for head in row.heads]
+    plain = all(head.bias is None and head.form == "plain" for head in heads)
     made: SlotLayer
-    if even and not biased:
+    if even and plain:
         made = _even(entry, rows, fwd, shared)
     else:
         made = _ragged(entry, rows, fwd, shared)
@@ -99,15 +101,43 @@ def _ragged(
     entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Ledger]
 ) -> SlotLayer:
     heads = [head for row in rows for head in row.heads]
+    count = len(rows[0].heads)
     segments = Segments(
-        [h.key.detach() for h in heads], [h.value.detach() for h in heads],
-        [h.bias for h in heads], len(rows[0].heads),
-    )  # fmt: skip
+        [h.key[h.plain].detach() for h in heads],
+        [h.value[h.plain].detach() for h in heads],
+        [None if h.bias is None else h.bias[h.plain] for h in heads],
+        count,
+    )
     tail = min(row.tail for row in rows)
     key = ("ragged", tail, id(entry.ledger))
     if key not in shared:
         shared[key] = _ledger(entry.ledger, rows, fwd, (tail,) * len(rows), tail, True)
-    return RaggedLayer(segments, shared[key])
+    return RaggedLayer(segments, shared[key], _sealed(heads, count))
+
+
+def _sealed(heads: list[HeadSlots], count: int) -> list[Sealed]:
+    """What is not plain of B x Hk heads; those of samples without a picture have none of it."""
+    like = next((head for head in heads if head.form != "plain"), None)
+    if like is None:
+        return []
+
+    def parts(level: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        chosen = [h.bits == level if level and h.bits is not None else ~h.plain for h in heads]
+        if level:
+            chosen = [c & ~h.plain for c, h in zip(chosen, heads, strict=True)]
+        keys = [h.key[c].detach() for h, c in zip(heads, chosen, strict=True)]
+        return keys, [h.value[c].detach() for h, c in zip(heads, chosen, strict=True)]
+
+    if like.form == "codes":
+        levels = {int(b) for h in heads if h.bits is not None for b in h.bits.unique()} - {0}
+        return [Codes(*parts(level), count, level, *like.layout) for level in sorted(levels)]
+    if like.form == "pages":
+        return [Pages(*parts(), count, *like.layout)]
+    assert like.channels is not None, "of thin keys"
+    channels = [like.channels if h.channels is None else h.channels for h in heads]
+    keys, values = parts()
+    thin = [key[:, at] for key, at in zip(keys, channels, strict=True)]
+    return [Thin(thin, values, channels, count)]
 
 
 def _ledger(

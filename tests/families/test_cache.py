@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache site on every family: what was dropped for a head, that head does not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import visprune
+from tests.contract.oracle import assert_close, error
+from tests.families.test_contract import GENERATE, batch, every_family
+from visprune.core.cache import CacheTrace
+from visprune.errors import UnsupportedModel
+from visprune.machine.find import find_adapter
+
+ALL_WINDOWS = ("idefics2_sliding",)
+LATENTS = ("kimi_k25",)
+
+
+@contextmanager
+def hiding(model: Any, trace: CacheTrace, valid: Tensor) -> Iterator[None]:
+    """Hide from each new token, layer by layer, what its heads have dropped of the prompt."""
+    adapter = find_adapter(model)
+    length = valid.shape[1]
+
+    def before(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] > 1 or trace.form[number] == "whole":
+            return None
+        heads = adapter.attention(number).config.num_attention_heads
+        seen = torch.zeros(len(valid), heads, 1, steps[number], dtype=torch.bool)
+        seen[..., length:] = True
+        for row in range(len(valid)):
+            kept = trace.kept[row][number]
+            for head in range(heads):
+                seen[row, head, 0, kept[head * len(kept) // heads]] = True
+        steps[number] += 1
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    steps = [length + 1] * len(adapter.layers)
+    with ExitStack() as stack:
+        for number, layer in enumerate(adapter.layers):
+            handle = layer.register_forward_pre_hook(partial(before, number), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@pytest.mark.parametrize("name", ["snapkv", "adakv"])
+@every_family
+@torch.no_grad()
+def test_dropping_equals_hiding_by_head(name: str, family: str, models: Any) -> None:
+    model, inputs = models(family, "eager"), batch(family)
+    if family in ALL_WINDOWS:
+        with pytest.raises(UnsupportedModel, match="has none: each sees a window"):
+            visprune.prune(model, name, num_keep=3)
+        return
+    plain = model.generate(**inputs, **GENERATE)
+    with visprune.prune(model, name, keep_ratio=1.0) as run:
+        same = model.generate(**inputs, **GENERATE)
+        assert set(run.trace.cache.form) == {"whole"}
+    assert all(torch.equal(a, b) for a, b in zip(same.logits, plain.logits, strict=True))
+    with visprune.prune(model, name, num_keep=3) as run:
+        got = model.generate(**inputs, **GENERATE)
+        trace = run.trace.cache
+    forms = {"snapkv": {"even"}, "adakv": {"ragged"}}[name]
+    forms = {"even"} if family in LATENTS else forms  # one latent serves all heads
+    assert set(trace.form) - {"whole"} == forms
+    assert torch.equal(got.logits[0], plain.logits[0])
+    new = got.sequences[:, inputs["input_ids"].shape[1] :]
+    forced = {**GENERATE, "prefix_allowed_tokens_fn": _forcing(new)}
+    with hiding(model, trace, inputs["attention_mask"].bool()):
+        want = model.generate(**inputs, **forced)
+    for mine, theirs in zip(got.logits, want.logits, strict=True):
+        assert_close(mine, theirs)
+    assert error(plain.logits[1][:2], want.logits[1][:2]) > 1e-4  # teeth
+
+
+def _forcing(tokens: Tensor) -> Any:
+    """Say the tokens of each row, whatever the scores."""
+    start: list[int] = []
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        if not start:
+            start.append(len(ids))
+        return [int(tokens[row, len(ids) - start[0]])]
+
+    return allowed
+
+
+@pytest.mark.parametrize("family", LATENTS)
+@pytest.mark.parametrize("name", ["duo_attention", "look_m", "kvquant"])
+def test_latents_are_not_treated_head_by_head(name: str, family: str, models: Any) -> None:
+    params = {} if name == "kvquant" else {"num_keep": 3}
+    with pytest.raises(UnsupportedModel, match="stores one latent for all heads"):
+        visprune.prune(models(family), name, **params)
