@@ -359,6 +359,11 @@ class VLMAdapter(Placeholders):
         """Side of the block of patches that the projector makes one token of."""
         return int(getattr(self.tower, "spatial_merge_size", 1))
 
+    @cached_property
+    def heads_all(self) -> bool:
+        """Whether the output head is applied to every token, in ``generate`` too."""
+        return "logits_to_keep" not in inspect.signature(self.model.forward).parameters
+
     @property
     def keeps_cls(self) -> bool:
         """Whether the class token is among the visual tokens."""

@@ -8,6 +8,7 @@ output are one picture, and where its tokens lie.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from visprune.backbones.hf.features import lengths
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.join import join
+from visprune.backbones.vlm.known import COUNTED
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
 from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
 from visprune.cost.cost import ModelShape
@@ -24,13 +26,13 @@ from visprune.errors import UnsupportedModel
 
 Kind = Literal["image", "video"]
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
-_PROJECTORS = ("multi_modal_projector", "aligner", "connector", "projector", "mm_projector")
-# Whose operations are those that a counter of matrix products sees.
-COUNTED: tuple[str, ...] = (
-    *("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge", "internvl", "qianfan_ocr"),
-    *("smolvlm", "idefics3", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
-    *("deepseek_vl", "janus", "vipllava"),
+_PROJECTORS = (
+    *("multi_modal_projector", "aligner", "connector", "projector", "mm_projector"),
+    "vision_projection",
 )
+_MERGERS = ("merger", "patch_merger", "connector")
+# Names that configs have for the side of a block of patches.
+_SIDES = ("spatial_merge_size", "scale_factor", "downsample_factor", "merge_kernel_size")
 _PIXELS = {
     "image": ("pixel_values", "pixel_values_images"),
     "video": ("pixel_values_videos", "pixel_values"),
@@ -76,17 +78,31 @@ class GenericAdapter(VLMAdapter):
     @property
     def projector(self) -> nn.Module:
         """What maps the encoder's tokens to the decoder's."""
-        merger = getattr(self.tower, "merger", None)
-        return merger if isinstance(merger, nn.Module) else self._part(_PROJECTORS, "projector")
+        inside = (getattr(self.tower, name, None) for name in _MERGERS)
+        merger = next((part for part in inside if isinstance(part, nn.Module)), None)
+        return self._part(_PROJECTORS, "projector") if merger is None else merger
+
+    @property
+    def projecting(self) -> list[nn.Module]:
+        """The projector, and one behind a merger that is a part of the encoder."""
+        beside = [getattr(self.core, name, None) for name in _PROJECTORS]
+        found = [self.projector, *(part for part in beside if isinstance(part, nn.Module))]
+        return list(dict.fromkeys(found))
 
     @property
     def merge(self) -> int:
         """Side of the block of patches that becomes one token."""
-        for config in (self.config.vision_config, self.config):
-            for name in ("spatial_merge_size", "scale_factor"):
-                if isinstance(getattr(config, name, None), int):
-                    return int(getattr(config, name))
+        vision = self.config.vision_config
+        for config in (vision, self.config):
+            for name in _SIDES:
+                value = getattr(config, name, None)
+                value = value[0] if isinstance(value, list | tuple) and value else value
+                if isinstance(value, int):
+                    return value
         shrunk = getattr(self.config, "downsample_ratio", None)
+        pooled = getattr(self.config, "mm_tokens_per_image", None)
+        if pooled is not None:
+            return int(vision.image_size // vision.patch_size // math.isqrt(pooled))
         return 1 if shrunk is None else round(1 / shrunk)
 
     def cost_shape(self) -> ModelShape:
@@ -99,7 +115,8 @@ class GenericAdapter(VLMAdapter):
         if kind not in COUNTED:
             raise UnsupportedModel(
                 f"What {kind} costs by token has not been compared with an independent count, so "
-                f"it is not told. Families of this adapter whose cost is: {', '.join(COUNTED)}."
+                f"it is not told. Families of this adapter whose cost is: {', '.join(COUNTED)}. "
+                f"Everything else of a run is (run.trace, run.kept)."
             )
         return super().cost_shape()
 

@@ -71,6 +71,15 @@ KNOWN: dict[str, tuple[str, str]] = {
     "minicpmv4_7": ("MiniCPM-V 4.7 (recurrent layers)", CLIPS),
 }
 
+# Families of the generic adapter whose operations are those that an independent counter sees.
+COUNTED: tuple[str, ...] = (
+    *("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge", "internvl", "qianfan_ocr"),
+    *("smolvlm", "idefics3", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
+    *("deepseek_vl", "janus", "vipllava", "llava_onevision", "llava_next_video", "video_llava"),
+    *("mistral3", "lighton_ocr", "kimi_k25", "hyperclovax_vision_v2", "gemma3", "exaone4_5"),
+    *("aya_vision", "cohere2_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
+)
+
 
 def table() -> str:
     """The families as a table in Markdown."""

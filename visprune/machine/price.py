@@ -59,7 +59,7 @@ def run_cost(
     if inputs is not None:
         run.trace.tokens_per_layer = []
         with torch.no_grad():
-            run.adapter.model(**inputs, logits_to_keep=1)
+            run.adapter.model(**inputs, **({} if run.adapter.heads_all else {"logits_to_keep": 1}))
     counts = [new_tokens] * len(run.trace.tokens_per_layer)
     return sum(sample_costs(run, new_tokens=counts, causal=causal, padded=True), Cost(samples=0))
 
@@ -121,6 +121,7 @@ def sample_costs(
             cached=cached,
             grids=grids,
             dtype=dtype,
+            head_rows=sequence[-1] if run.adapter.heads_all else 1,
             decode_steps=max(0, new_tokens[row] - 1),
             selection=spent,
             causal=causal,
@@ -165,6 +166,7 @@ def prompt_costs(
             tokens_per_layer=int(length),
             grids=[grid for x in layouts if x.row == row for grid in x.picture.grids],
             dtype=dtype,
+            head_rows=int(length) if adapter.heads_all else 1,
             decode_steps=max(0, new_tokens[row] - 1),
             causal=causal,
         )
