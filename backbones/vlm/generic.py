@@ -115,8 +115,7 @@ class GenericAdapter(VLMAdapter):
         if kind not in COUNTED:
             raise UnsupportedModel(
                 f"What {kind} costs by token has not been compared with an independent count, so "
-                f"it is not told. Families of this adapter whose cost is: {', '.join(COUNTED)}. "
-                f"Everything else of a run is (run.trace, run.kept)."
+                f"it is not told. Families of this adapter whose cost is: {', '.join(COUNTED)}."
             )
         return super().cost_shape()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
+from visprune.errors import UnsupportedModel
 from visprune.eval.models.base import Request
 from visprune.eval.models.held import Held
 from visprune.machine.run import Run
@@ -93,12 +94,15 @@ class Encodings:
                 return None
             prepared.append(known)
         inputs = self._ids(texts, [one.span for one in prepared], typed=prepared[0].typed)
-        encoded = EncodedImages(
-            [
+        try:
+            each = [
                 self._encode(one, request, run).features[0]
                 for one, request in zip(prepared, requests, strict=True)
             ]
-        )
+        except UnsupportedModel:  # no one tensor a picture (tiles), or more beside it
+            self.shares = False
+            return None
+        encoded = EncodedImages(each)
         for name in prepared[0].images:
             if name != "pixel_values":
                 inputs[name] = torch.cat([one.images[name] for one in prepared])

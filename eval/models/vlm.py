@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import Picture
 from visprune.backbones.vlm.seen import Canvas, Seen
 from visprune.catalog import adapters
 from visprune.core.method import PruningMethod
@@ -34,6 +36,7 @@ from visprune.eval.models.seen import describe_seen, pad_to_square, seen_of_reco
 from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.refcoco import RefCOCO
+from visprune.machine.encoder.tap import listening
 from visprune.machine.find import find_adapter, unwrap
 from visprune.machine.price import prompt_costs, sample_costs
 from visprune.machine.run import Run
@@ -120,7 +123,10 @@ class VLM:
         """What the untouched model costs by token; ``None`` where that cannot be counted."""
         try:
             return None if self.adapter is None else self.adapter.cost_shape()
-        except UnsupportedModel:
+        except UnsupportedModel as error:
+            warnings.warn(
+                f"The cost of {self.name} stays empty: {error}", UserWarning, stacklevel=2
+            )
             return None
 
     def refusal(self, choice: Choice, task: Task) -> str | None:
@@ -209,22 +215,26 @@ class VLM:
         if shared is not None:
             inputs, layouts = shared
         else:
-            inputs = self.inputs(requests, style)
-            pictured = all(request.image is not None for request in requests)
-            layouts = self._layouts(inputs) if pictured else []
-        ids = self.model.generate(**inputs, **generation)
+            inputs, layouts = self.inputs(requests, style), []
+        with self._heard(shared is None and run is None) as heard:
+            ids = self.model.generate(**inputs, **generation)
+        if heard and self.adapter is not None:
+            layouts = self.adapter.layouts(dict(inputs), {"image": heard})
         new = ids[:, inputs["input_ids"].shape[1] :].cpu()
         counts = [self.length(row, generation) for row in new]
         said = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         costs: list[Cost | None] = [None] * len(requests)
         tokens: list[float | None] = [None] * len(requests)
+        shape = self._shape
         if run is not None:
-            costs = [*sample_costs(run, new_tokens=counts, shape=self._shape)]
+            if shape is not None:
+                costs = [*sample_costs(run, new_tokens=counts, shape=shape)]
             tokens = [*run.trace.mean_tokens]
         elif self.adapter is not None:
-            costs = [
-                *prompt_costs(self.adapter, inputs, layouts, new_tokens=counts, shape=self._shape)
-            ]
+            if shape is not None:
+                costs = [
+                    *prompt_costs(self.adapter, inputs, layouts, new_tokens=counts, shape=shape)
+                ]
             seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
             tokens = [float(count) for count in seen]
         kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]
@@ -321,13 +331,14 @@ class VLM:
             messages, tokenize=False, add_generation_prompt=True
         )
 
-    def _layouts(self, inputs: Mapping[str, Any]) -> list[Any]:
-        if self.adapter is None:
-            return []
-        pictures = self.adapter.pictures(dict(inputs), "image")
-        for picture in pictures:
-            picture.pixels = None
-        return self.adapter.layouts(dict(inputs), {"image": pictures})
+    @contextmanager
+    def _heard(self, wanted: bool) -> Iterator[list[Picture]]:
+        """The pictures that the untouched model encodes meanwhile, where they are wanted."""
+        if not wanted or self.adapter is None:
+            yield []
+            return
+        with listening(self.adapter) as heard:
+            yield heard
 
     def length(self, row: Tensor, generation: Mapping[str, Any]) -> int:
         """Tokens up to the first end, which counts."""

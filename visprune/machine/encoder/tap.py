@@ -6,7 +6,8 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -226,6 +227,19 @@ class EncoderTap:
             own = patches[picture.source.to(patches.device)]
             # Of a token that is made of several patches, their mean.
             picture.signals[signal] = own if picture.source.dim() == 1 else own.mean(1)
+
+
+@contextmanager
+def listening(adapter: VLMAdapter) -> Iterator[list[Picture]]:
+    """Note the pictures that a model encodes meanwhile, in order; nothing is pruned."""
+    heard: list[Picture] = []
+    tap = EncoderTap(adapter, ())
+    tap.finish = heard.extend
+    tap.install()
+    try:
+        yield heard
+    finally:
+        tap.remove()
 
 
 def _refer(
