@@ -29,7 +29,7 @@ def read_encoder(tower: nn.Module, projectors: Sequence[nn.Module] = ()) -> Enco
     Raises:
         UnsupportedModel: It holds what cannot be counted.
     """
-    name, blocks = _stack(tower)
+    name, blocks = stack(tower)
     layers = tuple(_layer(block, _side(tower, number)) for number, block in enumerate(blocks))
     skipped = {id(m) for part in _projecting(tower, projectors) for m in part.modules()}
     skipped |= {id(m) for m in blocks.modules()}
@@ -95,7 +95,7 @@ def _joining(tower: nn.Module) -> list[nn.Module]:
     return [part for part, has in own if has.get("kernel_size") == has.get("stride") == block]
 
 
-def _stack(tower: nn.Module) -> tuple[str, nn.ModuleList]:
+def stack(tower: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of layers, by name: the one whose every module attends."""
     found: dict[str, nn.ModuleList] = {}
     for name, part in tower.named_modules():

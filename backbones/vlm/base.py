@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from visprune.backbones.cost.decoder import read_decoder
 from visprune.backbones.cost.encoder import read_encoder, read_projector
-from visprune.backbones.encoders.base import EncoderAdapter
+from visprune.backbones.encoders.base import EncoderAdapter, Layer
 from visprune.backbones.vlm.deepstack import take_out
+from visprune.backbones.vlm.picture import Picture
 from visprune.backbones.vlm.placeholders import Placeholders
 from visprune.backbones.vlm.seen import Canvas, fit_to_square
 from visprune.core.method import ModelSpec
@@ -212,9 +213,14 @@ class VLMAdapter(Placeholders):
     # Where the encoder is read -----------------------------------------------------------------
 
     @property
+    def read_encoder(self) -> Any:
+        """The encoder as signals are read of it, ``None`` where they are not."""
+        return self.encoder
+
+    @property
     def encoder_prefix(self) -> int:
         """Tokens before the patches in the encoder's layers."""
-        return 0 if self.encoder is None else self.encoder.prefix
+        return 0 if self.read_encoder is None else self.read_encoder.prefix
 
     def encoder_layer(self, which: EncoderLayer) -> int:
         """The 0-based number of a layer that a signal names.
@@ -222,7 +228,7 @@ class VLMAdapter(Placeholders):
         Raises:
             ConfigError: there is no such layer.
         """
-        count = 0 if self.encoder is None else len(self.encoder.layers)
+        count = 0 if self.read_encoder is None else len(self.read_encoder.layers)
         number = {"last": count - 1, "feature": self.encoder_end}.get(str(which), which)
         if isinstance(number, float) and 0.0 < number < 1.0:
             number = Site.encoder(number).resolve(count)
@@ -238,13 +244,17 @@ class VLMAdapter(Placeholders):
         self, layer: int, record: Callable[[Tensor, Tensor, float], None]
     ) -> list[Any]:
         """Show queries and keys ``[P, H, T, d]`` of an encoder layer, and the scale of scores."""
-        assert self.encoder is not None, "refused before"
-        return self.encoder.watch(layer, record)
+        assert self.read_encoder is not None, "refused before"
+        return self.read_encoder.watch(layer, record)
 
     def encoder_block(self, layer: int) -> nn.Module:
         """The module of an encoder layer, whose output leaves it."""
-        assert self.encoder is not None, "refused before"
-        return self.encoder.layers[layer].block
+        assert self.read_encoder is not None, "refused before"
+        found: Any = self.read_encoder.layers[layer]
+        return found.block if isinstance(found, Layer) else found
+
+    def find_sources(self, pictures: list[Picture]) -> None:
+        """Say of pictures that were just encoded which patches their tokens are made of."""
 
     # Where the decoder is read -----------------------------------------------------------------
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.hf.features import lengths
-from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.known import COUNTED
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
+from visprune.backbones.vlm.shown import ReadAdapter
 from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
 from visprune.cost.cost import ModelShape
 from visprune.errors import UnsupportedModel
@@ -39,18 +39,13 @@ _PIXELS = {
 }
 
 
-class GenericAdapter(VLMAdapter):
+class GenericAdapter(ReadAdapter):
     """A family whose encoder makes one entry of each picture or clip.
 
     Positions come from the grids that the processor gives; without them from the number of tokens
     and the shape of the picture, in raster order (``Picture.placed`` is then ``"guessed"``, unless
     the cells come out square).
-
-    Attributes:
-        queries: whether the tokens are learned queries and no patches: they stand in a line.
     """
-
-    queries: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         if not hasattr(getattr(model, "model", None), "get_image_features"):
@@ -128,11 +123,6 @@ class GenericAdapter(VLMAdapter):
             f"The {what} of {type(self.model).__name__} is not known: it is none of "
             f"{', '.join(names)}."
         )
-
-    @property
-    def no_encoder(self) -> str:
-        """Why there is no encoder."""
-        return f"which of the tokens of {self.config.model_type} is which patch is not known"
 
     # Pictures --------------------------------------------------------------------------------
 

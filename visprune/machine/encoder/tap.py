@@ -176,6 +176,7 @@ class EncoderTap:
         kind = self.adapter.encodes(kind, given, current.call)
         pieces = self.adapter.pieces(given, kind, output)
         pictures = [piece for entry in pieces for piece in entry]
+        self.adapter.find_sources(pictures)
         if self.finish is not None:
             self.finish(pictures)
         for picture in pictures:
