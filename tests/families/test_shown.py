@@ -99,8 +99,8 @@ def attention_maps(model: Any, inputs: dict[str, Any], layer: int) -> Tensor:
 def test_signals_are_means_over_the_patches_of_a_token(
     family: str, attention: str, models: Any
 ) -> None:
-    inputs = tiny.inputs(family, [[3, "a", 6], [2, "b", 4]])  # of one size
     model, eager = models(family, attention), models(family, "eager")
+    inputs = tiny.inputs(family, [[3, "a", 6], [2, "b", 4]])  # of one size
     adapter = find_adapter(eager)
     layer, prefix = adapter.encoder_end, adapter.encoder_prefix
     with torch.no_grad(), listening(adapter) as heard:
