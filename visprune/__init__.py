@@ -16,7 +16,7 @@ _LAZY = {
     "runs": "visprune.machine.run",
     "get_method": "visprune.catalog",
     "list_methods": "visprune.catalog",
-    "list_models": "visprune.catalog",
+    "list_models": "visprune.machine.listing",
     "check": "visprune.eval.check.run",
     "encode_images": "visprune.machine.sharing",
     "evaluate": "visprune.eval.evaluate",
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from visprune import ops as ops
     from visprune.catalog import get_method as get_method
     from visprune.catalog import list_methods as list_methods
-    from visprune.catalog import list_models as list_models
     from visprune.eval.check.run import check as check
     from visprune.eval.evaluate import evaluate as evaluate
+    from visprune.machine.listing import list_models as list_models
     from visprune.machine.run import Run as Run
     from visprune.machine.run import prune as prune
     from visprune.machine.run import remove as remove

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from visprune.backbones.encoders import TABLE as ENCODERS
 from visprune.backbones.vlm import TABLE as ADAPTERS
-from visprune.backbones.vlm.known import KNOWN
 from visprune.core.checked import check_parameters
 from visprune.core.numeric import plain
 from visprune.core.registry import Registry
@@ -29,7 +28,7 @@ def list_methods() -> list[str]:
     return list(methods.names())
 
 
-def list_models(kind: Literal["vlm", "vit"] = "vlm") -> list[str]:
+def model_names(kind: Literal["vlm", "vit"] = "vlm") -> list[str]:
     """Model families that have an adapter.
 
     Args:
@@ -37,11 +36,6 @@ def list_models(kind: Literal["vlm", "vit"] = "vlm") -> list[str]:
             transformers, by library and class.
     """
     return list((encoders if kind == "vit" else adapters).names())
-
-
-def known_models(family: str) -> str:
-    """What users know a family by, and what it takes; empty for one of another package."""
-    return "; ".join(KNOWN.get(family, ()))
 
 
 def check_method(name: str) -> None:

@@ -81,7 +81,36 @@ COUNTED: tuple[str, ...] = (
 )
 
 
+# Whose image encoder can be read, with a class token or without: shown by tests that change one
+# patch and look which token changes.
+CLASS_TOKEN: tuple[str, ...] = ("llava", "llava_next", "internvl", "qianfan_ocr", "vipllava")
+READ: tuple[str, ...] = (
+    *CLASS_TOKEN,
+    *("deepseek_vl", "janus", "gemma3", "idefics3", "smolvlm", "aya_vision", "cohere2_vision"),
+)
+# What tokens can leave inside of.
+REDUCED: tuple[str, ...] = ("llava", "llava_next")
+# The first families: every method is tested on them, and their cost is counted.
+FIRST: tuple[str, ...] = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
+
+
+def signals(family: str) -> tuple[str, ...]:
+    """What a family can show of its image encoder."""
+    own = ("class token",) if family in CLASS_TOKEN else ()
+    return (*own, "attention", "features") if family in READ else ()
+
+
+def proof(family: str) -> str:
+    """How it was proved that a dropped token is a hidden one."""
+    return "every method" if family in FIRST else "methods of each kind"
+
+
 def table() -> str:
     """The families as a table in Markdown."""
-    rows = [f"| `{kind}` | {models} | {shown} |" for kind, (models, shown) in KNOWN.items()]
-    return "\n".join(["| `model_type` | models | takes |", "|---|---|---|", *rows])
+    rows = [
+        f"| `{kind}` | {models} | {shown} | {', '.join(signals(kind)) or 'no'} | "
+        f"{'yes' if kind in (*FIRST, *COUNTED) else 'no'} | {proof(kind)} |"
+        for kind, (models, shown) in KNOWN.items()
+    ]
+    head = "| `model_type` | models | takes | shows of its encoder | cost | proved with |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])

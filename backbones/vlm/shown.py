@@ -20,14 +20,8 @@ from visprune.backbones.cost.encoder import stack
 from visprune.backbones.encoders.base import ShownQK
 from visprune.backbones.hf.probe import Attended, Wanted, watch
 from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.known import READ
 from visprune.backbones.vlm.picture import Picture
-
-# Families of the generic adapter with such an encoder: shown by tests that change one patch and
-# look which token changes.
-SHOWN: tuple[str, ...] = (
-    *("internvl", "qianfan_ocr", "vipllava", "deepseek_vl", "janus", "gemma3"),
-    *("idefics3", "smolvlm", "aya_vision", "cohere2_vision"),
-)
 
 _CLASS_TOKENS = ("class_embedding", "cls_token")
 
@@ -90,7 +84,7 @@ class ReadAdapter(VLMAdapter):
     @cached_property
     def read_encoder(self) -> ShownEncoder | None:  # type: ignore[override]
         """The encoder as signals are read of it."""
-        if self.config.model_type not in SHOWN:
+        if self.config.model_type not in READ:
             return None
         vision = self.config.vision_config
         sizes = (vision.image_size, vision.patch_size)

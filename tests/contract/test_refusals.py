@@ -29,10 +29,11 @@ from tests.contract.cases import (
     everything,
 )
 from tests.contract.test_removal import state
+from visprune.catalog import model_names
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel, VispruneError
 
 BUDGETED = [name for name in METHODS if name not in NO_BUDGET]
-FAMILY_LIST = ", ".join(visprune.list_models())
+FAMILY_LIST = ", ".join(model_names())
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import nn
 import visprune
 from tests import tiny
 from tests.contract.cases import ALL_PAIRS, UNSUPPORTED, batch, every_family, every_pair, few
+from visprune.catalog import model_names
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs",
          "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks",
@@ -128,4 +129,4 @@ def test_an_unsupported_pair_is_refused(name: str, family: str, models: Any) -> 
 def test_the_families_of_the_suite_are_in_the_registry() -> None:
     # tests/families has the others.
     assert {family for _, family in ALL_PAIRS} == set(tiny.FAMILIES)
-    assert set(tiny.FAMILIES) < set(visprune.list_models())
+    assert set(tiny.FAMILIES) < set(model_names())

@@ -18,6 +18,7 @@ from tests.encoders import small
 from visprune.backbones import encoders
 from visprune.backbones.encoders import REFUSED
 from visprune.backbones.encoders.tables import tables
+from visprune.catalog import model_names
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel
 
 
@@ -125,7 +126,7 @@ def test_image_encoders_of_transformers_without_an_adapter() -> None:
         assert message.startswith(f"{kind} ({model.config.model_type}) takes pictures alone")
         assert "has no adapter" in message
         assert "text-only" not in message
-        for name in (*visprune.list_models("vit"), *visprune.list_models()):
+        for name in (*model_names("vit"), *model_names()):
             assert name.removeprefix("transformers.") in message
 
 

@@ -16,14 +16,14 @@ from tests.contract.test_signals import looked
 from tests.families import tiny
 from visprune.backbones.cost.attention import find_attention
 from visprune.backbones.hf.features import entries
-from visprune.backbones.vlm.shown import SHOWN
+from visprune.backbones.vlm.known import CLASS_TOKEN, FIRST, READ
 from visprune.core import Site
 from visprune.core.signals import ClsAttention, EncoderFeatures, EncoderKeys, ReceivedAttention
 from visprune.errors import UnsupportedModel
 from visprune.machine.encoder.tap import listening
 from visprune.machine.find import find_adapter
 
-CLASS_TOKEN = ("internvl", "qianfan_ocr", "vipllava")
+SHOWN = tuple(name for name in READ if name not in FIRST)  # those have tests of their own
 ROWS = [[3, "a", 6], [2, "B", 4]]
 every_shown = pytest.mark.parametrize("family", SHOWN)
 
@@ -149,7 +149,7 @@ def test_features_and_keys_of_the_encoder(family: str, models: Any) -> None:
 
 @torch.no_grad()
 def test_a_method_of_the_class_token_runs_where_there_is_one(models: Any) -> None:
-    for family in CLASS_TOKEN:
+    for family in set(CLASS_TOKEN) - set(FIRST):
         model, inputs = models(family), tiny.inputs(family, [[3, "a", 6]])
         with visprune.prune(model, "visionzip", num_keep=4) as run:
             model(**inputs)

@@ -16,6 +16,7 @@ import visprune
 from tests.contract.oracle import alive, assert_close, forwards
 from tests.families import tiny
 from tests.families.oracle import hidden_logits
+from visprune.catalog import model_names
 from visprune.errors import ConfigError, UnsupportedModel
 
 
@@ -147,7 +148,7 @@ def test_a_model_without_a_decoder_that_is_found_is_refused_at_once() -> None:
     message = str(caught.value)
     assert "HouseForConditionalGeneration (house_vl) has no adapter" in message
     assert "has no decoder of its own" in message
-    assert ", ".join(visprune.list_models()) in message
+    assert ", ".join(model_names()) in message
     assert state(model) == before
 
 

@@ -7,7 +7,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -169,12 +169,34 @@ def methods() -> None:
 
 
 @app.command()
-def models() -> None:
-    """List the model families that can be pruned, one line each."""
-    from visprune.catalog import adapters, encoders, known_models
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="A family, to be told all of it.", show_default="all")
+    ] = None,
+) -> None:
+    """List the model families and encoders that can be pruned; of one, the methods it takes."""
+    from visprune.machine.listing import list_models
 
-    _print_registry(adapters, known_models)
-    _print_registry(encoders)
+    rows = {row.name: row for row in list_models()}
+    if name is None:
+        _print_lines({key: str(row) for key, row in rows.items()})
+        return
+    if name not in rows:
+        raise ConfigError(
+            f"Unknown model family {name!r}.{did_you_mean(name, rows)} Known: {', '.join(rows)}. "
+            f"Others of transformers are tried with a generic adapter: visprune check MODEL."
+        )
+    row = rows[name]
+    _print_lines(
+        {
+            "models": row.models,
+            "takes": row.takes,
+            "shows": ", ".join(row.signals) or "nothing of its encoder",
+            "cost": "counted" if row.cost else "not known",
+            "proved": f"on tiny models, with {row.proved}",
+            "methods": ", ".join(row.methods),
+        }
+    )
 
 
 @app.command()
@@ -250,12 +272,17 @@ def _drawings() -> dict[str, str]:
     return {"neighborhood_attention": "visprune.eval.show.neighborhood_attention"}
 
 
-def _print_registry(registry: Registry, told: Callable[[str], str] = lambda name: "") -> None:
-    """Print each name with what is told of it, or the first line of its docstring."""
-    width = max((len(name) for name in registry), default=0)
+def _print_registry(registry: Registry) -> None:
+    """Print each name with the first line of its docstring."""
+    _print_lines({name: registry.summary(name) for name in registry})
+
+
+def _print_lines(told: Mapping[str, str]) -> None:
+    """Print each name with what is told of it."""
+    width = max((len(name) for name in told), default=0)
     console = Console(highlight=False)
-    for name in registry:
-        row = Text(f"{name:<{width}}  {told(name) or registry.summary(name)}")
+    for name, text in told.items():
+        row = Text(f"{name:<{width}}  {text}")
         if console.is_terminal:  # a pipe gets the whole line
             row.truncate(console.width, overflow="ellipsis")
         console.print(row, soft_wrap=True)

@@ -12,7 +12,7 @@ from torch import nn
 from visprune.backbones.encoders import AROUND, REFUSED
 from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
 from visprune.backbones.vlm.generic import TriedAdapter
-from visprune.catalog import adapters, encoders, list_models
+from visprune.catalog import adapters, encoders, model_names
 from visprune.errors import UnsupportedModel
 
 # In the names of what a transformers model's forward takes.
@@ -94,7 +94,7 @@ def _around(model: Any, lineage: list[str]) -> Any | None:
 
 
 def _encoders_there_are() -> str:
-    names = list_models("vit")
+    names = model_names("vit")
     bare = ", ".join(name.removeprefix("transformers.") for name in names)
     return f"Vision transformers with an adapter: {bare}."
 
@@ -106,7 +106,7 @@ def find_adapter(model: Any) -> Any:
         UnsupportedModel: it is not a vision-language model with an adapter; says which have one.
     """
     inner = unwrap(model)
-    have = f"Families with an adapter: {', '.join(list_models())}."
+    have = f"Families with an adapter: {', '.join(model_names())}."
     if not isinstance(inner, nn.Module):
         raise UnsupportedModel(f"prune takes a model, got {type(model).__name__}. {have}")
     config = getattr(inner, "config", None)
