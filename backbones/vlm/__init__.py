@@ -47,7 +47,7 @@ TABLE = {
     "video_llama_3": _GENERIC,
     "hyperclovax_vision_v2": _GENERIC,
     "paddleocr_vl": _GENERIC,
-    "ovis2": "visprune.backbones.vlm.generic:MarkedTilesAdapter",
+    "ovis2": "visprune.backbones.vlm.generic:OvisAdapter",
     "fast_vlm": _GENERIC,
     "deepseek_vl": _GENERIC,
     "deepseek_vl_hybrid": _GENERIC,

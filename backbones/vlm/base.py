@@ -17,6 +17,7 @@ from visprune.backbones.encoders.base import EncoderAdapter, Layer
 from visprune.backbones.vlm.deepstack import take_out
 from visprune.backbones.vlm.picture import Picture
 from visprune.backbones.vlm.placeholders import Placeholders
+from visprune.backbones.vlm.regions import Region
 from visprune.backbones.vlm.seen import Canvas, fit_to_square
 from visprune.core.method import ModelSpec
 from visprune.core.signals.base import EncoderLayer
@@ -209,6 +210,17 @@ class VLMAdapter(Placeholders):
         if self.encoder is not None:
             return self.encoder.lacking
         return {"encoder_attention": self.no_encoder, "encoder_features": self.no_encoder}
+
+    def regions(self, count: int, size: tuple[int, int]) -> list[Region]:
+        """What the values of ``t`` of a picture's tokens are, for drawings.
+
+        Args:
+            count: how many there are.
+            size: width and height of the picture.
+        """
+        if count == 2:
+            return [Region("thumbnail"), Region("full picture")]
+        return [Region("full picture")] * count
 
     # Where the encoder is read -----------------------------------------------------------------
 

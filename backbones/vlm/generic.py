@@ -19,6 +19,7 @@ from visprune.backbones.hf.features import lengths
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.known import COUNTED
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
+from visprune.backbones.vlm.regions import Region, tiled
 from visprune.backbones.vlm.shown import ReadAdapter
 from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
 from visprune.cost.cost import ModelShape
@@ -250,9 +251,15 @@ class TilesAdapter(GenericAdapter):
 
     Attributes:
         between: tokens between two tiles of one picture, at most.
+        thumbnail: where among the tiles the whole picture stands.
     """
 
     between: ClassVar[int] = 0
+    thumbnail: ClassVar[Literal["first", "last"]] = "last"
+
+    def regions(self, count: int, size: tuple[int, int]) -> list[Region]:
+        """Tiles row by row, and the whole picture."""
+        return tiled(count, size, self.thumbnail)
 
     def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
         """Put tiles together that lie close enough."""
@@ -263,9 +270,19 @@ class TilesAdapter(GenericAdapter):
 
 
 class MarkedTilesAdapter(TilesAdapter):
-    """One mark between two tiles (Ovis 2); an end and a start between two pictures."""
+    """One mark between two tiles; an end and a start between two pictures."""
 
     between = 1
+
+
+class OvisAdapter(MarkedTilesAdapter):
+    """Ovis 2: the whole picture comes before its tiles."""
+
+    def regions(self, count: int, size: tuple[int, int]) -> list[Region]:
+        """The whole; its processor lays tiles out by the area that they cover, not by shape."""
+        if count == 1:
+            return [Region("full picture")]
+        return [Region("thumbnail"), *[Region("tile", None)] * (count - 1)]
 
 
 class RowsAdapter(TilesAdapter):

@@ -55,6 +55,8 @@ class RealTilesAdapter(NamedTilesAdapter):
 class PerceptionAdapter(TilesAdapter):
     """Perception LM: clips are encoded as pictures are, frame by frame."""
 
+    thumbnail = "first"
+
     def encodes(
         self,
         kind: Literal["image", "video"],

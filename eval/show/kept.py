@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from visprune.core.trace import Trace
 from visprune.errors import ConfigError
 
-__all__ = ["KeptMap", "kept_of", "paint", "place", "seen_part"]
+__all__ = ["KeptMap", "kept_of", "mosaic", "paint", "place", "seen_part"]
 
 _VEIL = np.array([236, 236, 240], np.float32)
 _KEPT = np.array([0, 0, 0], np.float32)
@@ -50,12 +50,17 @@ def kept_of(trace: Trace) -> KeptMap:
     """Where the tokens of the one picture of a forward went.
 
     Raises:
-        ConfigError: it held not exactly one picture.
+        ConfigError: it held not exactly one picture, or its tokens are no patches.
     """
     if len(trace.kept) != 1:
         raise ConfigError(
             f"A drawing shows exactly one picture; the last forward held {len(trace.kept)}. Run "
             f"one, alone."
+        )
+    if trace.placed and trace.placed[0] == "queries":
+        raise ConfigError(
+            "The visual tokens of this model are learned queries, which are no patches of the "
+            "picture: there is nothing to draw. run.kept has their numbers."
         )
     return KeptMap(pos=trace.all_pos[0].cpu(), dest=trace.slots[0].cpu(), index=trace.kept[0].cpu())
 
@@ -150,6 +155,24 @@ def place(picture: Image.Image, painted: np.ndarray, box: Box | None) -> np.ndar
         left, top, right, bottom = pixels(part)
         _frame(out, (slice(top, bottom), slice(left, right)), _KEPT, 0.7, width=2)
     return out
+
+
+def mosaic(picture: Image.Image, kept: KeptMap, boxes: Mapping[int, Box]) -> np.ndarray:
+    """Paint the tiles that a picture was cut into, each where it lies on it, about 700 high.
+
+    Args:
+        picture: the picture.
+        kept: where the tokens went.
+        boxes: of each tile (a value of ``t``), in fractions of the picture; together they cover it.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
+    """
+    tops = sorted({box[1] for box in boxes.values()})
+    cell = max(4, 700 // (len(tops) * kept.grid(min(boxes))[0]))
+    painted = {t: paint(seen_part(picture, box), kept, t, cell) for t, box in boxes.items()}
+    rows = [[painted[t] for t, box in boxes.items() if box[1] == top] for top in tops]
+    return np.concatenate([np.concatenate(row, 1) for row in rows])
 
 
 def _veil(canvas: np.ndarray, strength: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from visprune.backbones.vlm.regions import WHOLE, Region
 from visprune.backbones.vlm.seen import Seen
 from visprune.catalog import get_method, parameters
 from visprune.catalog import methods as method_registry
@@ -20,7 +21,7 @@ from visprune.eval.models.load_vlm import load
 from visprune.eval.models.seen import describe_seen
 from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture
-from visprune.eval.show.kept import KeptMap, kept_of, paint, place, seen_part
+from visprune.eval.show.kept import KeptMap, kept_of, mosaic, paint, place, seen_part
 from visprune.eval.tasks.base import Sample
 from visprune.machine.plan import inside_only
 from visprune.machine.run import Run, prune
@@ -80,7 +81,8 @@ def show(
         answer = _answer(loaded, processor, inputs, max_new_tokens)
     kept = kept_of(run.trace)
     notes = _notes(run, chosen, kept) + own_notes
-    _draw(image, vlm.seen(image.size), kept, (unpruned, answer), target,
+    regions = run.adapter.regions(len(kept.regions), image.size)
+    _draw(image, vlm.seen(image.size), regions, kept, (unpruned, answer), target,
           title=f"“{question}”", note=" ".join(notes))  # fmt: skip
     print(f"{question}\n  all {len(kept.dest)} visual tokens: {unpruned}")
     print(f"  {len(kept.index)} kept by {method}: {answer}", *notes, f"Drawn: {target}", sep="\n")
@@ -91,22 +93,29 @@ def show(
 
 
 def _draw(
-    image: Image.Image, seen: Seen, kept: KeptMap, answers: tuple[str, str], target: Path,
-    **texts: str,
+    image: Image.Image, seen: Seen, regions: list[Region], kept: KeptMap, answers: tuple[str, str],
+    target: Path, **texts: str,
 ) -> None:  # fmt: skip
     """Draw the picture with the unpruned answer, and its regions with the pruned one.
 
-    Where the grid covers a part of the picture, or is out of shape, it is drawn where it lies.
+    Where the grid covers a part of the picture, or is out of shape, it is drawn where it lies;
+    tiles are put together to the picture that they are cut from.
     """
     part = seen_part(image, seen.box)
+    places = dict(zip(kept.regions, regions, strict=True))
+    whole = [t for t, region in places.items() if region.box == WHOLE]
+    boxes = {t: place.box for t, place in places.items() if place.box not in (WHOLE, None)}
     panels = []
-    for region in kept.regions:
-        painted = paint(part, kept, region, _cell(kept, region))
+    for t in whole:
+        painted = paint(part, kept, t, _cell(kept, t))
         if len(kept.regions) == 1:
             painted = place(image, painted, seen.box)
-        panels.append(Panel(painted, _caption(kept, region, answers[1])))
-    whole = np.asarray(image) if seen.box is None else place(image, np.asarray(part), seen.box)
-    shown_picture(Panel(whole, f"all {len(kept.dest)} tokens: “{answers[0]}”"), panels, target,
+        panels.append(Panel(painted, _caption(kept, [t], places[t].name)))
+    if boxes:
+        panels.append(Panel(mosaic(part, kept, boxes), _caption(kept, [*boxes], "tiles")))
+    panels[-1] = Panel(panels[-1].image, f"{panels[-1].text}: “{answers[1]}”")
+    full = np.asarray(image) if seen.box is None else place(image, np.asarray(part), seen.box)
+    shown_picture(Panel(full, f"all {len(kept.dest)} tokens: “{answers[0]}”"), panels, target,
                   **texts)  # fmt: skip
 
 
@@ -177,7 +186,8 @@ def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: 
 def _notes(run: Run, method: PruningMethod, kept: KeptMap) -> list[str]:
     """What happened, from the trace: counts, mean over layers, whether a stage fired."""
     mean = sum(run.trace.tokens_per_layer[0]) / len(run.trace.tokens_per_layer[0])
-    notes = [
+    guessed = run.trace.placed[:1] == ["guessed"]
+    notes = ["The grid is guessed from the number of tokens."] * guessed + [
         f"{method.name}: {len(kept.index)} of {len(kept.dest)} visual tokens kept, {mean:.1f} in "
         f"the mean over decoder layers."
     ]
@@ -210,13 +220,11 @@ def _cell(kept: KeptMap, region: int) -> int:
     return max(8, 700 // kept.grid(region)[0])
 
 
-def _caption(kept: KeptMap, region: int, answer: str) -> str:
-    here = kept.pos[:, 0] == region
+def _caption(kept: KeptMap, regions: list[int], name: str) -> str:
+    here = torch.isin(kept.pos[:, 0], torch.tensor(regions))
     slots = torch.zeros(len(kept.pos), dtype=torch.bool)
     slots[kept.index] = True
     count = int((slots & here).sum())
     if len(kept.regions) == 1:
-        return f"{count} kept: “{answer}”"
-    part = "thumbnail" if region == 0 else "full picture"
-    answered = f": “{answer}”" if region == kept.regions[-1] else ""
-    return f"{part}, {count} of {int(here.sum())} kept{answered}"
+        return f"{count} kept"
+    return f"{name}, {count} of {int(here.sum())} kept"

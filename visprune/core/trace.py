@@ -38,6 +38,8 @@ class Trace:
         num_tokens: tokens that each image had (protected ones not counted).
         image_rows: the sample that each image belongs to.
         grids: for every image, (t, h, w) in patches of all that the encoder saw of it.
+        placed: for every image, how the places of its tokens are known: ``"grid"``, ``"guessed"``
+            from their number, or ``"queries"``: they are no patches.
         stages: one dict per stage that ran: its site, tokens per image before and after,
             ``clamped`` images, and what the method decided by (one number per image).
         chosen: for every image the selections that led to ``kept``, in their order.
@@ -69,6 +71,7 @@ class Trace:
     num_tokens: list[int] = field(default_factory=list)
     image_rows: list[int] = field(default_factory=list)
     grids: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
+    placed: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     chosen: list[list[Selection]] = field(default_factory=list)
     index: Tensor | None = None

@@ -318,6 +318,7 @@ class Forward(Call):
             trace.num_tokens.append(len(picture.pos))
             trace.image_rows.append(image.layout.row)
             trace.grids.append(picture.grids)
+            trace.placed.append(picture.placed)
         trace.index = self.table.places()
         return trace
 
