@@ -88,6 +88,12 @@ READ: tuple[str, ...] = (
     *CLASS_TOKEN,
     *("deepseek_vl", "janus", "gemma3", "idefics3", "smolvlm", "aya_vision", "cohere2_vision"),
 )
+# Whose positions are (t, h, w).
+THREE_AXES: tuple[str, ...] = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
+    *("paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl"),
+)
 # What tokens can leave inside of.
 REDUCED: tuple[str, ...] = ("llava", "llava_next")
 # The first families: every method is tested on them, and their cost is counted.
@@ -114,3 +120,7 @@ def table() -> str:
     ]
     head = "| `model_type` | models | takes | shows of its encoder | cost | proved with |"
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":  # for the README, after a new row
+    print(table())

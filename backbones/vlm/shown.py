@@ -82,7 +82,7 @@ class ReadAdapter(VLMAdapter):
     queries: ClassVar[bool] = False
 
     @cached_property
-    def read_encoder(self) -> ShownEncoder | None:  # type: ignore[override]
+    def read_encoder(self) -> ShownEncoder | None:
         """The encoder as signals are read of it."""
         if self.config.model_type not in READ:
             return None
@@ -137,7 +137,9 @@ class ReadAdapter(VLMAdapter):
     def find_sources(self, pictures: list[Picture]) -> None:
         """Say of pictures that were just encoded which patches their tokens are made of."""
         encoder, first = self.read_encoder, 0
-        for picture in pictures if encoder is not None else ():
+        if encoder is None:
+            return
+        for picture in pictures:
             blocks = encoder.blocks()
             count = int(picture.free.sum()) // len(blocks)
             if count * len(blocks) != len(picture.free):

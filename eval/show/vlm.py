@@ -23,6 +23,7 @@ from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture
 from visprune.eval.show.kept import KeptMap, kept_of, mosaic, paint, place, seen_part
 from visprune.eval.tasks.base import Sample
+from visprune.machine.find import find_adapter
 from visprune.machine.plan import inside_only
 from visprune.machine.run import Run, prune
 
@@ -81,7 +82,7 @@ def show(
         answer = _answer(loaded, processor, inputs, max_new_tokens)
     kept = kept_of(run.trace)
     notes = _notes(run, chosen, kept) + own_notes
-    regions = run.adapter.regions(len(kept.regions), image.size)
+    regions = find_adapter(loaded).regions(len(kept.regions), image.size)
     _draw(image, vlm.seen(image.size), regions, kept, (unpruned, answer), target,
           title=f"“{question}”", note=" ".join(notes))  # fmt: skip
     print(f"{question}\n  all {len(kept.dest)} visual tokens: {unpruned}")

@@ -62,7 +62,7 @@ class ModelRow:
             family=self.name,
             num_layers=32 if self.kind == "vlm" else 0,
             has_cls="class token" in self.signals,
-            multi_axis_rope=False,
+            multi_axis_rope=self.name in known.THREE_AXES,
             encoder_layers=24 if inside else 0,
             encoder_width=64 if inside else 0,
             lacking=lacking,
