@@ -39,13 +39,15 @@ def test_what_is_told_of_a_family_is_what_its_adapter_says(family: str, models: 
     row = rows[model.config.model_type]
     shown = {"class token": "cls_token", "attention": "encoder_attention"}
     shown["features"] = "encoder_features"
-    assert set(row.signals) == {told for told, asked in shown.items() if not spec.why_not(asked)}
+    can = {told for told, asked in shown.items() if not spec.why_not(asked)}
+    assert set(row.signals) == can, "READ, CLASS_TOKEN"
     counted = True
     try:
         adapter.cost_shape()
     except UnsupportedModel:
         counted = False
-    assert row.cost == counted
+    assert row.cost == counted, "COUNTED"
+    assert (row.name in known.THREE_AXES) == spec.multi_axis_rope, "THREE_AXES"
     assert row.methods == fitting(spec)
 
 
