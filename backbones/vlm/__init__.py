@@ -44,7 +44,7 @@ TABLE = {
     "glm4v_moe": "visprune.backbones.vlm.generic:OneIdAdapter",
     "glm_ocr": "visprune.backbones.vlm.generic:OneIdAdapter",
     "kimi_k25": _GENERIC,
-    "video_llama_3": _GENERIC,
+    "video_llama_3": "visprune.backbones.vlm.generic:VaryingAdapter",
     "hyperclovax_vision_v2": _GENERIC,
     "paddleocr_vl": _GENERIC,
     "ovis2": "visprune.backbones.vlm.generic:OvisAdapter",

@@ -386,6 +386,9 @@ class VLMAdapter(Placeholders):
         """Whether the output head is applied to every token, in ``generate`` too."""
         return "logits_to_keep" not in inspect.signature(self.model.forward).parameters
 
+    merges_vary = False
+    """Whether each picture says what block of patches becomes a token; nothing but these is one."""
+
     @property
     def keeps_cls(self) -> bool:
         """Whether the class token is among the visual tokens."""

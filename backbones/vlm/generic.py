@@ -237,6 +237,12 @@ class OneIdAdapter(GenericAdapter):
     same_id = True
 
 
+class VaryingAdapter(GenericAdapter):
+    """VideoLLaMA 3: frames are merged by 2, pictures as each of them says."""
+
+    merges_vary = True
+
+
 class QueriesAdapter(GenericAdapter):
     """A family that reads pictures with learned queries."""
 

@@ -17,7 +17,7 @@ from visprune.eval.run.runner import run_study
 from visprune.eval.study.grid import build_study
 
 # Stacked tiles; a list of tensors; DeepStack; rows of pictures; no known cost (two encoders).
-KINDS = ("internvl", "mistral3", "qwen3_vl", "smolvlm", "deepseek_vl_hybrid")
+KINDS = ("internvl", "mistral3", "qwen3_vl", "smolvlm", "video_llama_3", "deepseek_vl_hybrid")
 
 
 def records(family: str, folder: Path, size: int = 3) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from visprune.machine.find import find_adapter
 
 # Their encoders take all pictures as one sequence and hide them from each other: a counter of
 # matrix products sees the whole square, and the padding of smaller pictures.
-PACKED = ("mistral3", "lighton_ocr", "hyperclovax_vision_v2")
+PACKED = ("mistral3", "lighton_ocr", "hyperclovax_vision_v2", "video_llama_3")
 EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25", "qwen3_omni_moe_thinker")
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -115,7 +115,11 @@ def sample_costs(
         cost = sample_cost(
             shape,
             encoder_counts=counts,
-            projected=None if projected is None else projected * len(grids),
+            projected=(
+                _tokens(run.adapter, (trace.num_tokens[i] for i in images))
+                if projected is None
+                else projected * len(grids)
+            ),
             tokens_per_layer=sequence,
             stored_per_layer=stored,
             cached=cached,
@@ -164,6 +168,7 @@ def prompt_costs(
         sample_cost(
             shape,
             tokens_per_layer=int(length),
+            projected=_tokens(adapter, (len(x.picture.pos) for x in layouts if x.row == row)),
             grids=[grid for x in layouts if x.row == row for grid in x.picture.grids],
             dtype=dtype,
             head_rows=int(length) if adapter.heads_all else 1,
@@ -172,6 +177,11 @@ def prompt_costs(
         )
         for row, length in enumerate(lengths)
     ]
+
+
+def _tokens(adapter: VLMAdapter, counts: Iterable[int]) -> int | None:
+    """What comes out of the projector, where the size of a block differs by picture."""
+    return sum(counts) if adapter.merges_vary else None
 
 
 def vit_cost(
