@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,25 @@ def bits_of(kept: Tensor) -> str:
     return base64.b64encode(np.packbits(kept.numpy()).tobytes()).decode()
 
 
-def kept_map(run: Any, layouts: Sequence[Any], row: int) -> dict[str, Any] | None:
+def kept_map(run: Any, row: int) -> dict[str, Any] | None:
     """Which tokens of a sample's picture survived, as bits, per grid that it was cut into.
 
     Args:
         run: the run, after a prefill of the batch.
-        layouts: its pictures.
         row: number of the sample in the batch.
 
     Returns:
         ``{"grid": [h, w], "kept": base64}`` of the last grid (the whole picture in full size), with
-        ``regions`` where there are several; ``None`` unless the sample has one picture.
+        ``regions`` where there are several; ``None`` unless the sample has one picture, which is
+        made of patches.
     """
-    mine = [i for i, owner in enumerate(run.trace.image_rows) if owner == row]
-    if len(mine) != 1 or len(layouts) != len(run.trace.image_rows):
+    trace = run.trace
+    mine = [i for i, owner in enumerate(trace.image_rows) if owner == row]
+    if len(mine) != 1 or trace.placed[mine[0]] == "queries":  # these are no patches
         return None
-    pos = layouts[mine[0]].picture.pos.cpu()  # [N, 3]
+    pos = trace.all_pos[mine[0]].cpu()  # [N, 3]
     alive = torch.zeros(len(pos), dtype=torch.bool)
-    alive[run.trace.kept[mine[0]].cpu()] = True
+    alive[trace.kept[mine[0]].cpu()] = True
     regions = []
     for region in pos[:, 0].unique().tolist():
         here = pos[:, 0] == region

@@ -237,7 +237,7 @@ class VLM:
                 ]
             seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
             tokens = [float(count) for count in seen]
-        kept = [self._kept(run, layouts, i, request) for i, request in enumerate(requests)]
+        kept = [self._kept(run, i, request) for i, request in enumerate(requests)]
         lengths = inputs["attention_mask"].sum(1).tolist()  # before anything is dropped
         return [
             Output(
@@ -252,11 +252,9 @@ class VLM:
             for i in range(len(requests))
         ]
 
-    def _kept(
-        self, run: Run | None, layouts: Sequence[Any], row: int, request: Request
-    ) -> dict[str, Any] | None:
+    def _kept(self, run: Run | None, row: int, request: Request) -> dict[str, Any] | None:
         """Kept patches, and the part of the picture that the model saw where it was cropped."""
-        found = kept_map(run, layouts, row) if run is not None else None
+        found = kept_map(run, row) if run is not None else None
         if request.image is None or (run is not None and found is None):
             return found
         seen = self.seen(request.image.size)
