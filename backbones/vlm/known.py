@@ -93,7 +93,8 @@ READ: tuple[str, ...] = (
 THREE_AXES: tuple[str, ...] = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
-    *("paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl"),
+    *("paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
+    *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
 )
 # What tokens can leave inside of.
 REDUCED: tuple[str, ...] = ("llava", "llava_next")
