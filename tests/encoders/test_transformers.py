@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -387,3 +388,34 @@ def test_int8_costs_the_same() -> None:
                 each(**x)
                 costs.append(run.cost())
         assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "MLCDVisionModel", "BlipVisionModel"])
+@torch.no_grad()
+def test_two_threads_and_a_copy(name: str) -> None:
+    model = hf.build(name)
+    pictures = [hf.inputs(name, batch=1, seed=seed) for seed in range(12)]
+    with visprune.prune(model, "tome", r=4):
+        want = [hf.answer(model(**x)) for x in pictures]
+        twin = copy.deepcopy(model)
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(lambda x: hf.answer(model(**x)), pictures * 2))
+        for one, other in zip(got, want * 2, strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(hf.answer(twin(**pictures[0])), want[0])
+    visprune.remove(twin)
+    assert torch.equal(hf.answer(twin(**pictures[0])), hf.answer(model(**pictures[0])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DINOv3ViTModel", "InternVLVisionModel"])
+@torch.no_grad()
+def test_compiled(name: str) -> None:
+    torch._dynamo.reset()
+    model = hf.build(name)
+    with visprune.prune(model, "tome", r=4):
+        compiled = torch.compile(model, backend="aot_eager")
+        for seed in range(2):
+            x = hf.inputs(name, seed=seed)
+            oracle.assert_close(hf.answer(compiled(**x)), hf.answer(model(**x)))
+    torch._dynamo.reset()
