@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from visprune.backbones.encoders import AROUND, PLAIN
 from visprune.errors import ConfigError, UnsupportedModel, first_line
 
 __all__ = ["read_model", "write_model"]
@@ -83,12 +84,15 @@ def _timm_model(folder: Path, options: dict[str, Any]) -> nn.Module:
 
 
 def _transformers_model(folder: Path, options: dict[str, Any]) -> nn.Module:
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
     options.setdefault("dtype", "auto")
-    return AutoModelForImageTextToText.from_pretrained(
-        folder, local_files_only=True, **options
-    ).eval()
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = (fields.get("architectures") or [""])[0]
+    # An image encoder, or a model around one, is of its own class; else a vision-language model.
+    own = getattr(transformers, named, None) if named in {*PLAIN, *AROUND} else None
+    kind: Any = transformers.AutoModelForImageTextToText if own is None else own
+    return kind.from_pretrained(folder, local_files_only=True, **options).eval()
 
 
 def _with_adapter(folder: Path, adapter: Path, options: dict[str, Any]) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -419,3 +420,16 @@ def test_compiled(name: str) -> None:
             x = hf.inputs(name, seed=seed)
             oracle.assert_close(hf.answer(compiled(**x)), hf.answer(model(**x)))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel", "SiglipVisionModel"])
+@torch.no_grad()
+def test_saving_keeps_the_whole_model_and_the_method(name: str, tmp_path: Path) -> None:
+    model, x = hf.build(name), hf.inputs(name)
+    with visprune.prune(model, "tome", r=4) as run:
+        want = hf.answer(model(**x))
+        visprune.save_pretrained(run, tmp_path / "saved")
+    again, kept = visprune.load_pretrained(tmp_path / "saved")
+    assert type(again) is type(model)
+    assert kept is not None
+    assert torch.equal(hf.answer(again(**x)), want)

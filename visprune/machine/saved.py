@@ -77,7 +77,7 @@ def save_pretrained(
     """
     target = Path(folder)
     method = None if isinstance(run, nn.Module) else run.method
-    inner = run if isinstance(run, nn.Module) else (model or run.adapter.model)
+    inner = run if isinstance(run, nn.Module) else (model or _whole(run))
     learned = getattr(run, "learned", None) if method is not None else None
     content: dict[str, Any] = {} if method is None else {"method": method.to_dict()}
     content |= {} if asked is None else {"asked": asked}
@@ -103,6 +103,12 @@ def save_pretrained(
     if processor is None:
         _say_what_is_missing(inner, target)
     return target
+
+
+def _whole(run: Run) -> nn.Module:
+    """The model that was pruned: an encoder's own, or what it was given inside of."""
+    outer: nn.Module | None = getattr(run.adapter, "outer", None)
+    return run.adapter.model if outer is None else outer
 
 
 def _say_what_is_missing(model: nn.Module, folder: Path) -> None:
