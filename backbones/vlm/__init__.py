@@ -20,6 +20,9 @@ _INDEXER = "its attention looks up keys by an index of their own, which counts e
 _CROSS = "its decoder looks at pictures by cross-attention: none of its tokens is visual"
 _QUERIES = "32 queries stand for a picture already, as a prefix of another decoder"
 _INSIDE = "its decoder puts pictures into the text by itself, behind every place of a hook"
+_ENCODED = (
+    "its visual tokens stand in a text encoder, at which its decoder looks by cross-attention"
+)
 
 _GENERIC = "visprune.backbones.vlm.generic:GenericAdapter"
 
@@ -41,6 +44,7 @@ TABLE = {
     "cosmos3_edge": _GENERIC,
     "glm4v": "visprune.backbones.vlm.generic:OneIdAdapter",
     "glm46v": "visprune.backbones.vlm.generic:OneIdAdapter",
+    "glmga": "visprune.backbones.vlm.generic:OneIdAdapter",
     "glm4v_moe": "visprune.backbones.vlm.generic:OneIdAdapter",
     "glm_ocr": "visprune.backbones.vlm.generic:OneIdAdapter",
     "kimi_k25": _GENERIC,
@@ -56,6 +60,7 @@ TABLE = {
     "vipllava": _GENERIC,
     "lighton_ocr": _GENERIC,
     "got_ocr2": "visprune.backbones.vlm.generic:TilesAdapter",
+    "pp_chart2table": "visprune.backbones.vlm.generic:TilesAdapter",
     "qianfan_ocr": "visprune.backbones.vlm.generic:TilesAdapter",
     "apertus1p5": _GENERIC,
     "llava_onevision": "visprune.backbones.vlm.packed:OneVisionAdapter",
@@ -98,7 +103,12 @@ REFUSED: dict[str, str] = {
     "llama4": "its forward raises in transformers 5.24, pruned or not",
     **dict.fromkeys(("mllama", "idefics"), _CROSS),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
-    "phi4_multimodal": _INSIDE,
+    **dict.fromkeys(("blip", "pix2struct", "pp_formulanet", "vision-encoder-decoder"), _CROSS),
+    **dict.fromkeys(("florence2", "t5gemma2", "udop"), _ENCODED),
+    **dict.fromkeys(("phi4_multimodal", "git", "kosmos-2", "kosmos-2.5"), _INSIDE),
+    "pi0": "it writes the actions of a robot and no text",
+    "diffusion_gemma": "it writes a block of tokens at once, over and over, and not one by one",
+    "evolla": "it reads proteins and no pictures",
     **dict.fromkeys(
         (
             "qwen4_exp",

@@ -167,6 +167,17 @@ def got_ocr2(layers: int) -> Any:
     return tf.GotOcr2ForConditionalGeneration(config)
 
 
+@family("pp_chart2table", square(1, 3, 64, 64))
+def pp_chart2table(layers: int) -> Any:
+    config = tf.PPChart2TableConfig(
+        vision_config={**SAM, "model_type": "pp_chart2table_vision"},
+        text_config=tf.Qwen2Config(**text(layers)),
+        image_token_index=IMAGE,
+        image_seq_length=16,
+    )
+    return tf.GotOcr2ForConditionalGeneration(config)
+
+
 @family("janus", square(1, 3, 24, 24), prompt=wrapped)
 def janus(layers: int) -> Any:
     vq = {

@@ -241,6 +241,16 @@ def glm46v(layers: int) -> Any:
     return tf.Glm46VForConditionalGeneration(config)
 
 
+@family("glmga", patches(), **GLM)
+def glmga(layers: int) -> Any:
+    config = tf.GlmgaConfig(
+        text_config=text(layers, rope_parameters=GLM_ROPE, model_type="glm4v_text"),
+        vision_config=qwen_vit(**GLM_VIT, model_type="glm4v_vision"),
+        **GLM_IDS,
+    )
+    return tf.Glm46VForConditionalGeneration(config)
+
+
 @family("glm4v_moe", patches(), **GLM)
 def glm4v_moe(layers: int) -> Any:
     moe = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
