@@ -76,7 +76,7 @@ KNOWN: dict[str, tuple[str, str]] = {
 # Families of the generic adapter whose operations are those that an independent counter sees.
 COUNTED: tuple[str, ...] = (
     *("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge", "internvl", "qianfan_ocr"),
-    *("smolvlm", "idefics3", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
+    *("smolvlm", "idefics3", "glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr", "paddleocr_vl"),
     *("deepseek_vl", "janus", "vipllava", "llava_onevision", "llava_next_video", "video_llava"),
     *("mistral3", "lighton_ocr", "kimi_k25", "hyperclovax_vision_v2", "gemma3", "exaone4_5"),
     *("aya_vision", "cohere2_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
@@ -96,7 +96,7 @@ THREE_AXES: tuple[str, ...] = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
     *("paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
-    *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+    *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "glmga"),
 )
 # What tokens can leave inside of.
 REDUCED: tuple[str, ...] = ("llava", "llava_next")

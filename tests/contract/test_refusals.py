@@ -205,6 +205,17 @@ def _colqwen2() -> Any:
     return tf.ColQwen2ForRetrieval(config)
 
 
+class _House(tf.GitConfig):
+    """Of a family that nobody has looked at."""
+
+    model_type = "house"
+
+
+def _git(kind: Any) -> Any:
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tf.GitForCausalLM(kind(vision_config=vision, **_SIZES, **_TOKENS))
+
+
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "fuyu": (
         lambda: tf.FuyuForCausalLM(tf.FuyuConfig(text_config=tf.PersimmonConfig(**_SIZES))),
@@ -214,9 +225,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "emu3": (_emu3, r"\(emu3\) is not pruned: .*discrete codes"),
     "colqwen2": (_colqwen2, r"\(colqwen2\) is not pruned: it retrieves pages"),
     "git": (
-        lambda: tf.GitForCausalLM(tf.GitConfig(vision_config={"hidden_size": 16,
-            "num_hidden_layers": 1, "num_attention_heads": 2}, **_SIZES, **_TOKENS)),
-        r"GitForCausalLM \(git\) takes pictures \(pixel_values\) and has no adapter",
+        lambda: _git(tf.GitConfig), r"GitForCausalLM \(git\) is not pruned: its decoder puts"
+    ),
+    "house": (
+        lambda: _git(_House),
+        r"GitForCausalLM \(house\) takes pictures \(pixel_values\) and has no adapter",
     ),
     "whisper": (
         lambda: tf.WhisperForConditionalGeneration(
