@@ -35,6 +35,7 @@ TABLE = {
     "vscan": "visprune.methods.vscan:VScan",
     "evs": "visprune.methods.evs:EVS",
     "vidcom2": "visprune.methods.vidcom2:VidCom2",
+    "flashvid": "visprune.methods.flashvid:FlashVID",
     "random_deep": "visprune.methods.random_deep:RandomDeep",
     "v2drop": "visprune.methods.v2drop:V2Drop",
     "dart": "visprune.methods.dart:DART",

@@ -129,8 +129,8 @@ class PruMergePlus(PruMerge):
         left = max(1, keep - 1) - half
         steps = torch.arange(left, device=device)
         if self.official:
-            step = int(1 / (half / count))
-            even = (step // 2 + step * steps).expand(len(score), -1)
+            apart = int(1 / (half / count))
+            even = (apart // 2 + apart * steps).expand(len(score), -1)
         else:
             rest = others(top, count).to(torch.int8).argsort(dim=1, descending=True, stable=True)
             even = rest[:, ((2 * steps + 1) * (count - half)) // (2 * max(1, left))]
