@@ -12,10 +12,6 @@ _RECURRENT = (
     "layers of its decoder carry a state from token to token beside indexed keys, other streams or "
     "distances that count what is stored: a token that was dropped is not gone from those"
 )
-_WINDOW = (
-    "layers of its decoder see a window of tokens, or tokens of a picture both ways, which masks "
-    "made of a shorter sequence would shift"
-)
 _INDEXER = "its attention looks up keys by an index of their own, which counts every token"
 _CROSS = "its decoder looks at pictures by cross-attention: none of its tokens is visual"
 _QUERIES = "32 queries stand for a picture already, as a prefix of another decoder"
@@ -81,6 +77,11 @@ TABLE = {
     "gemma4": "visprune.backbones.vlm.gemma:Gemma4Adapter",
     "gemma4_unified": "visprune.backbones.vlm.gemma:Gemma4Adapter",
     "gemma3n": "visprune.backbones.vlm.gemma:Gemma3nAdapter",
+    "cohere_compass": _GENERIC,
+    "muse_glimmer": _GENERIC,
+    "muse_spark": _GENERIC,
+    "step3p7": "visprune.backbones.vlm.views:ViewsAdapter",
+    "nemotron_h_omni": "visprune.backbones.vlm.nemotron:NemotronHAdapter",
     "qwen3_5": _GENERIC,
     "qwen3_5_moe": _GENERIC,
     "lfm2_vl": "visprune.backbones.vlm.slices:NaFlexTilesAdapter",
@@ -112,7 +113,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             "qwen4_exp",
-            "nemotron_h_omni",
             "glm5_next",
             "inkling_mm_model",
             "inkling2",
@@ -120,16 +120,10 @@ REFUSED: dict[str, str] = {
         ),
         _RECURRENT,
     ),
-    **dict.fromkeys(
-        (
-            "shieldgemma2",
-            "cohere_compass",
-            "muse_glimmer",
-            "muse_spark",
-            "step3p7",
-            "unlimited_ocr",
-        ),
-        _WINDOW,
+    "shieldgemma2": "it holds a Gemma 3 that sees, and judges by one word of it: prune model.model",
+    "unlimited_ocr": (
+        "its layers see the whole prompt from anywhere and a window of the answer, which are told "
+        "apart by what is stored"
     ),
     **dict.fromkeys(("hy_v4_vl", "mistral_large4", "dots3_note", "minimax_m3_vl"), _INDEXER),
     "colpali": _RETRIEVAL,

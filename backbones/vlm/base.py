@@ -26,8 +26,10 @@ from visprune.cost.cost import ModelShape
 from visprune.errors import ConfigError, UnsupportedModel
 
 _SLIDING = "sliding_attention"
-# Kinds of layers that carry a state from token to token and keep no keys.
+_INPUT_NORMS = ("input_layernorm", "operator_norm", "attention_layernorm")
+# Kinds of layers that carry a state from token to token, or look at each token alone: no keys.
 _RECURRENT = ("linear_attention", "conv", "mamba")
+_KEYLESS = (*_RECURRENT, "mlp", "moe")
 
 
 class VLMAdapter(Placeholders):
@@ -61,7 +63,7 @@ class VLMAdapter(Placeholders):
 
     def _check_layers(self) -> None:
         kinds = [self.kind_of(layer) for layer in range(len(self.layers))]
-        known = ("full_attention", _SLIDING, *_RECURRENT)
+        known = ("full_attention", _SLIDING, *_KEYLESS)
         other = [n for n, kind in enumerate(kinds) if kind not in known]
         if other or len(self.recurrent) == len(kinds):
             raise UnsupportedModel(
@@ -87,9 +89,10 @@ class VLMAdapter(Placeholders):
         """Layers that carry a state from token to token: a token that left was never there.
 
         They keep no keys that could be hidden, so there is no other meaning to dropping: their
-        state is that of the tokens that are left, in their order.
+        state is that of the tokens that are left, in their order. Layers that look at each token
+        alone are among them.
         """
-        return frozenset(n for n in range(len(self.layers)) if self.kind_of(n) in _RECURRENT)
+        return frozenset(n for n in range(len(self.layers)) if self.kind_of(n) in _KEYLESS)
 
     @property
     def padding_counts(self) -> bool:
@@ -329,7 +332,8 @@ class VLMAdapter(Placeholders):
     @property
     def final_norm(self) -> nn.Module | None:
         """The norm behind the decoder's last layer."""
-        return getattr(self.language_model, "norm", None)
+        found = getattr(self.language_model, "norm", None)
+        return getattr(self.language_model, "embedding_norm", None) if found is None else found
 
     def attention(self, layer: int) -> nn.Module:
         """The attention module of a decoder layer."""
@@ -337,13 +341,20 @@ class VLMAdapter(Placeholders):
 
     def layer_input(self, layer: Any, hidden: Tensor) -> Tensor:
         """What the attention of a decoder layer is given of the states that enter the layer."""
-        return layer.input_layernorm(hidden)
+        for name in _INPUT_NORMS:
+            norm = getattr(layer, name, None)
+            if norm is not None:
+                return norm(hidden)
+        return hidden  # EXAONE 4 norms what leaves its attention
 
     def qk_macs(self, layer: int) -> int:
         """Multiply-adds per token of a decoder layer's queries, keys and values."""
         config = self.text_config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+        queries = config.num_attention_heads * head
+        made = getattr(getattr(self.attention(layer), "q_proj", None), "out_features", queries)
+        queries = made if made == 2 * queries else queries  # Qwen3.5 makes a gate with them
+        width = queries + 2 * config.num_key_value_heads * head
         return int(config.hidden_size * width)
 
     @cached_property

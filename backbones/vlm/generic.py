@@ -49,7 +49,7 @@ class GenericAdapter(ReadAdapter):
     """
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(getattr(model, "model", None), "get_image_features"):
+        if not hasattr(self.find_core(model), "get_image_features"):
             raise UnsupportedModel(
                 f"{type(model).__name__} has no inner model with get_image_features: where its "
                 f"pictures are encoded is not known."
@@ -64,7 +64,8 @@ class GenericAdapter(ReadAdapter):
     def multi_axis_rope(self) -> bool:  # type: ignore[override]
         """Whether positions are (t, h, w)."""
         rope = getattr(self.text_config, "rope_parameters", None) or {}
-        return "mrope_section" in rope
+        kinds = [rope, *(own for own in rope.values() if isinstance(own, dict))]
+        return any("mrope_section" in own for own in kinds)
 
     @property
     def tower(self) -> nn.Module:

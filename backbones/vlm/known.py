@@ -64,6 +64,11 @@ KNOWN: dict[str, tuple[str, str]] = {
     "gemma4": ("Gemma 4, E2B and E4B too (sliding windows)", CLIPS),
     "gemma4_unified": ("Gemma 4 without an encoder (sliding windows)", PICTURES),
     "gemma3n": ("Gemma 3n (sliding windows)", PICTURES),
+    "cohere_compass": ("Command A Compass (sliding windows)", CLIPS),
+    "muse_glimmer": ("Muse Glimmer (sliding windows)", CLIPS),
+    "muse_spark": ("Muse Spark (sliding windows)", CLIPS),
+    "step3p7": ("Step 3.7 (sliding windows)", TILES),
+    "nemotron_h_omni": ("Nemotron-H Omni (recurrent layers)", CLIPS),
     "qwen3_5": ("Qwen3.5 (recurrent layers)", CLIPS),
     "qwen3_5_moe": ("Qwen3.5, mixture of experts (recurrent layers)", CLIPS),
     "lfm2_vl": ("LFM2-VL (recurrent layers)", TILES),
@@ -96,7 +101,7 @@ THREE_AXES: tuple[str, ...] = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"),
     *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
     *("paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
-    *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "glmga"),
+    *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "glmga", "cohere_compass"),
 )
 # What tokens can leave inside of.
 REDUCED: tuple[str, ...] = ("llava", "llava_next")

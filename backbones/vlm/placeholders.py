@@ -35,8 +35,12 @@ class Placeholders:
     def __init__(self, model: Any) -> None:
         self.model: Any = model
         self.config: Any = model.config
-        self.core: Any = model.model
+        self.core: Any = self.find_core(model)
         self._signature = inspect.signature(self.core.forward)
+
+    def find_core(self, model: Any) -> Any:
+        """The module that merges pictures into the text."""
+        return getattr(model, "model", None)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call of ``core``."""

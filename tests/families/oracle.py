@@ -20,7 +20,8 @@ from visprune.machine.check.prompts import extended
 from visprune.machine.find import find_adapter
 
 __all__ = [
-    "absent_logits", "decoder_call", "extended", "gone_logits", "hidden_logits", "masks_of",
+    "absent_logits", "decoder_call", "extended", "gone_logits", "hidden_logits", "last_states",
+    "masks_of",
     "two_kernels",
 ]  # fmt: skip
 
@@ -36,6 +37,18 @@ def hidden_logits(model: Any, inputs: Inputs, keep: list[Tensor]) -> Tensor:
 def decoder_call(model: Any, inputs: Inputs) -> Inputs:
     """The arguments that the untouched decoder is called with."""
     return absent.decoder_call(find_adapter(model), inputs)[0]
+
+
+def last_states(model: Any, inputs: Inputs) -> Tensor:
+    """What the decoder gives back, ``[B, S, D]``."""
+    found: list[Tensor] = []
+    decoder = find_adapter(model).language_model
+    handle = decoder.register_forward_hook(lambda m, a, out: found.append(out.last_hidden_state))
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def masks_of(model: Any, inputs: Inputs) -> list[Tensor | None]:

@@ -215,3 +215,13 @@ def test_a_comparison_that_rounding_drowns_proves_nothing() -> None:
 def test_nothing_checked_is_not_safe() -> None:
     assert not Report("M", "S", "A").safe
     assert not Report("M", "S", "A", [Row("keep all = untouched", 0.0, 1e-5)]).safe
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2_vl", "nemotron_h_omni", "gemma4", "gemma3n"])
+def test_states_windows_and_streams_in_half_precision(family: str) -> None:
+    model = tiny.build(family).to(torch.bfloat16)
+    inputs = tiny.inputs(family, [[3, "a", 6], [2, "b", 4], [5]])
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    report = visprune.check(model, inputs)
+    assert report.safe, report
+    assert all(row.effect is None or row.effect > row.found for row in report.rows)

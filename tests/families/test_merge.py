@@ -15,7 +15,7 @@ from torch import Tensor
 import visprune
 from tests.contract.oracle import assert_close, error
 from tests.families import tiny
-from tests.families.oracle import decoder_call, masks_of
+from tests.families.oracle import decoder_call, last_states, masks_of
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.find import find_adapter
@@ -71,7 +71,7 @@ def test_pooling_equals_the_decoder_on_the_means(
         DecoderHooks, "_layouts", lambda self: found.append(plain(self)) or found[-1]
     )
     with visprune.prune(model, "pool", num_keep=4, positions="original") as run:
-        pooled = model.model(**inputs, use_cache=False).last_hidden_state
+        pooled = last_states(model, inputs)
     trace = run.trace
     assert any(selection.merges for chosen in trace.chosen for selection in chosen)
     embeds, ids = call["inputs_embeds"], call.get("position_ids")
@@ -105,5 +105,5 @@ def test_pooling_equals_the_decoder_on_the_means(
     with cut_masks(eager, masks_of(eager, inputs), stands):
         want = find_adapter(eager).language_model(**short).last_hidden_state[0]
     assert_close(pooled[0, stands], want)
-    untouched = model.model(**inputs, use_cache=False).last_hidden_state
+    untouched = last_states(model, inputs)
     assert error(pooled[0, -1], untouched[0, -1]) > 1e-3

@@ -22,9 +22,10 @@ PACKED = ("llava_onevision", "llava_onevision_shrunk", "llava_next_video")
 
 def encoded(model: Any, given: dict[str, Any], kind: str) -> tuple[list[Tensor], list[Picture]]:
     """Features of every entry, and what is known of them."""
-    encode = getattr(model.model, f"get_{kind}_features", None)
+    core = find_adapter(model).core
+    encode = getattr(core, f"get_{kind}_features", None)
     if encode is None:
-        encode, given = model.model.get_image_features, dict(given)
+        encode, given = core.get_image_features, dict(given)
         given["pixel_values"] = given.pop("pixel_values_videos")
     known = inspect.signature(encode).parameters
     given = {k: v for k, v in given.items() if k in known}

@@ -11,7 +11,7 @@ import torch
 import visprune
 from tests.contract.oracle import alive, error, forwards, step
 from tests.families import tiny
-from tests.families.oracle import absent_logits, decoder_call, hidden_logits
+from tests.families.oracle import absent_logits, decoder_call, hidden_logits, last_states
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, SlotLayer, cache_of
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.find import find_adapter
@@ -38,7 +38,7 @@ def test_a_mask_with_holes_is_not_absence(family: str, models: Any) -> None:
     # Teeth: padding in the middle zeroes a token and still lets the state decay.
     model, inputs = models(family), tiny.inputs(family, [[3, "a", 6]])
     with forwards() as seen, visprune.prune(model, "random", num_keep=3, positions="original"):
-        pruned = model.model(**inputs).last_hidden_state[0, -1]
+        pruned = last_states(model, inputs)[0, -1]
     holes = alive(seen[0])[-1].long()
     given = {**decoder_call(model, inputs), "attention_mask": holes, "use_cache": False}
     padded = find_adapter(model).language_model(**given).last_hidden_state[0, -1]
@@ -61,7 +61,7 @@ def test_only_attention_keeps_slots(family: str, models: Any) -> None:
 
 @recurrent_families
 def test_attention_is_asked_of_layers_that_have_it(family: str, models: Any) -> None:
-    with pytest.raises(ConfigError, match=r"decoder layer 0, which carries a state.* 2, 3\."):
+    with pytest.raises(ConfigError, match=r"decoder layer 0, which has no attention.* 2, 3\."):
         visprune.prune(models(family), "fastv", num_keep=3, layer=1)
 
 
@@ -116,3 +116,22 @@ def test_slices_are_put_together_of_their_patches(models: Any) -> None:
     own = adapter.pixels_of(call, "image", [1, 1])
     assert torch.equal(own[0], picture)
     assert torch.equal(own[1], -picture)
+
+
+@pytest.mark.parametrize("family", ["lfm2_vl"])
+@pytest.mark.parametrize("name", ["random", "fastv"])
+@torch.no_grad()
+def test_compact_positions_are_those_of_the_shorter_sequence(
+    name: str, family: str, models: Any
+) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6]])
+    with forwards() as seen, visprune.prune(model, name, num_keep=3, positions="compact"):
+        pruned = last_states(model, inputs)[0, -1]
+    keep = [one[0] for one in alive(seen[0])]
+    call = decoder_call(model, inputs)
+    if name == "random":  # all leave before the first layer
+        given = {"inputs_embeds": call["inputs_embeds"][:, keep[0]], "use_cache": False}
+        alone = find_adapter(model).language_model(**given).last_hidden_state[0, -1]
+        assert error(pruned, alone) < 1e-5
+    with visprune.prune(model, name, num_keep=3, positions="original"):
+        assert error(last_states(model, inputs)[0, -1], pruned) > 1e-4

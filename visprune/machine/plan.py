@@ -294,8 +294,8 @@ def _check_attends(
     places = [n if own else n + 1 for n in attending]
     fits = ", ".join(str(n) for n in places if n < spec.num_layers)
     raise ConfigError(
-        f"{method.name} is shown {signal} of decoder layer {read}, which carries a state from "
-        f"token to token and has no attention to show. Let it act at a layer "
+        f"{method.name} is shown {signal} of decoder layer {read}, which has no attention to "
+        f"show: it carries a state, or looks at each token alone. Let it act at a layer "
         f"{'with' if own else 'behind one with'} attention: {fits}."
     )
 

@@ -166,4 +166,6 @@ def gemma3n(layers: int) -> Any:
     model = tf.Gemma3nForConditionalGeneration(config)
     with torch.no_grad():  # a root of the mean square of zeros has no gradient
         model.get_input_embeddings().weight[PAD].normal_()
+        for layer in model.model.language_model.layers:  # zeros: inputs of layers have no effect
+            layer.altup.correct_output_scale.fill_(1.0)
     return model

@@ -13,6 +13,7 @@ from tests.families.tiny.parts import (
     IMAGE,
     MOE,
     VEND,
+    VIDEO,
     VIDS,
     VSTART,
     Inputs,
@@ -207,3 +208,63 @@ def minicpmv4_7(layers: int) -> Any:
         slice_end_id=SLICE_END,
         newline_id=NEWLINE,
     )
+
+
+def flat(name: str) -> Inputs:
+    """Flat patches of a picture with their rows and columns; more of a capital letter."""
+    down, across = (4, 8) if name.isupper() else (4, 6)
+    return {
+        "pixel_values": noise(name, down * across, 48),
+        "image_grid_hw": torch.tensor([[down, across]]),
+    }
+
+
+def tubelets(name: str) -> Inputs:
+    """Two times two frames, stacked."""
+    return {"pixel_values_videos": noise(name, 1, 2, 6, 16, 16)}
+
+
+ONE_ID: dict[str, Any] = {"video_id": IMAGE, "mixes": False}
+
+
+@family(
+    "nemotron_h_omni", flat, clip=tubelets, prompt=wrapped, layers=6,
+    params={"todre": {"depth": 0.5}}, **ONE_ID, **STATES,
+)  # fmt: skip
+def nemotron_h_omni(layers: int) -> Any:
+    mixers = {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "conv_kernel": 4,
+        "chunk_size": 16,
+        "use_mamba_kernels": False,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "layers_block_type": ["mamba", "attention", "attention", "moe", "mamba", "mlp"],
+    }
+    base = {name: value for name, value in text(layers).items() if name != "num_hidden_layers"}
+    config = tf.NemotronH_Omni_Reasoning_V3_Config(
+        text_config=tf.NemotronHConfig(**base, **mixers),
+        vision_config=tf.RadioConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            patch_size=4,
+            image_size=24,
+            max_img_size=64,
+            num_registers=1,
+            num_cls_tokens=2,
+            video_temporal_patch_size=2,
+        ),
+        audio_config=None,
+        vision_hidden_size=16,
+        projector_hidden_size=32,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=97,
+    )
+    return tf.NemotronH_Omni_Reasoning_V3(config)

@@ -219,9 +219,10 @@ def _count(spec: Family, model: Any, letter: str) -> int:
     """Tokens of a picture, by asking the encoder."""
     clip = letter == "v"
     given = _pixels(spec, letter)
-    encode = getattr(model.model, "get_video_features" if clip else "get_image_features", None)
+    core = getattr(model, "model", model)
+    encode = getattr(core, "get_video_features" if clip else "get_image_features", None)
     if encode is None:  # clips are encoded as pictures
-        encode = model.model.get_image_features
+        encode = core.get_image_features
         given["pixel_values"] = given.pop("pixel_values_videos")
     known = inspect.signature(encode).parameters
     if spec.by_row:

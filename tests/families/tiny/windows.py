@@ -5,16 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers as tf
 
 from tests.families.tiny.others import tiles
 from tests.families.tiny.parts import (
     IDS,
     IMAGE,
+    MROPE,
     VEND,
+    VIDS,
     VSTART,
+    WIDTH,
     Inputs,
     family,
+    framed,
+    mm_types,
+    noise,
     patches,
     qwen_vit,
     sliding,
@@ -23,6 +30,7 @@ from tests.families.tiny.parts import (
     vit,
     wrapped,
 )
+from tests.families.tiny.qwen import QWEN3_VIT
 
 
 def token_types(made: Inputs) -> Inputs:
@@ -103,3 +111,94 @@ def idefics2_sliding(layers: int) -> Any:
         text_config=tf.MistralConfig(**text(layers), sliding_window=12),
     )
     return tf.Idefics2ForConditionalGeneration(config)
+
+
+@family("cohere_compass", patches(), clip=patches("video"), prompt=framed, extra=mm_types)
+def cohere_compass(layers: int) -> Any:
+    rope = dict.fromkeys(("full_attention", "sliding_attention"), MROPE)
+    config = tf.CohereCompassConfig(
+        text_config=text(layers, rope_parameters=rope, **sliding(layers)),
+        vision_config=qwen_vit(**QWEN3_VIT),
+        **VIDS,
+    )
+    return tf.CohereCompassForConditionalGeneration(config)
+
+
+MUSE_VIT = {
+    "patch_size": 4,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+@family("muse_glimmer", patches(), clip=patches("video"), prompt=wrapped)
+def muse_glimmer(layers: int) -> Any:
+    config = tf.MuseGlimmerConfig(
+        text_config=text(layers, sliding_window=12),
+        vision_config=MUSE_VIT,
+        out_hidden_size=64,
+        projector_hidden_size=32,
+        **IDS,
+    )
+    return tf.MuseGlimmerForConditionalGeneration(config)
+
+
+@family("muse_spark", patches(), clip=patches("video"), prompt=wrapped)
+def muse_spark(layers: int) -> Any:
+    config = tf.MuseSparkConfig(
+        text_config=text(
+            layers,
+            sliding_window=12,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            moe_hidden_size=16,
+        ),
+        vision_config=MUSE_VIT,
+        out_hidden_size=64,
+        projector_hidden_size=32,
+        audio_config={
+            "hidden_sizes": [8, 8],
+            "depths": [1, 1],
+            "patch_sizes": [4, 2],
+            "num_hidden_layers": 2,
+            "out_hidden_size": WIDTH,
+        },
+        audio_token_id=94,
+        **IDS,
+    )
+    return tf.MuseSparkForConditionalGeneration(config)
+
+
+def views(name: str) -> Inputs:
+    """A whole picture; of one with a capital letter two local views before it."""
+    local = {"pixel_values_local": noise(name, 2, 3, 64, 64)} if name.isupper() else {}
+    return {
+        "pixel_values": noise(chr(ord(name) + 1), 1, 3, 64, 64),
+        "num_local_patches": torch.tensor([2 if name.isupper() else 0]),
+        **local,
+    }
+
+
+@family("step3p7", views, prompt=wrapped)
+def step3p7(layers: int) -> Any:
+    config = tf.Step3p7Config(
+        vision_config=vit(image_size=64, max_position_embeddings=256, mlp_ratio=2.0),
+        image_token_id=IMAGE,
+        text_config=text(
+            layers,
+            num_local_experts=4,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            share_expert_dim=16,
+            num_sliding_attention_heads=4,
+            **sliding(layers),
+        ),
+    )
+    return tf.Step3p7ForConditionalGeneration(config)
