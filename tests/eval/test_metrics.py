@@ -25,7 +25,7 @@ from visprune.eval.metrics import (
 )
 from visprune.eval.metrics.boxes import iou, parse_box, seen_size
 from visprune.eval.metrics.letters import parse_letter
-from visprune.eval.metrics.text import plain_text
+from visprune.eval.metrics.text import gqa_match, plain_text
 from visprune.eval.metrics.vqa_text import NORMALISERS
 from visprune.eval.tasks.base import Sample
 
@@ -143,6 +143,23 @@ def test_gqa_parsers_differ(parser: Any, right: int) -> None:
     references = ["yes"] * 5 + ["man"]
     figures = _score(GQAAccuracy(parser=parser), texts, references)
     assert figures["score"] == pytest.approx(100 * right / 6)
+
+
+def test_letters_that_grow_in_lower_case_are_cut_as_numpy_cuts_them() -> None:
+    """A text of lmms-eval's arrays keeps its width: its last sign is pushed out by the first."""
+    assert gqa_match("i\u0307stanbul", "\u0130stanbul-", "lmms-eval") == 1.0
+    for parser in ("official", "llava", "vlmevalkit"):
+        assert gqa_match("i\u0307stanbul", "\u0130stanbul-", parser) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("variant", "same"), [("official", False), ("evalai", True), ("vlmevalkit", True)]
+)
+def test_commas_between_digits_of_other_scripts(variant: str, same: bool) -> None:
+    """Python 2's digits are ten, Python 3's are those of every script."""
+    normalise = NORMALISERS[variant]
+    assert (normalise("\u0663,\u0664") == "\u0663\u0664") is same
+    assert normalise("3,4") == "34"
 
 
 # --- letters --------------------------------------------------------------------------------------
