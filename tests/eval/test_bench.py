@@ -16,7 +16,7 @@ from visprune.catalog import get_method
 from visprune.cli import commands as cli
 from visprune.core import Selection
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval.speed import bench_decode, bench_prefill, ideal
+from visprune.eval.speed import bench_decode, bench_eval, bench_prefill, ideal
 from visprune.eval.speed.bench_prefill import METHODS, agree, pair_up
 from visprune.eval.speed.ideal import ideal_of, prompt
 from visprune.machine.run import prune
@@ -158,3 +158,20 @@ def test_the_models_inputs_have_the_stated_length(model: Any) -> None:
     inputs = prompt(model, "quick", batch=2)
     assert inputs["input_ids"].shape == (2, 144 + 40)
     assert torch.equal(inputs["input_ids"], prompt(model, "quick", batch=2)["input_ids"])
+
+
+def test_rates_of_the_evaluator_are_of_equal_answers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["--limit", "3", "--batches", "1", "2", "--rounds", "1", "--threads", "1"]
+    _run(monkeypatch, "bench", "eval", *words, "--out", str(tmp_path))
+    record = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert [row["case"] for row in record["rows"]] == ["a plain loop", "batch 1", "batch 2"]
+    assert all(row["answers"] == 3 * 5 and row["rate"] > 0 for row in record["rows"])
+
+    def other(model: Any, study: Any) -> Any:
+        return {key: text + "!" for key, text in bench_eval._loop(model, study).items()}
+
+    monkeypatch.setattr(bench_eval, "_run", other)
+    with pytest.raises(VispruneError, match=r"answer 15 questions differently.*; no rates"):
+        bench_eval.measure(3, [1], rounds=1)

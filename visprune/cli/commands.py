@@ -217,7 +217,9 @@ def tasks() -> None:
 )
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="prefill, decode, vit, or the name of a kernel.")],
+    name: Annotated[
+        str, typer.Argument(help="prefill, decode, vit, eval, or the name of a kernel.")
+    ],
     draw: Annotated[
         bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
     ] = False,
@@ -259,7 +261,9 @@ def train(
 def _benchmarks() -> dict[str, str]:
     """Return benchmark name to module: of whole models, and of every ``kernels/NAME/bench.py``."""
     root = Path(__file__).parents[1]
-    ours = {name: f"visprune.eval.speed.bench_{name}" for name in ("decode", "prefill", "vit")}
+    ours = {
+        name: f"visprune.eval.speed.bench_{name}" for name in ("decode", "eval", "prefill", "vit")
+    }
     kernels = {
         path.parent.name: f"visprune.kernels.{path.parent.name}.bench"
         for path in sorted(root.glob("kernels/*/bench.py"))
