@@ -335,6 +335,22 @@ def test_one_cache_serves_many_questions(name: str, models: Any) -> None:
         assert torch.equal(model(**after, **{CACHE_ARGUMENT: cache}).logits, want)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "zipcache"])
+@torch.no_grad()
+def test_a_copy_of_a_pruned_model_evicts_by_itself(name: str, models: Any) -> None:
+    model, inputs = models("llava"), batch("llava", [[3, "a", 6]])
+    with visprune.prune(model, name, **few(name)):
+        want = model.generate(**inputs, **GREEDY, **LOGITS)
+        twin = copy.deepcopy(model)
+    plain = model.generate(**inputs, **GREEDY, **LOGITS)
+    got = twin.generate(**inputs, **GREEDY, **LOGITS)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+    assert not torch.equal(got.logits[1], plain.logits[1])
+    visprune.remove(twin)
+    again = twin.generate(**inputs, **GREEDY, **LOGITS)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, plain.logits, strict=True))
+
+
 # What is stored -------------------------------------------------------------------------------
 
 

@@ -40,7 +40,9 @@ def agree(call: Callable[[int], list[Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("name", ["divprune", "visionzip", "fastv", "pyramiddrop", "todre"])
+@pytest.mark.parametrize(
+    "name", ["divprune", "visionzip", "fastv", "pyramiddrop", "todre", "adakv"]
+)
 def test_prompts_of_one_shape(name: str, family: str, models: Any) -> None:
     if (name, family) == ("visionzip", "qwen2_5_vl"):
         return  # refused there
