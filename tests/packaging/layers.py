@@ -24,6 +24,7 @@ LAYERS = {
     "visprune.methods": "methods",
     "visprune.onnx": "onnx",
     "visprune.ops": "ops",
+    "visprune.serving": "serving",
     "visprune.train": "train",
     "visprune.backbones": "backbones",
     "visprune.kernels": "kernels",
@@ -44,18 +45,20 @@ ALLOWED = {
     "backbones": {"backbones", "core", "cost", "ops", "errors"},
     "catalog": {"methods", "backbones", "core", "errors"},
     "machine": {"machine", "catalog", "methods", "backbones", "core", "cost", "ops", "errors"},
+    "serving": {"serving", "machine", "catalog", "backbones", "core", "errors", "version"},
     "top": {"eval", "train", "machine", "catalog", "core", "ops", "errors", "version"},
     "eval": {"eval", "top", "machine", "catalog", "methods", "backbones", "core", "cost", "ops",
              "errors", "version"},
     "train": {"train", "top", "eval", "machine", "catalog", "methods", "backbones", "core", "cost",
               "ops", "errors", "version"},
-    "cli": {"cli", "top", "eval", "train", "machine", "catalog", "core", "ops", "errors",
+    "cli": {"cli", "top", "eval", "serving", "train", "machine", "catalog", "core", "ops", "errors",
             "version"},
 }  # fmt: skip
 
 # Libraries that belong to some layers only; a library without a row may be imported anywhere.
 OWNERS = {
-    "transformers": {"backbones", "eval", "train"},
+    "transformers": {"backbones", "eval", "serving", "train"},
+    "vllm": {"serving"},
     "timm": {"backbones", "eval", "train"},
     "open_clip": {"backbones", "eval", "train"},
     "accelerate": {"backbones", "eval", "train"},

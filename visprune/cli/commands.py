@@ -199,6 +199,20 @@ def models(
     )
 
 
+@app.command("serve-info")
+def serve_info(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder of a model, or its name on the Hub.", show_default="any"),
+    ] = None,
+) -> None:
+    """Say what visprune does in a vLLM server here: its version, architectures, methods."""
+    from visprune.serving.info import serve_info as describe
+
+    for line in describe(model):
+        typer.echo(line)
+
+
 @app.command()
 def tasks() -> None:
     """List the tasks that models can be evaluated on, one line each."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -127,6 +127,9 @@ class PruningMethod:
     # Slots are means of the tokens in them: inside an encoder, attention and average pooling then
     # weigh a slot by the patches that it stands for.
     size_weighted: ClassVar[bool] = False
+    # Parameters under which the method acts at the projector alone, as it must in a server; those
+    # that it has by default are not among them.
+    served: ClassVar[Mapping[str, Any]] = {}
 
     positions: PositionRule | None = None
     strict: bool = False
@@ -152,6 +155,16 @@ class PruningMethod:
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Choose ``ctx.num_keep`` of N tokens for each of B images."""
         raise NotImplementedError  # pragma: no cover - abstract
+
+    def slots(self, places: Sequence[tuple[int, int, int]], keep: int, kind: str) -> int:
+        """Tokens that a stage with a budget leaves of an image, which its places alone tell.
+
+        Args:
+            places: (t, h, w) of the tokens that enter it.
+            keep: K, what the budget allows.
+            kind: ``"image"`` or ``"video"``.
+        """
+        return keep
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """Multiply-adds that the rule itself takes on one image: N tokens, K kept, D features."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,3 +138,20 @@ def assemble(rows: list[Tensor], pad_side: str) -> tuple[Tensor, Tensor]:
         rel[number, span] = row
         real[number, span] = True
     return rel, real
+
+
+def in_order(staying: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    """How the slots that are left follow one another.
+
+    What was chosen of a picture stays in the selection's order: a slot whose token lies before its
+    predecessor's (a merged token appended at the end) sorts with the predecessor.
+
+    Args:
+        staying: slots that no selection was asked about, ascending.
+        chosen: of each picture, the slots that its selection keeps.
+
+    Returns:
+        The order of ``torch.cat([staying, *chosen])``.
+    """
+    keys = [slots.cummax(0).values if len(slots) else slots for slots in chosen]
+    return torch.cat([staying, *keys]).argsort(stable=True)

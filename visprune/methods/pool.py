@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,6 +49,10 @@ class Pool(BudgetedMethod):
             dest.to(device).expand(batch, -1),
             weight.to(device).expand(batch, -1),
         )
+
+    def slots(self, places: Sequence[tuple[int, int, int]], keep: int, kind: str) -> int:
+        """Cells of the grid."""
+        return len(pool_tokens(torch.tensor(places), keep, kind)[0])
 
 
 def pool_tokens(pos: Tensor, budget: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from visprune import ops
 from visprune.core import (
@@ -51,6 +52,7 @@ class ToDRE(PruningMethod):
     """
 
     name: ClassVar[str] = "todre"
+    served: ClassVar[Mapping[str, Any]] = {"stage2": False}
 
     num_keep: int | None = None
     keep_ratio: float | None = None

@@ -17,7 +17,7 @@ from visprune.backbones.hf.cache import Ledger, Owner, cache_of, ledger_of
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.selection import Selection
-from visprune.core.slots import SlotTable, assemble
+from visprune.core.slots import SlotTable, assemble, in_order
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.decoder.images import ImageState, Step
 
@@ -182,7 +182,7 @@ class Call:
             What gathers hidden states, and writes merged features into their slots.
         """
         leaving = torch.zeros_like(self.table.valid)
-        order: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.batch)]
+        order: list[list[Tensor]] = [[] for _ in range(self.batch)]
         changed = False
         merges: list[tuple[ImageState, Tensor, Selection]] = []
         for image, given in chosen:
@@ -191,9 +191,7 @@ class Call:
             row, old = image.layout.row, image.slots
             leaving[row, old] = True
             kept = old[index]
-            # Slots stay in the selection's order: one whose token lies before its predecessor's (a
-            # merged token appended at the end) sorts with the predecessor.
-            order[row].append((kept, kept.cummax(0).values if len(kept) else kept))
+            order[row].append(kept)
             if selection.merges:
                 merges.append((image, old, selection))
                 changed = changed or bool((index.diff() < 0).any())
@@ -241,23 +239,19 @@ class Call:
                 f"{self.adapter.config.model_type}, because {why}. Give the rows one by one."
             )
 
-    def _surviving(self, order: list[list[tuple[Tensor, Tensor]]], leaving: Tensor) -> list[Tensor]:
+    def _surviving(self, order: list[list[Tensor]], leaving: Tensor) -> list[Tensor]:
         """Slots of every sample after a stage.
 
         Args:
-            order: for every sample, (slots, sort keys) of what replaces the tokens that leave.
+            order: for every sample, what replaces the tokens that leave, in their order.
             leaving: current slots that are not kept as they are, ``[B, P]`` bool.
         """
         rows = []
         keep = self.table.valid & ~leaving
         for number in range(self.batch):
-            slots = keep[number].nonzero()[:, 0]
-            parts, keys = [slots], [slots]
-            for chosen, key in order[number]:
-                parts.append(chosen)
-                keys.append(key)
-            joined = torch.cat(parts)
-            rows.append(joined[torch.cat(keys).argsort(stable=True)])
+            staying = keep[number].nonzero()[:, 0]
+            joined = torch.cat([staying, *order[number]])
+            rows.append(joined[in_order(staying, order[number])])
         return rows
 
     def _shorten(self, rows: list[Tensor] | None) -> Tensor:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same prompts to a server and to transformers with visprune, and how far they are apart."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import visprune
+from tests.serving.vllm.checkpoints import END, IMAGE, START
+
+TOKENS = 5
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Squares of 28 pixels in colours of a seed."""
+    rng = np.random.default_rng([seed, width, height])
+    small = rng.random((max(1, height // 28), max(1, width // 28), 3))
+    image = Image.fromarray((small * 255).astype("uint8"))
+    return image.resize((width, height), Image.Resampling.NEAREST)
+
+
+def prompt(family: str, pictures: int) -> str:
+    """Words around as many pictures."""
+    if family == "llava":
+        marks = "\n".join(["<image>"] * pictures)
+        return f"USER: {marks}\nhow many circles are there ? ASSISTANT:"
+    mark = "<image>" if family.startswith("llava") else f"{START} {IMAGE} {END}"
+    return "w1 w2 " + " w5 ".join([mark] * pictures) + " w3 w4 w7 w8"
+
+
+def request(family: str, pictures: list[Image.Image], settings: dict[str, Any]) -> dict[str, Any]:
+    """What ``LLM.generate`` takes."""
+    found: dict[str, Any] = {
+        "prompt": prompt(family, len(pictures)), "multi_modal_data": {"image": pictures},
+    }  # fmt: skip
+    return {**found, "mm_processor_kwargs": settings} if settings else found
+
+
+def sampling(**more: Any) -> Any:
+    """Greedy, a fixed number of tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, logprobs=5, detokenize=False, **more
+    )
+
+
+class Transformers:
+    """The oracle: the same folder in transformers, under ``visprune.prune``."""
+
+    def __init__(self, family: str, folder: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.family = family
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+
+    @torch.no_grad()
+    def answer(
+        self, pictures: list[Image.Image], settings: dict[str, Any]
+    ) -> tuple[int, torch.Tensor, list[int]]:
+        """Length of the prompt as pruned, log-probabilities of its next token, greedy tokens."""
+        inputs = dict(self.processor(
+            text=prompt(self.family, len(pictures)), images=pictures, return_tensors="pt"
+        ))  # fmt: skip
+        length = inputs["input_ids"].shape[1]
+        with self._pruned(settings) as run:
+            logits = self.model(**inputs).logits[0, -1]
+            if run is not None:
+                trace = run.trace
+                length -= sum(n - len(k) for n, k in zip(trace.num_tokens, trace.kept, strict=True))
+            out = self.model.generate(
+                **inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+        tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
+        return length, logits.float().log_softmax(-1), tokens
+
+    def _pruned(self, settings: dict[str, Any]) -> Any:
+        if not settings:
+            return contextlib.nullcontext()
+        params = dict(settings.get("visprune_params", {}))
+        if settings["visprune"] == "todre":
+            params["stage2"] = False
+        if self.family.startswith("llava"):
+            params["positions"] = "compact"  # as a server counts positions of a line
+        for name in ("num_keep", "keep_ratio"):
+            if f"visprune_{name}" in settings:
+                params[name] = settings[f"visprune_{name}"]
+        return visprune.prune(self.model, settings["visprune"], **params)
+
+
+def distance(output: Any, logprobs: torch.Tensor) -> float:
+    """Largest difference of the log-probabilities that a server reports of the next token."""
+    shown = output.outputs[0].logprobs[0]
+    return max(abs(entry.logprob - logprobs[token].item()) for token, entry in shown.items())

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be done is an error of the request, in a sentence; the engine lives on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import visprune
+from tests.serving.vllm.asking import Transformers, picture, request, sampling
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing left": ({"visprune": "todre", "visprune_num_keep": 0}, "at least 1, got 0"),
+    "more than there is": (
+        {"visprune": "todre", "visprune_num_keep": 577}, "exceeds the 576 visual tokens"),
+    "a word": ({"visprune": "todre", "visprune_num_keep": "8"}, "whole number of tokens, got '8'"),
+    "a share above one": ({"visprune": "todre", "visprune_keep_ratio": 1.5}, r"in \(0, 1\]"),
+    "two budgets": (
+        {"visprune": "todre", "visprune_num_keep": 8, "visprune_keep_ratio": 0.5}, "got both"),
+    "no budget": ({"visprune": "todre"}, "got neither"),
+    "a typing error": ({"visprune": "todr", "visprune_num_keep": 8}, "Did you mean 'todre'"),
+    "a setting's": ({"visprune_keep": 8}, "Did you mean 'visprune_num_keep'"),
+    "no method": ({"visprune_num_keep": 8}, "came without a method"),
+    "a parameter": (
+        {"visprune": "todre", "visprune_num_keep": 8, "visprune_params": {"objectiv": "x"}},
+        "Did you mean 'objective'"),
+    "the decoder": ({"visprune": "fastv", "visprune_num_keep": 8}, "acts inside the decoder"),
+    "a stage there": (
+        {"visprune": "todre", "visprune_num_keep": 8, "visprune_params": {"stage2": True}},
+        "acts inside the decoder"),
+    "the encoder": ({"visprune": "tome", "visprune_params": {"r": 2}}, "inside the image encoder"),
+    "the text": ({"visprune": "cdpruner", "visprune_num_keep": 8}, "without a text"),
+    "gaps in a line": (
+        {"visprune": "todre", "visprune_num_keep": 8, "visprune_params": {"positions": "original"}},
+        "leaves gaps"),
+}  # fmt: skip
+
+
+def test_each_is_a_sentence_and_the_engine_answers_after_it(engines: Callable[..., Any]) -> None:
+    engine, own = engines("llava"), [picture(200, 200)]
+    for settings, words in BAD.values():
+        with pytest.raises(ValueError, match=words):
+            engine.generate([request("llava", own, settings)], sampling(), use_tqdm=False)
+    good = {"visprune": "todre", "visprune_num_keep": 8}
+    output = engine.generate([request("llava", own, good)], sampling(), use_tqdm=False)
+    assert len(output[0].prompt_token_ids) == 585 - 576 + 8
+
+
+def test_a_saved_method_is_the_default_and_requests_stand_above_it(
+    engines: Callable[..., Any], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    oracle = Transformers("llava", folders("llava"))
+    with visprune.prune(oracle.model, "divprune", num_keep=20) as run:
+        visprune.save_pretrained(run, tmp_path / "saved", processor=oracle.processor)
+    engine, own = engines("llava", model=tmp_path / "saved"), [picture(200, 200)]
+    lengths = {}
+    for name, settings in {
+        "default": {}, "other budget": {"visprune_num_keep": 30}, "whole": {"visprune": None},
+        "other method": {"visprune": "uniform", "visprune_keep_ratio": 0.5},
+    }.items():  # fmt: skip
+        output = engine.generate([request("llava", own, settings)], sampling(), use_tqdm=False)
+        lengths[name] = len(output[0].prompt_token_ids) - (585 - 576)
+    assert lengths == {"default": 20, "other budget": 30, "whole": 576, "other method": 288}
+
+
+def test_clips_of_qwen3_are_not_pruned_in_silence(engines: Callable[..., Any]) -> None:
+    import numpy as np
+
+    engine = engines("qwen3_vl")
+    frames = np.zeros((4, 56, 56, 3), dtype="uint8")
+    meta = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3],
+            "do_sample_frames": False}  # fmt: skip
+    wanted = {
+        "prompt": "w1 <|vision_start|> <|video_pad|> <|vision_end|> w2",
+        "multi_modal_data": {"video": [(frames, meta)]},
+        "mm_processor_kwargs": {"visprune": "todre", "visprune_num_keep": 2},
+    }
+    with pytest.raises(ValueError, match="holds a video; of qwen3_vl, image tokens are pruned"):
+        engine.generate([wanted], sampling(), use_tqdm=False)

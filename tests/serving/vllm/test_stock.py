@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Without settings vLLM is what it was, to the bit; the plug-in can be left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SCRIPT = """
+import json, sys
+from tests.serving.vllm.asking import picture, request, sampling
+from tests.serving.vllm.conftest import options
+from vllm import LLM
+
+if __name__ == "__main__":
+    family, folder, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    engine = LLM(model=folder, **options(family))
+    pictures = [[picture(140, 280)], [picture(280, 140), picture(56, 56)]]
+    requests = [request(family, one, own) for own in settings for one in pictures]
+    found = engine.generate(requests, sampling(), use_tqdm=False)
+    print("FOUND" + json.dumps([
+        [o.prompt_token_ids, o.outputs[0].token_ids,
+         [{t: e.logprob for t, e in step.items()} for step in o.outputs[0].logprobs]]
+        for o in found
+    ]))
+"""
+
+
+def answers(family: str, folder: Path, *settings: dict[str, Any], **environment: str) -> Any:
+    """What an engine in a process of its own answers under each of some settings."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, family, str(folder), json.dumps(settings)],
+        capture_output=True, text=True, timeout=300, check=False,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "PYTHONPATH": ".", **environment},
+    )  # fmt: skip
+    lines = [x for x in done.stdout.splitlines() if x.startswith("FOUND")]
+    assert lines, done.stderr[-3000:]
+    found = json.loads(lines[0].removeprefix("FOUND"))
+    return [found[n : n + 2] for n in range(0, len(found), 2)]
+
+
+def test_nothing_asked_for_changes_no_bit(folders: Callable[[str], Path]) -> None:
+    folder = folders("qwen3_vl")
+    (stock,) = answers("qwen3_vl", folder, {}, VLLM_PLUGINS="")
+    few = {"visprune": "uniform", "visprune_num_keep": 3}
+    (whole,) = answers("qwen3_vl", folder, {})
+    kept, pruned = answers("qwen3_vl", folder, {"visprune": "keep_all"}, few)
+    assert whole == stock
+    assert kept == stock
+    assert all(len(p[0]) < len(q[0]) for p, q in zip(pruned, stock, strict=True))

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request, or a server's default, asks to be kept of its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from visprune.catalog import get_method, list_methods, methods
+from visprune.core.budget import Budget, Stage
+from visprune.core.method import ModelSpec, PruningMethod
+from visprune.core.numeric import is_number, is_whole
+from visprune.core.signals.base import EncoderSignal, PictureSignal, Signal, TokenSignal
+from visprune.errors import BudgetError, ConfigError, UnsupportedModel, VispruneError, did_you_mean
+from visprune.version import __version__
+
+METHOD, NUM_KEEP, KEEP_RATIO, PARAMS = KEYS = (
+    "visprune",
+    "visprune_num_keep",
+    "visprune_keep_ratio",
+    "visprune_params",
+)
+_BUDGET = (NUM_KEEP, KEEP_RATIO)
+_INSIDE = "it acts inside the image encoder, which a server runs in code of its own"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A method with its budget, as it runs in a server.
+
+    Attributes:
+        method: the method; it acts at the projector alone.
+        key: what tells this from every other setting, of another version of visprune too, for
+            caches of pictures that outlive a request.
+    """
+
+    method: PruningMethod
+    key: str
+
+    def count(self, pos: Tensor, kind: str, spec: ModelSpec) -> int:
+        """Tokens that are left of a picture, known before it is encoded.
+
+        Args:
+            pos: (t, h, w) of its free tokens, ``[N, 3]``.
+            kind: ``"image"`` or ``"video"``.
+            spec: the model.
+
+        Raises:
+            BudgetError: a budget that the method must keep to exceeds the picture's tokens.
+        """
+        left, whole = len(pos), True
+        for stage in self.method.schedule(spec):
+            assert stage.budget is not None, "checked when it was asked for"
+            keep = stage.budget.resolve(left, len(pos), strict=self.method.strict)
+            # Behind a stage, which places are left is not known ahead.
+            left = self.method.slots(tuple(map(tuple, pos.tolist())), keep, kind) if whole else keep
+            whole = False
+        return left
+
+
+def read(
+    given: Mapping[str, Any], default: Mapping[str, Any], spec: ModelSpec, shows: frozenset[str]
+) -> Asked | None:
+    """What a request asks for, over a server's default.
+
+    A request that names a method replaces all of the default; one that gives a budget alone
+    replaces the default's budget. A budget of its own that exceeds a picture's tokens is an error;
+    a default is cut down to what there is.
+
+    Args:
+        given: the request's ``mm_processor_kwargs``; keys of others are left alone.
+        default: those that the server was started with.
+        spec: the model.
+        shows: layers of the image encoder whose attention is read in the server, as signals name
+            them (``"feature"``, ``"last"``).
+
+    Returns:
+        ``None`` where nothing is to be pruned: no settings, or ``{"visprune": None}``.
+
+    Raises:
+        ConfigError: unknown names, values of the wrong type, a missing or double budget.
+        UnsupportedModel: the method does not fit a server, or this model.
+    """
+    own = {key: given[key] for key in KEYS if key in given}
+    rest = {key: default[key] for key in KEYS if key in default}
+    unknown = [key for key in (*given, *default) if key.startswith(METHOD) and key not in KEYS]
+    if unknown:
+        raise ConfigError(
+            f"There is no setting {unknown[0]!r}.{did_you_mean(unknown[0], KEYS)} "
+            f"Settings: {', '.join(KEYS)}."
+        )
+    strict = METHOD in own or any(own.get(key) is not None for key in _BUDGET)
+    if METHOD in own:
+        rest = {}
+    elif any(key in own for key in _BUDGET):
+        rest = {key: value for key, value in rest.items() if key not in _BUDGET}
+    merged = {key: value for key, value in {**rest, **own}.items() if value is not None}
+    if METHOD not in merged:
+        if any(key in own for key in KEYS) and merged:
+            raise ConfigError(
+                f"{', '.join(merged)} came without a method. Name one: "
+                f'{{"visprune": "todre", ...}}, or start the server with a default.'
+            )
+        return None
+    return _built(json.dumps(merged, sort_keys=True, default=repr), spec, shows, strict)
+
+
+def as_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method that was written as ``{"method": name, **parameters}``."""
+    params = {key: value for key, value in saved.items() if value is not None}
+    found = {METHOD: params.pop("method"), PARAMS: params}
+    budget = {f"{METHOD}_{name}": params.pop(name) for name in ("num_keep", "keep_ratio")
+              if name in params}  # fmt: skip
+    return {**found, **budget}
+
+
+def fitting(spec: ModelSpec, shows: frozenset[str]) -> dict[str, str | None]:
+    """Every method by name: ``None`` where it fits a server of this model, else why not."""
+    found: dict[str, str | None] = {}
+    for name in list_methods():
+        kind = methods.get(name)
+        try:
+            method = kind.example()
+            if kind.served:
+                method = type(method)(**{**vars(method), **kind.served})
+            found[name] = why_not(method, spec, shows)
+        except VispruneError as error:
+            found[name] = str(error)
+    return found
+
+
+def why_not(method: PruningMethod, spec: ModelSpec, shows: frozenset[str]) -> str | None:
+    """Return why a server cannot prune by a method, ``None``: it can."""
+    try:
+        schedule = method.schedule(spec)
+    except VispruneError as error:
+        return str(error)
+    if not schedule:  # a stage in each layer of an encoder
+        return _INSIDE
+    for stage in schedule:
+        reason = _stage(stage, spec, shows)
+        if reason is not None:
+            return reason
+    return _positions(method, spec)
+
+
+def _stage(stage: Stage, spec: ModelSpec, shows: frozenset[str]) -> str | None:
+    kind = stage.site.kind
+    if kind == "decoder":
+        return (
+            "it acts inside the decoder, and a block of a server's cache holds the same tokens for "
+            "all layers"
+        )
+    if kind != "projector":
+        return _INSIDE
+    if not isinstance(stage.budget, Budget):
+        return (
+            "it decides itself how many tokens stay, and a server writes their placeholders before "
+            "a picture is encoded"
+        )
+    for signal in stage.needs:
+        reason = missing(signal, spec, shows)
+        if reason is not None:
+            return reason
+    return None
+
+
+def missing(signal: Signal, spec: ModelSpec, shows: frozenset[str]) -> str | None:
+    """Return why a server cannot show a signal, ``None``: it can."""
+    if isinstance(signal, PictureSignal | TokenSignal):
+        return None
+    if not isinstance(signal, EncoderSignal):
+        return f"it is shown {signal}, and a server encodes a picture, and keeps it, without a text"
+    lacking = signal.missing(spec)
+    if lacking is not None:
+        return f"it is shown {signal}, but {lacking}"
+    if signal.layer not in shows or (signal.uses == "output" and signal.layer != "feature"):
+        return f"it is shown {signal}, which is not read in the server's own image encoder"
+    return None
+
+
+def _positions(method: PruningMethod, spec: ModelSpec) -> str | None:
+    if spec.multi_axis_rope:
+        if method.positions == "compact":
+            return "positions='compact' closes up a line of ids, and its tokens have (t, h, w)"
+        return None
+    if method.positions == "original":
+        return (
+            "positions='original' leaves gaps, and a server counts the positions of this model's "
+            "tokens without them"
+        )
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _built(settings: str, spec: ModelSpec, shows: frozenset[str], strict: bool) -> Asked:
+    """Build and check what was asked for; equal settings are checked once."""
+    merged = json.loads(settings)
+    name, params = merged[METHOD], merged.get(PARAMS, {})
+    if not isinstance(name, str):
+        raise ConfigError(f"visprune is the name of a method, got {name!r}.")
+    if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
+        raise ConfigError(
+            f"visprune_params are a method's parameters by name, got {params!r}. "
+            f'Example: {{"visprune_params": {{"objective": "max_sum"}}}}.'
+        )
+    num_keep, ratio = merged.get(NUM_KEEP), merged.get(KEEP_RATIO)
+    if num_keep is not None and not is_whole(num_keep):
+        raise BudgetError(f"visprune_num_keep is a whole number of tokens, got {num_keep!r}.")
+    if ratio is not None and not is_number(ratio):
+        raise BudgetError(f"visprune_keep_ratio is a fraction in (0, 1], got {ratio!r}.")
+    budget = {"num_keep": num_keep, "keep_ratio": ratio}
+    budget = {key: value for key, value in budget.items() if value is not None}
+    double = sorted(set(budget) & set(params))
+    if double:
+        raise ConfigError(f"visprune_{double[0]} and visprune_params both give {double[0]}.")
+    strictly = {"strict": True} if strict and num_keep is not None else {}
+    served = {**methods.get(name).served}
+    method = get_method(name, **{**strictly, **served, **params, **budget})
+    reason = why_not(method, spec, shows)
+    if reason is not None:
+        fits = [other for other, why in fitting(spec, shows).items() if why is None]
+        raise UnsupportedModel(
+            f"{name} cannot prune {spec.family} in a server: {reason}. Methods that can: "
+            f"{', '.join(fits)}."
+        )
+    return Asked(method, json.dumps([__version__, method.to_dict()], sort_keys=True, default=repr))
