@@ -13,6 +13,7 @@ from visprune.core.checked import check_parameters
 from visprune.core.numeric import plain
 from visprune.core.registry import Registry
 from visprune.errors import ConfigError
+from visprune.methods import LABELS
 from visprune.methods import TABLE as METHODS
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 methods = Registry("method", METHODS, group="visprune.methods")
 adapters = Registry("model family", ADAPTERS, group="visprune.adapters")
 encoders = Registry("vision transformer", ENCODERS, group="visprune.encoders")
+
+
+def labels() -> dict[str, str]:
+    """Of methods whose number of tokens is not what a decoder layer sees: what it is."""
+    return dict(LABELS)
 
 
 def list_methods() -> list[str]:

@@ -211,15 +211,16 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace, shape: str)
 
 
 def publish(
-    table: Table, rows: list[dict[str, Any]], options: argparse.Namespace, name: str, shape: str
-) -> None:
+    table: Table, rows: list[dict[str, Any]], options: argparse.Namespace, name: str, shape: str,
+    note: str = "Same logits as the ideal on the same tokens: checked before timing. ",
+) -> None:  # fmt: skip
     """Print a table, and write its rows with what they were measured on."""
     folder = writable_folder(options.out)
     environment = describe()
     console = Console()
     (console if console.is_terminal else Console(width=120, file=console.file)).print(table)
     line = describe_line(environment)
-    console.print(f"Same logits as the ideal on the same tokens: checked before timing. {line}",
+    console.print(f"{note}{line}",
                   soft_wrap=True, highlight=False, markup=False)  # fmt: skip
     settings = {"shape": shape, "batch": options.batch, "dtype": options.dtype,
                 "rounds": options.rounds, "device": options.device}  # fmt: skip

@@ -16,7 +16,7 @@ from visprune.catalog import get_method
 from visprune.cli import commands as cli
 from visprune.core import Selection
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval.speed import bench_decode, bench_eval, bench_prefill, ideal
+from visprune.eval.speed import bench_decode, bench_eval, bench_methods, bench_prefill, ideal
 from visprune.eval.speed.bench_prefill import METHODS, agree, pair_up
 from visprune.eval.speed.ideal import ideal_of, prompt
 from visprune.machine.run import prune
@@ -175,3 +175,20 @@ def test_rates_of_the_evaluator_are_of_equal_answers(
     monkeypatch.setattr(bench_eval, "_run", other)
     with pytest.raises(VispruneError, match=r"answer 15 questions differently.*; no rates"):
         bench_eval.measure(3, [1], rounds=1)
+
+
+def test_what_choosing_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["todre", "v2drop", "sparsevlm", "evit"]
+    bench_methods.main(["--quick", "--methods", *names, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in record["rows"]] == names
+    for row in record["rows"]:
+        assert row["method"] in said
+        assert row["selection_ms"] > 0.0
+        assert row["share"] == pytest.approx(row["selection_ms"] / row["prefill_ms"])
+        assert (row["tokens"], row["batch"]) == (144, 2)
+    assert "logits" not in said  # nothing of the kind was checked
+    for wrong in ("snapkv", "todr"):
+        with pytest.raises(ConfigError, match=f"'{wrong}' chooses nothing in a prefill"):
+            bench_methods.main(["--quick", "--methods", wrong, "--out", str(tmp_path)])

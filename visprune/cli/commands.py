@@ -161,11 +161,25 @@ def report(
 
 
 @app.command()
-def methods() -> None:
-    """List the pruning methods, one line each."""
+def methods(
+    page: Annotated[
+        bool, typer.Option("--page", help="What each does, where, and at what cost: Markdown.")
+    ] = False,
+) -> None:
+    """List the pruning methods, one line each, and whose number of tokens is not tokens a layer."""
     from visprune.catalog import methods as registry
 
+    if page:
+        from visprune.machine.facts import page as written
+
+        typer.echo(written(), nl=False)
+        return
+    from visprune.catalog import labels
+
     _print_registry(registry)
+    typer.echo("\nWhere a number of tokens is not what a layer sees (576 tokens, 32 layers):")
+    for name, label in labels().items():
+        typer.echo(f"  {name}: {label}")
 
 
 @app.command()
@@ -232,7 +246,7 @@ def tasks() -> None:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="prefill, decode, vit, eval, or the name of a kernel.")
+        str, typer.Argument(help="prefill, decode, methods, vit, eval, or a kernel's name.")
     ],
     draw: Annotated[
         bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
@@ -276,7 +290,8 @@ def _benchmarks() -> dict[str, str]:
     """Return benchmark name to module: of whole models, and of every ``kernels/NAME/bench.py``."""
     root = Path(__file__).parents[1]
     ours = {
-        name: f"visprune.eval.speed.bench_{name}" for name in ("decode", "eval", "prefill", "vit")
+        name: f"visprune.eval.speed.bench_{name}"
+        for name in ("decode", "eval", "methods", "prefill", "vit")
     }
     kernels = {
         path.parent.name: f"visprune.kernels.{path.parent.name}.bench"

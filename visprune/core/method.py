@@ -170,6 +170,10 @@ class PruningMethod:
         """Multiply-adds that the rule itself takes on one image: N tokens, K kept, D features."""
         return 0
 
+    def slots(self, count: int, keep: int) -> int:
+        """Tokens left of N where K are kept, with those that the rule makes of the others."""
+        return keep
+
     def decide(self, tokens: VisualTokens, ctx: Context) -> Tensor:
         """In the training of a method that learns: which tokens later layers see.
 

@@ -69,3 +69,17 @@ TABLE = {
     "actqkv": "visprune.methods.actqkv:ActQKV",
     "tokenselect": "visprune.methods.tokenselect:TokenSelect",
 }
+
+# Methods whose number of tokens is not what a layer sees, read without importing them; a test
+# computes every number again.
+LABELS = {
+    "fastv": "num_keep=64 is 96.0 tokens a layer on average",
+    "pyramiddrop": "num_keep=64 is 256.0",
+    "vscan": "num_keep=64 is 128.0; the paper's 64 is num_keep=32",
+    "random_deep": "num_keep=64 is 320.0",
+    "v2drop": "num_keep=64 is 394.0; its own ratios are 123.2",
+    "dart": "num_keep=64 is 96.0; the official code keeps 132 where it is told 128",
+    "vitcop": "num_keep=64 is 178.1",
+    "sparsevlm": "settings 192, 128, 96 and 64 are 206.5, 145.4, 114.1 and 82.2 "
+    "(version 2: 206.8, 144.1, 113.9 and 81.8)",
+}

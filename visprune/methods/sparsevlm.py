@@ -162,6 +162,12 @@ class SparseVLM(PruningMethod):
             chosen.append(self._of_one(tokens.features[image], rated, ctx))
         return Selection.stack(chosen)
 
+    def slots(self, count: int, keep: int) -> int:
+        """What is recycled comes on top."""
+        if self.version == 2 or keep >= count:
+            return min(count, keep)
+        return keep + (int(0.3 * (count - keep)) + 1) // 10 + 1
+
     def _of_one(self, features: Tensor, rated: Tensor, ctx: Context) -> Selection:
         """One picture: its tokens ``[N, D]`` and the raters' map ``[R, N]``."""
         count, score = len(features), rated.mean(0)
