@@ -59,6 +59,7 @@ TABLE = {
     "pp_chart2table": "visprune.backbones.vlm.generic:TilesAdapter",
     "qianfan_ocr": "visprune.backbones.vlm.generic:TilesAdapter",
     "apertus1p5": _GENERIC,
+    "emu3": "visprune.backbones.vlm.marked:CodesAdapter",
     "llava_onevision": "visprune.backbones.vlm.packed:OneVisionAdapter",
     "llava_next_video": "visprune.backbones.vlm.packed:NextVideoAdapter",
     "granite4_vision": "visprune.backbones.vlm.packed:GraniteAdapter",
@@ -97,8 +98,6 @@ REFUSED: dict[str, str] = {
         "it has no image encoder: patches of pixels (image_patches) go straight into the decoder, "
         "between newline tokens that it counts rows by"
     ),
-    "chameleon": "it reads a picture as discrete codes of its vocabulary, which it also writes",
-    "emu3": "it reads a picture as discrete codes of its vocabulary, which it also writes",
     "qwen2_5_omni": "it holds a whole model that sees: prune that, model.thinker",
     "qwen3_omni_moe": "it holds a whole model that sees: prune that, model.thinker",
     "llama4": "its forward raises in transformers 5.24, pruned or not",
@@ -106,7 +105,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
     **dict.fromkeys(("blip", "pix2struct", "pp_formulanet", "vision-encoder-decoder"), _CROSS),
     **dict.fromkeys(("florence2", "t5gemma2", "udop"), _ENCODED),
-    **dict.fromkeys(("phi4_multimodal", "git", "kosmos-2", "kosmos-2.5"), _INSIDE),
+    **dict.fromkeys(("chameleon", "phi4_multimodal", "git", "kosmos-2", "kosmos-2.5"), _INSIDE),
     "pi0": "it writes the actions of a robot and no text",
     "diffusion_gemma": "it writes a block of tokens at once, over and over, and not one by one",
     "evolla": "it reads proteins and no pictures",

@@ -46,6 +46,7 @@ KNOWN: dict[str, tuple[str, str]] = {
     "pp_chart2table": ("PP-Chart2Table", TILES),
     "qianfan_ocr": ("Qianfan-OCR", TILES),
     "apertus1p5": ("Apertus 1.5", PICTURES),
+    "emu3": ("Emu3-Chat", PICTURES),
     "llava_onevision": ("LLaVA-OneVision", TILES_AND_CLIPS),
     "llava_next_video": ("LLaVA-NeXT-Video", TILES_AND_CLIPS),
     "granite4_vision": ("Granite 4 Vision", TILES),

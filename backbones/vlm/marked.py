@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from visprune.backbones.vlm.generic import GenericAdapter, NamedTilesAdapter, TilesAdapter
+from visprune.backbones.vlm.generic import GenericAdapter, Kind, NamedTilesAdapter, TilesAdapter
 from visprune.backbones.vlm.picture import Picture
 
 
@@ -35,6 +35,40 @@ class SeparatorAdapter(GenericAdapter):
         return torch.arange(count) < count - 1
 
 
+class CodesAdapter(GenericAdapter):
+    """Emu3: codes of a picture's cells, embedded as words are, and a newline behind every row.
+
+    Pictures that it writes itself are words: nothing of those is visual.
+    """
+
+    def token_id(self, kind: Kind) -> int | None:
+        """The placeholder; clips have none."""
+        return self.core.vocabulary_mapping.image_token_id if kind == "image" else None
+
+    @property
+    def tower(self) -> nn.Module:
+        """What makes codes of pixels."""
+        return self.core.vqmodel
+
+    @property
+    def merge(self) -> int:
+        """One code is one token."""
+        return 1
+
+    def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
+        """(t, h, w) in cells of each picture; what it was padded with makes no tokens."""
+        side = self.core.vqmodel.vision_spatial_factor
+        sizes = torch.as_tensor(call["image_sizes"]).tolist()
+        return [(1, height // side, width // side) for height, width in sizes]
+
+    def free(self, count: int, cells: tuple[int, int, int] | None) -> Tensor:
+        """All but the newlines."""
+        assert cells is not None, "its encoder takes sizes"
+        found = torch.ones(cells[1], cells[2] + 1, dtype=torch.bool)
+        found[:, -1] = False
+        return found.flatten()
+
+
 class ErnieAdapter(GenericAdapter):
     """ERNIE 4.5 VL: the decoder has experts of its own for visual tokens and the marks around."""
 
@@ -44,9 +78,7 @@ class ErnieAdapter(GenericAdapter):
 class RealTilesAdapter(NamedTilesAdapter):
     """Granite Docling: as Idefics 3, and the processor says which tiles are real."""
 
-    def pieces(
-        self, call: dict[str, Any], kind: Literal["image", "video"], output: Any
-    ) -> list[list[Picture]]:
+    def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
         """Every tile of each sample."""
         real = call.get("pixel_attention_mask")
         return self.rows(call["pixel_values"], real, output, kind)
@@ -59,16 +91,14 @@ class PerceptionAdapter(TilesAdapter):
 
     def encodes(
         self,
-        kind: Literal["image", "video"],
+        kind: Kind,
         given: dict[str, Any],
         call: dict[str, Any] | None,
-    ) -> Literal["image", "video"]:
+    ) -> Kind:
         """What ``get_image_features`` was given: pictures, or the clips of the call."""
         clips = (call or {}).get("pixel_values_videos")
         return "video" if clips is not None and given.get("pixel_values") is clips else kind
 
-    def pixels_of(
-        self, call: dict[str, Any], kind: Literal["image", "video"], counts: list[int]
-    ) -> list[Any]:
+    def pixels_of(self, call: dict[str, Any], kind: Kind, counts: list[int]) -> list[Any]:
         """The tiles or frames, one after the other."""
         return list(call["pixel_values"].flatten(0, 1))

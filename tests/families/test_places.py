@@ -15,7 +15,8 @@ from visprune.backbones.hf.features import entries
 from visprune.backbones.vlm.picture import Picture
 from visprune.machine.find import find_adapter
 
-FAMILIES = tuple(name for name in tiny.FAMILIES if name != "apertus1p5")  # codes may be equal
+CODES = ("apertus1p5", "emu3")  # codes of two pictures may be equal
+FAMILIES = tuple(name for name in tiny.FAMILIES if name not in CODES)
 CLIPS = tuple(name for name in FAMILIES if tiny.FAMILIES[name].clip)
 PACKED = ("llava_onevision", "llava_onevision_shrunk", "llava_next_video")
 
@@ -121,3 +122,17 @@ def test_a_picture_without_local_views(models: Any) -> None:
     _, (large,) = encoded(model, given("deepseek_ocr2", "A"), "image")
     assert len(large.free) > len(small.free) == len(features[0])
     assert small.placed == "queries"
+
+
+@pytest.mark.parametrize("picture", ["a", "B"])
+def test_rows_of_codes_end_in_a_newline(picture: str, models: Any) -> None:
+    model, shown = models("emu3"), given("emu3", picture)
+    (features,), (known,) = encoded(model, shown, "image")
+    newline = model.get_input_embeddings().weight[tiny.marked.NEWLINE]
+    assert torch.equal((features == newline).all(-1), ~known.free)
+    assert known.placed == "grid"
+    with torch.no_grad():
+        output = model.model.get_image_features(**shown, return_dict=True)
+    at = output.image_tokens[0][known.pos[:, 1], known.pos[:, 2]]
+    wanted = model.get_input_embeddings()(10 + at)
+    assert torch.equal(features[known.free], wanted)

@@ -175,3 +175,34 @@ def perception_lm(layers: int) -> Any:
         vision_use_cls_token=True,
     )
     return tf.PerceptionLMForConditionalGeneration(config)
+
+
+def _coded(name: str) -> Inputs:
+    """A picture in cells of two pixels, padded to the size of the larger ones."""
+    height, width = (12, 16) if name.isupper() else (8, 12)
+    pixels = torch.zeros(1, 3, 12, 16)
+    pixels[..., :height, :width] = noise(name, 1, 3, height, width)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+
+
+NEWLINE = 60  # of Emu3
+
+
+@family("emu3", _coded, prompt=wrapped)
+def emu3(layers: int) -> Any:
+    codes = {f"<|visual token {code:06}|>": 10 + code for code in range(40)}
+    config = tf.Emu3Config(
+        text_config=text(layers),
+        vq_config={
+            "codebook_size": 40,
+            "embed_dim": 4,
+            "latent_channels": 4,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "hidden_size": 32,
+            "attn_resolutions": [3],
+        },
+        vocabulary_map={**codes, "<image>": IMAGE, "<|extra_200|>": NEWLINE},
+    )
+    return tf.Emu3ForConditionalGeneration(config)
