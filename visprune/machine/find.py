@@ -116,8 +116,9 @@ def find_adapter(model: Any) -> Any:
             f"{type(inner).__name__} is neither a transformers vision-language model nor a vision "
             f"transformer with an adapter. {have} {_encoders_there_are()}"
         )
-    inside = hasattr(inner, "model") or hasattr(inner, "language_model")
-    if kind in adapters and hasattr(inner, "get_output_embeddings") and inside:
+    # An inner model has the same config and a decoder, but writes nothing.
+    writes = bool(getattr(inner, "can_generate", lambda: False)())
+    if kind in adapters and writes and hasattr(inner, "get_output_embeddings"):
         return adapters.get(kind)(inner)
     if kind not in adapters and kind not in REFUSED_FAMILIES and _reads_pictures(inner):
         return _tried(inner, kind, have)
