@@ -12,29 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import Noticed
-from visprune.backbones.hf.cache import (
-    CACHE_ARGUMENT,
-    Owner,
-    SlotLayer,
-    cache_of,
-    check_cache,
-    open_windows,
-)
-from visprune.backbones.hf.masks import masks_by_kind
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, Owner, cache_of, check_cache
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
-from visprune.errors import ConfigError, UnsupportedModel
+from visprune.errors import UnsupportedModel
 from visprune.machine.cache.evict import CacheEviction
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
-from visprune.machine.decoder.outputs import OutputHooks, grown
+from visprune.machine.decoder.outputs import OutputHooks
 from visprune.machine.decoder.prompt import PromptEnd
-from visprune.machine.decoder.reading import LayerReader, timed
+from visprune.machine.decoder.reading import LayerReader, check_signals, timed
 from visprune.machine.decoder.shorten import run_stage
+from visprune.machine.decoder.windows import makes_cache, opened
 from visprune.machine.encoder.tap import EncoderTap, pictures_of
 from visprune.machine.encoder.within_vlm import EncoderReduction
 from visprune.machine.plan import Plan
@@ -232,32 +225,13 @@ class DecoderHooks:
             raise UnsupportedModel(self.unproved)
         for layout in layouts:
             self.plan.check_count(len(layout.picture.pos))
-            self._check_signals(layout)
+            check_signals(self.plan, self.method.name, layout)
         return layouts
-
-    def _check_signals(self, layout: ImageLayout) -> None:
-        known = layout.picture.signals
-        missing = [s for s in self.plan.required if s not in known]
-        if missing:
-            raise ConfigError(
-                f"{self.method.name} reads {missing[0]} of the image encoder, which these "
-                f"features were encoded without. Encode them with visprune.encode_images(model, "
-                f"methods=[...]), or inside the run."
-            )
 
     def _open(self, kwargs: dict[str, Any]) -> Forward:
         call = self._current.call or {}
         layouts = self._layouts()
-        masks = self._masks(kwargs, layouts) if self.adapter.windowed else None
-        if masks is not None or isinstance(kwargs.get("attention_mask"), dict):
-            # What the decoder is given may be a dict, made of this by the core.
-            plain = kwargs.get("attention_mask")
-            if isinstance(plain, dict) or self.adapter.masks_before:
-                plain = call.get("attention_mask")
-            cache = cache_of(kwargs)
-            if layouts and (cache is not None or self._caches(kwargs)):
-                cache = open_windows(cache, self.adapter.text_config)
-            kwargs = {**kwargs, "attention_mask": plain, CACHE_ARGUMENT: cache}
+        masks, kwargs = opened(self.adapter, call, kwargs, layouts)
         fwd = Forward(
             self.adapter,
             self.owner,
@@ -270,32 +244,6 @@ class DecoderHooks:
         self._prompt.check(fwd)
         self._current.forward = fwd
         return fwd
-
-    def _masks(self, kwargs: dict[str, Any], layouts: list[ImageLayout]) -> dict[str, Any] | None:
-        """The masks that a decoder with windows makes of the whole call; ``None``: leave it be."""
-        cache = cache_of(kwargs)
-        pruned = cache is not None and any(isinstance(x, SlotLayer) for x in cache.layers)
-        if not layouts and not pruned:
-            return None
-        adapter, mask = self.adapter, kwargs.get("attention_mask")
-        both = isinstance(mask, dict) and adapter.sees_both_ways
-        before = both or adapter.masks_before
-        if layouts and before and cache is not None and cache.get_seq_length():
-            raise UnsupportedModel(
-                f"A picture of a later turn is seen both ways by {adapter.config.model_type}, and "
-                f"transformers gives that to the tokens at the beginning of the cache. Give the "
-                f"conversation in one prompt."
-            )
-        if pruned and isinstance(mask, Tensor) and mask.dim() == 2:
-            # Old tokens are seen by their places; of the new ones among each other it tells.
-            cache, mask = None, mask[:, -kwargs["inputs_embeds"].shape[1] :]
-        kinds = {adapter.kind_of(n) for n in range(len(adapter.layers))}
-        return masks_by_kind(adapter.text_config, kwargs["inputs_embeds"], mask, cache, kinds)
-
-    def _caches(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the decoder would make a cache of its own."""
-        use = kwargs.get("use_cache")
-        return bool(getattr(self.adapter.text_config, "use_cache", True) if use is None else use)
 
     @torch.compiler.disable
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -311,7 +259,7 @@ class DecoderHooks:
         if fwd.masks is not None:
             kwargs[CACHE_ARGUMENT] = fwd.cache
         if self._eviction is not None:
-            self._eviction.check(fwd, fwd.cache is not None or self._caches(kwargs))
+            self._eviction.check(fwd, fwd.cache is not None or makes_cache(self.adapter, kwargs))
             self._eviction.expect(fwd)
         hidden = kwargs["inputs_embeds"]
         in_layers = self._flash or (self._in_layers and (bool(fwd.images) or fwd.uneven))
@@ -442,29 +390,5 @@ class DecoderHooks:
         if self._eviction is not None:
             self._eviction.finish(fwd, cache_of(output))
         self.trace = trace
-        states = getattr(output, "hidden_states", None)
-        if states is not None:
-            last = states[-1] is output.last_hidden_state
-            output.hidden_states = tuple(_whole(fwd, n, len(states), x) for n, x in
-                                         enumerate(states))  # fmt: skip
-        output.last_hidden_state = self._outputs.expand(fwd.table, output.last_hidden_state, trace)
-        if states is not None and last:
-            output.hidden_states = (*output.hidden_states[:-1], output.last_hidden_state)
+        self._outputs.lengthen(fwd, output, trace)
         return output
-
-
-def _whole(fwd: Forward, number: int, count: int, x: Tensor) -> Tensor:
-    """One of the collected hidden states at the length of the input.
-
-    The n-th is what entered layer n, as its predecessor left it; the last one is the output.
-    """
-    tables = (
-        [fwd.table] if number == count - 1 else [fwd.table_at(number - 1), fwd.table_at(number)]
-    )
-    states = x.dim() == 4  # as layers hand them on; the last ones are those of the output
-    rows = fwd.adapter.as_rows(x) if states else x
-    for table in tables:
-        if rows.shape[1] == table.num_slots:
-            rows = grown(table, rows) if table.shortened else rows
-            return fwd.adapter.as_states(rows) if states else rows
-    return x

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visprune.core.slots import SlotTable
 from visprune.core.trace import Trace
+from visprune.machine.decoder.forward import Forward
 from visprune.machine.threads import PerThread
 
 IGNORE = -100
@@ -86,6 +87,17 @@ class OutputHooks:
         current.table = current.trace = current.hidden = None
         current.grow = False
 
+    def lengthen(self, fwd: Forward, output: Any, trace: Trace) -> None:
+        """Give the decoder's output of a call the length of its input: all collected states."""
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            last = states[-1] is output.last_hidden_state
+            output.hidden_states = tuple(_whole(fwd, n, len(states), x) for n, x in
+                                         enumerate(states))  # fmt: skip
+        output.last_hidden_state = self.expand(fwd.table, output.last_hidden_state, trace)
+        if states is not None and last:
+            output.hidden_states = (*output.hidden_states[:-1], output.last_hidden_state)
+
     def expand(self, table: SlotTable, hidden: Tensor, trace: Trace) -> Tensor:
         """Return hidden states ``[B, P, D]`` at the length of the input, ``[B, S, D]``."""
         current = self._current
@@ -153,3 +165,20 @@ def grown(table: SlotTable, x: Tensor) -> Tensor:
     at = table.readers().to(x.device)
     at = at.reshape(*at.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, at)
+
+
+def _whole(fwd: Forward, number: int, count: int, x: Tensor) -> Tensor:
+    """One of the collected hidden states at the length of the input.
+
+    The n-th is what entered layer n, as its predecessor left it; the last one is the output.
+    """
+    tables = (
+        [fwd.table] if number == count - 1 else [fwd.table_at(number - 1), fwd.table_at(number)]
+    )
+    states = x.dim() == 4  # as layers hand them on; the last ones are those of the output
+    rows = fwd.adapter.as_rows(x) if states else x
+    for table in tables:
+        if rows.shape[1] == table.num_slots:
+            rows = grown(table, rows) if table.shortened else rows
+            return fwd.adapter.as_states(rows) if states else rows
+    return x

@@ -14,8 +14,10 @@ from torch import Tensor
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, stored_length
 from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
 from visprune.backbones.vlm.base import VLMAdapter
+from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
 from visprune.core.signals.base import DecoderSeen, DecoderSignal
+from visprune.errors import ConfigError
 from visprune.machine.choose import Observer, now
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.shorten import read_layer, seen_by
@@ -175,3 +177,19 @@ def timed(fwd: Forward, observers: Sequence[Observer]) -> Iterator[None]:
 def _show(seen: DecoderSeen, attended: Attended, stored: int) -> None:
     seen.query, seen.key, seen.value = attended.query, attended.key, attended.value
     seen.scale, seen.softcap, seen.stored = attended.scale, attended.softcap, stored
+
+
+def check_signals(plan: Plan, method: str, layout: ImageLayout) -> None:
+    """Refuse a picture that was encoded without what stages read of the encoder.
+
+    Raises:
+        ConfigError: a signal is missing.
+    """
+    known = layout.picture.signals
+    missing = [s for s in plan.required if s not in known]
+    if missing:
+        raise ConfigError(
+            f"{method} reads {missing[0]} of the image encoder, which these "
+            f"features were encoded without. Encode them with visprune.encode_images(model, "
+            f"methods=[...]), or inside the run."
+        )
