@@ -27,8 +27,13 @@ FEW: dict[str, dict[str, Any]] = {
     "dynamicvit": {"num_keep": 12},
     "spatten": {"keep_ratio": 0.5},
     "diffrate": {},
+    "ficoco_v": {"r": 4, "front": 0.3},
 }
-KEEP_ALL = {"tome": {"r": 0}, "diffrate": {"pruned": [37] * 3, "merged": [37] * 3, "tokens": 37}}
+KEEP_ALL = {
+    "tome": {"r": 0},
+    "ficoco_v": {"r": 0},
+    "diffrate": {"pruned": [37] * 3, "merged": [37] * 3, "tokens": 37},
+}
 ALL: dict[str, dict[str, Any]] = {name: KEEP_ALL.get(name, {"keep_ratio": 1.0}) for name in FEW}
 every_method = pytest.mark.parametrize("name", INSIDE)
 every_tower = pytest.mark.parametrize("family", TOWERS)

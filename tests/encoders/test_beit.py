@@ -120,9 +120,9 @@ def test_the_class_tokens_row_is_that_of_the_attention(kind: str) -> None:
     assert torch.equal(kept, best)
 
 
-@pytest.mark.parametrize("method", ["tome", "pitome", "diffrate", "spatten"])
+@pytest.mark.parametrize("method", ["tome", "pitome", "diffrate", "spatten", "ficoco_v"])
 def test_what_it_cannot(method: str) -> None:
-    params = {"tome": {"r": 2}, "diffrate": {}}.get(method, {"keep_ratio": 0.8})
+    params = {"tome": {"r": 2}, "diffrate": {}, "ficoco_v": {}}.get(method, {"keep_ratio": 0.8})
     with pytest.raises(
         UnsupportedModel, match=r"bias per pair of places.*Methods that fit it"
     ) as e:

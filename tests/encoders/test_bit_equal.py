@@ -23,10 +23,11 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "random": {"keep_ratio": 1.0},
     "spatten": {"keep_ratio": 1.0},
     "diffrate": {"pruned": [197] * 2, "merged": [197] * 2},
+    "ficoco_v": {"r": 0},
     "uniform": {"keep_ratio": 1.0},
     "keep_all": {},
 }
-BY_CLASS = ("evit", "topk", "diffrate")
+BY_CLASS = ("evit", "topk", "diffrate", "ficoco_v")
 
 
 def test_every_method_for_encoders_is_here() -> None:

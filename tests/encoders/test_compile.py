@@ -33,6 +33,7 @@ def nothing_compiled() -> Iterator[None]:
         ("plain", "random", {"keep_ratio": 0.6}),
         ("plain", "spatten", {"keep_ratio": 0.6}),
         ("plain", "diffrate", {}),
+        ("plain", "ficoco_v", {"r": 3}),
     ],
 )
 def test_one_graph(kind: str, method: str, params: dict[str, Any]) -> None:

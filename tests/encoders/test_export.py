@@ -26,6 +26,7 @@ from visprune.errors import UnsupportedModel
         ("plain", "random", {"keep_ratio": 0.6}),
         ("plain", "spatten", {"keep_ratio": 0.6}),
         ("plain", "diffrate", {}),
+        ("plain", "ficoco_v", {"r": 3}),
         ("eva_rope", "tome", {"r": 3}),
         ("average_no_class", "pitome", {"keep_ratio": 0.8}),
     ],

@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"keep_ratio": 0.6},
     "spatten": {"keep_ratio": 0.4},
     "diffrate": {},
+    "ficoco_v": {"r": 3},
     "dynamicvit": {"keep_ratio": 0.6},
 }
 
@@ -62,6 +63,7 @@ def test_keeping_all_and_keeping_some(kind: str, method: str) -> None:
     want = model(x)
     everything = {
         "tome": {"r": 0},
+        "ficoco_v": {"r": 0},
         "diffrate": {"pruned": [26] * 4, "merged": [26] * 4, "tokens": 26},
     }.get(method, {"keep_ratio": 1.0})
     with visprune.prune(model, method, **everything) as run:

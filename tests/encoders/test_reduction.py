@@ -25,6 +25,7 @@ MERGING: dict[str, dict[str, Any]] = {
     "pitome": {"keep_ratio": 0.8},
     "evit": {"keep_ratio": 0.6},
     "diffrate": {"pruned": [197, 150, 120, 99], "merged": [190, 140, 110, 70]},
+    "ficoco_v": {"r": 4},
 }
 ALL = [*DROPPING.items(), *MERGING.items()]
 KINDS = sorted(small.KINDS.items())
@@ -36,7 +37,7 @@ def pruned(model: Any, method: str, params: dict[str, Any]) -> Any:
     try:
         return visprune.prune(model, method, **params)
     except UnsupportedModel:
-        assert method in ("topk", "evit", "diffrate")
+        assert method in ("topk", "evit", "diffrate", "ficoco_v")
         return None
 
 

@@ -28,6 +28,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "uniform": {"keep_ratio": 1.0},
     "spatten": {"keep_ratio": 1.0},
     "diffrate": {"pruned": [197] * 3, "merged": [197] * 3},
+    "ficoco_v": {"r": 0},
     "keep_all": {},
 }
 DROPPING = {"topk": {"keep_ratio": 0.6}, "random": {"keep_ratio": 0.6}}
@@ -46,7 +47,7 @@ def pruned(model: Any, method: str, params: dict[str, Any]) -> Any:
     try:
         return visprune.prune(model, method, **params)
     except UnsupportedModel:
-        assert method in ("topk", "evit", "diffrate")
+        assert method in ("topk", "evit", "diffrate", "ficoco_v")
         return None
 
 

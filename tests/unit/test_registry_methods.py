@@ -41,6 +41,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "topk": [{"keep_ratio": 0.5, "layers": (2,)}, {"num_keep": 7}],
     "dynamicvit": [{"keep_ratio": 0.5}, {"num_keep": 7}],
     "spatten": [{"keep_ratio": 0.5}, {"keep_ratio": 0.7, "front": 0.3}],
+    "ficoco_v": [{}, {"r": 8, "beta": 0.5, "front": 0.25}],
     "diffrate": [{}, {"numbers": "mae_base-11.5"}, 
                  {"pruned": (9, 4), "merged": (8, 3), "tokens": 17}],
 }  # fmt: skip
@@ -71,7 +72,7 @@ def plain(name: str) -> dict[str, Any]:
 
 
 # What decides itself how many stay, or at which layer they leave.
-NO_BUDGET = ("keep_all", "vtw", "diffrate", "ivc_prune", "sparsevlm", "lightkv", "pact")
+NO_BUDGET = ("keep_all", "vtw", "diffrate", "ficoco_v", "ivc_prune", "sparsevlm", "lightkv", "pact")
 # Their frames decide how the budget is met.
 BY_FRAME = ("evs", "vidcom2")
 

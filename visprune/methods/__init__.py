@@ -19,6 +19,7 @@ TABLE = {
     "topk": "visprune.methods.topk:TopK",
     "spatten": "visprune.methods.spatten:SpAtten",
     "diffrate": "visprune.methods.diffrate:DiffRate",
+    "ficoco_v": "visprune.methods.ficoco_v:FiCoCoV",
     "dynamicvit": "visprune.methods.dynamicvit:DynamicViT",
     "cdpruner": "visprune.methods.cdpruner:CDPruner",
     "fastervlm": "visprune.methods.fastervlm:FasterVLM",

@@ -27,6 +27,7 @@ from visprune.core.signals.decoder_states import (
 from visprune.core.signals.encoder_attention import (
     ClsAttention,
     EncoderKeys,
+    EncoderLogits,
     EncoderQueriesKeys,
     ReceivedAttention,
     WholeClsAttention,
@@ -44,6 +45,7 @@ __all__ = [
     "DecoderSignal",
     "EncoderFeatures",
     "EncoderKeys",
+    "EncoderLogits",
     "EncoderQueriesKeys",
     "EncoderSeen",
     "EncoderSignal",

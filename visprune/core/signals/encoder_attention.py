@@ -108,3 +108,30 @@ class WholeClsAttention(EncoderSignal):
     def macs(self, tokens: int, width: int) -> int:
         """One query, all keys."""
         return tokens * width
+
+
+@dataclass(frozen=True)
+class EncoderLogits(EncoderSignal):
+    """Scores before the softmax of class token and patches, mean over heads: ``[B, 1 + N, 1 + N]``.
+
+    Row and column 0 are the class token's; other tokens before the patches are left out. One
+    product of the whole width: no map of a single head is ever there.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ("cls_token", "encoder_attention", "every_query")
+
+    def read(self, seen: EncoderSeen) -> Tensor:
+        """The products of all heads summed, over their number."""
+        query, key = seen.attention()
+        heads = query.shape[1]
+        key = key.repeat_interleave(heads // key.shape[1], dim=1)
+
+        def shown(x: Tensor) -> Tensor:
+            x = torch.cat([x[:, :, :1], x[:, :, seen.prefix :]], dim=2)
+            return x.transpose(1, 2).flatten(2).float()
+
+        return shown(query) @ shown(key).transpose(1, 2) * (seen.scale / heads)
+
+    def macs(self, tokens: int, width: int) -> int:
+        """All queries, all keys."""
+        return tokens * tokens * width

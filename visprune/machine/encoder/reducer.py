@@ -220,7 +220,7 @@ class EncoderReducer:
         tokens = VisualTokens(
             features=patches,
             size=torch.ones(patches.shape[:2], device=x.device) if size is None else size,
-            pos=run.pos(run.composed(number).index) if placed else _NOWHERE,
+            pos=run.pos(run.entering(number, order)) if placed else _NOWHERE,
         )
         context = Context(
             site=stage.site,

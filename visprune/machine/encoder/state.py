@@ -119,6 +119,18 @@ class EncoderPass:
             y = selection.expand(y)
         return y
 
+    def entering(self, layer: int, stage: int) -> Tensor:
+        """The patch that each token stands for which a stage is given, ``[B, N]``.
+
+        A checkpoint runs a layer again when all selections are there; those from this stage on do
+        not count.
+        """
+        whole = Selection.identity(self.batch, self.total, self._device())
+        for key in sorted(self.selections):
+            if key < (layer, stage):
+                whole = whole.then(self.selections[key])
+        return whole.index
+
     def composed(self, layer: int) -> Selection:
         """All selections up to and in ``layer`` as one."""
         whole = Selection.identity(self.batch, self.total, self._device())
