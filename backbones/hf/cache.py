@@ -224,7 +224,8 @@ class SlotLayer(DynamicLayer):
     """Keys and values of the slots that were kept, ``[B, H, P, d]``, with their ledger.
 
     ``get_seq_length`` is logical, so positions continue as if nothing had been dropped;
-    ``keys.shape[-2]`` is physical.
+    ``keys.shape[-2]`` is physical. What a run has to know of the slots besides is ``noted``, by
+    name, ``[B, ...]``; it goes with its samples.
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class SlotLayer(DynamicLayer):
     ) -> None:
         super().__init__()
         self.window, self.trimmed = window, False
+        self.noted: dict[str, Tensor] = {}
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.ledger = keys, values, ledger
         self.is_initialized = True
@@ -296,9 +298,13 @@ class SlotLayer(DynamicLayer):
             self.ledger = self.ledger.cropped(count)
             self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
 
+    def _note(self, rows: Callable[[Tensor], Tensor]) -> None:
+        self.noted = {name: rows(x) for name, x in self.noted.items()}
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
         super().reorder_cache(beam_idx)
+        self._note(lambda x: x.index_select(0, beam_idx.to(x.device)))
         self.ledger = self.ledger.derive(
             beam_idx, lambda x: x.index_select(0, beam_idx.to(x.device))
         )
@@ -306,11 +312,13 @@ class SlotLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat rows."""
         super().batch_repeat_interleave(repeats)
+        self._note(lambda x: x.repeat_interleave(repeats, dim=0))
         self.ledger = self.ledger.derive(repeats, lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Select rows."""
         super().batch_select_indices(indices)
+        self._note(lambda x: x[indices.to(x.device)])
         self.ledger = self.ledger.derive(indices, lambda x: x[indices.to(x.device)])
 
 

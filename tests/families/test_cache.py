@@ -14,7 +14,9 @@ from torch import Tensor
 
 import visprune
 from tests.contract.oracle import assert_close, error
+from tests.families import tiny
 from tests.families.test_contract import GENERATE, batch, every_family
+from visprune.backbones.hf.cache import cache_of
 from visprune.core.cache import CacheTrace
 from visprune.errors import UnsupportedModel
 from visprune.machine.find import find_adapter
@@ -100,3 +102,36 @@ def test_latents_are_not_treated_head_by_head(name: str, family: str, models: An
     params = {} if name == "kvquant" else {"num_keep": 3}
     with pytest.raises(UnsupportedModel, match="stores one latent for all heads"):
         visprune.prune(models(family), name, **params)
+
+
+@pytest.mark.parametrize("family", [name for name, spec in tiny.FAMILIES.items() if spec.recurrent])
+@torch.no_grad()
+def test_recurrent_layers_are_left_whole(family: str, models: Any) -> None:
+    model, inputs = models(family), batch(family)
+    adapter = find_adapter(model)
+    plain = cache_of(model(**inputs, use_cache=True))
+    with visprune.prune(model, "snapkv", num_keep=3) as run:
+        cache = cache_of(model(**inputs, use_cache=True))
+        trace = run.trace.cache
+    assert len(trace.form) == len(plain.layers)
+    cut = [number for number, form in enumerate(trace.form) if form != "whole"]
+    assert cut
+    for number, (mine, theirs) in enumerate(zip(cache.layers, plain.layers, strict=True)):
+        if number in cut:
+            assert number not in adapter.recurrent
+            assert mine.keys.shape[2] < theirs.keys.shape[2]
+            assert trace.slots[0][number][0] < trace.before[0][number]
+        if number not in adapter.recurrent:
+            continue
+        assert (trace.slots[0][number], trace.before[0][number]) == ([0], 0)
+        for name in ("conv_states", "recurrent_states"):
+            for one, other in zip(_each(mine, name), _each(theirs, name), strict=True):
+                assert torch.equal(one, other)
+
+
+def _each(entry: Any, name: str) -> list[Tensor]:
+    """The states of a layer, which kinds of layers keep in their own way."""
+    states = getattr(entry, name, None)
+    found = list(states.values()) if isinstance(states, dict) else states
+    found = found if isinstance(found, list | tuple) else [found]
+    return [state for state in found if state is not None]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from visprune.core import ModelSpec
-from visprune.core.cache import CacheMethod, Eviction, Recency, Scope
+from visprune.core.cache import Eviction, Recency, Recurring, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(CacheMethod):
+class StreamingLLM(Recurring):
     """Keeps ``sinks`` slots at the beginning and the most recent ones, the same in every head.
 
     **Score**: the place. **Budget**: the same everywhere. **Action**: drop. **Scope**: with
@@ -31,4 +31,4 @@ class StreamingLLM(CacheMethod):
 
     def eviction(self, spec: ModelSpec) -> Eviction:
         """Places, same everywhere, drop."""
-        return Eviction(Recency(self.sinks), self.amount, scope=Scope(self.scope))
+        return Eviction(Recency(self.sinks), self.amount, scope=Scope(self.scope), every=self.every)

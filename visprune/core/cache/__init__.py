@@ -3,7 +3,7 @@
 
 from visprune.core.cache.actions import Compensate, MergeNearest, MergeNeighbours
 from visprune.core.cache.budgets import Gated, JointHeads, Listed, Pyramid
-from visprune.core.cache.method import CacheMethod, CacheStage
+from visprune.core.cache.method import CacheMethod, CacheStage, Recurring
 from visprune.core.cache.parts import (
     Action,
     Amount,
@@ -58,6 +58,7 @@ __all__ = [
     "Quantise",
     "ReadPages",
     "Recency",
+    "Recurring",
     "Same",
     "Scope",
     "Score",

@@ -116,6 +116,38 @@ class CacheMethod(PruningMethod):
         raise ConfigError(f"{self.name} acts at the cache and chooses no tokens of a sequence.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recurring(CacheMethod):
+    """Base of the methods whose rule can go on while tokens are decoded.
+
+    Args:
+        every: how many tokens the cache grows by, beyond ``max_cache``, before it is cut to
+            ``max_cache`` slots again (1: at every token, as published); with ``scope="prompt"``.
+            What is decoded may leave then, too. ``None``: the cache is cut once, at the end of the
+            prompt. Tokens that come together (a later turn, guesses of an assistant) wait for the
+            next one that comes alone.
+    """
+
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is a size to keep to."""
+        super().__post_init__()
+        if self.every is None:
+            return
+        if not is_whole(self.every) or self.every < 1:
+            raise ConfigError(
+                f"every is a whole number of tokens, at least 1; got {self.every!r}. None evicts "
+                f"once, at the end of the prompt."
+            )
+        if self.scope != "prompt" or self.max_cache is None:
+            raise ConfigError(
+                f"every={self.every} holds a cache to a number of slots, of which any may leave; "
+                f"got scope={self.scope!r}, max_cache={self.max_cache}. Give scope='prompt' and "
+                f"max_cache."
+            )
+
+
 def _frozen(value: Any) -> Any:
     """Lists as tuples, which have a hash: those of a file are lists."""
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -171,9 +171,12 @@ class Score:
 
     Attributes:
         turns: whether it turns vectors on to other positions (``seen.turn``).
+        running: whether it adds to what slots have received before (``seen.carried``), and so has
+            to see every token.
     """
 
     turns: ClassVar[bool] = False
+    running: ClassVar[bool] = False
 
     def read(self, seen: CacheSeen) -> Tensor:
         """The score of every slot, the higher stays: ``[Hk, L]``, or ``[1, L]`` for all heads."""
@@ -271,6 +274,9 @@ class Eviction:
         budget: how it is shared out over layers and heads.
         action: what becomes of the rest.
         scope: what may leave.
+        every: tokens that a cache grows by, once its prompt is read, before it is cut again;
+            ``None``: it grows on. Then every head of a layer keeps as many slots, and the amount is
+            a number of slots in all.
     """
 
     score: Score
@@ -278,6 +284,7 @@ class Eviction:
     budget: CacheBudget = field(default_factory=CacheBudget)
     action: Action = field(default_factory=Action)
     scope: Scope = field(default_factory=Scope)
+    every: int | None = None
 
     def look(self, seen: CacheSeen, keep: int) -> Looked:
         """All that is known of a layer when budgets are shared out.

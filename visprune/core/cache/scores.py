@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,12 +55,14 @@ class ColumnSums(Score):
         sinks: how many of the first that may leave come before all others.
     """
 
+    running: ClassVar[bool] = True
+
     rows: int | Literal["prompt", "behind"] = "prompt"
     group: Literal["mean", "max", "sum", "all"] = "sum"
     sinks: int = 0
 
     def read(self, seen: CacheSeen) -> Tensor:
-        """Column sums."""
+        """Column sums, with those of before."""
         at = None
         if self.rows != "prompt":
             at = seen.behind() if self.rows == "behind" else seen.window(self.rows)
@@ -69,6 +71,8 @@ class ColumnSums(Score):
             score = sums.mean(0, keepdim=True)
         else:
             score = seen.grouped(sums, self.group)
+        if seen.carried is not None:
+            score = score + seen.carried
         first = seen.free & (seen.free.cumsum(0) <= self.sinks)
         return score.masked_fill(first, torch.inf)
 

@@ -34,7 +34,7 @@ class CacheSeen:
             their scores, ``[1, 1 or H, R, L]``; ``None``: all.
         turn: for position ids ``[n]``: cosine and sine of the rotary embedding, ``[n, d]``.
         places: position ids of the new slots, ``[P]``; ``None`` where they are no line.
-        carried: what slots have received before, of each query head or key head, ``[H, L]``.
+        carried: the score of slots so far, of each key head, ``[Hk, L]``; 0 for new ones.
         layer: 0-based.
         num_layers: of the decoder.
         spent: multiply-adds of what was read.
@@ -114,7 +114,7 @@ class CacheSeen:
                 summed = self.rows(part).sum(1)
                 total = summed if total is None else total + summed
             assert total is not None, "a prompt has a token"
-            self._memo[key] = total if self.carried is None else total + self.carried
+            self._memo[key] = total
         return self._memo[key]
 
     def grouped(self, x: Tensor, how: Group = "mean") -> Tensor:

@@ -18,10 +18,12 @@ class CacheTrace:
         nbytes: bytes of their keys and values, with scales, biases and what else is read.
         kept: the positions in the prompt that each head keeps, ``[sample][layer][head]`` of
             ``[n]`` tensors; -1 for a slot that stands for several dropped ones.
-        form: of each layer: ``"whole"`` (nothing left), ``"even"`` (a shorter tensor), ``"ragged"``
+        form: of each layer: ``"whole"`` (nothing left; a recurrent layer's state, of which it
+            counts no slot and no byte, never is cut), ``"even"`` (a shorter tensor), ``"ragged"``
             (heads with their own lengths, one after the other), or what else stores it.
         allocated: bytes that each layer's tensors take for the whole batch, padding and room to
             grow included.
+        later: of a prompt's: the evictions since, as tokens were decoded in this run.
     """
 
     before: list[list[int]] = field(default_factory=list)
@@ -30,6 +32,7 @@ class CacheTrace:
     kept: list[list[list[Tensor]]] = field(default_factory=list)
     form: list[str] = field(default_factory=list)
     allocated: list[int] = field(default_factory=list)
+    later: list[CacheTrace] = field(default_factory=list)
 
     @classmethod
     def empty(cls, samples: int) -> CacheTrace:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.hf.cache import Ledger, ledger_of
+from visprune.backbones.hf.cache import Ledger, SlotLayer, ledger_of
 from visprune.backbones.hf.probe import Attended, Wanted, watch
 from visprune.backbones.hf.ragged import RaggedLayer
 from visprune.backbones.hf.rotary import turns_halves
@@ -27,6 +27,14 @@ from visprune.core.cache import (
     Looked,
 )
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.machine.cache.again import (
+    PICTURED,
+    due,
+    note_kept,
+    note_scores,
+    received_of,
+    watched,
+)
 from visprune.machine.cache.store import RowSlots, store
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
@@ -48,9 +56,15 @@ class Sample:
 
 @dataclass
 class Looks:
-    """All that a call has shown so far, by layer and sample."""
+    """All that a call has shown so far.
+
+    Attributes:
+        layers: by layer and sample.
+        due: layers that are cut at its end.
+    """
 
     layers: dict[int, list[Sample]] = field(default_factory=dict)
+    due: set[int] = field(default_factory=set)
 
 
 class CacheEviction:
@@ -143,20 +157,33 @@ class CacheEviction:
 
     def _wanted(self, layer: int) -> Wanted | None:
         fwd = self._current()
-        if fwd is None or not fwd.images:
+        if fwd is None:
             return None
-        return Wanted(partial(self._look, layer, fwd))
+        if fwd.images:
+            return Wanted(partial(self._look, layer, fwd, True))
+        entry = None if self._eviction.every is None else watched(fwd, layer)
+        if entry is None:
+            return None
+        cut = due(self._eviction, fwd, entry)
+        if not (cut or self._eviction.score.running):
+            return None
+        return Wanted(partial(self._look, layer, fwd, cut))
 
-    def _look(self, layer: int, fwd: Forward, attended: Attended) -> None:
+    def _look(self, layer: int, fwd: Forward, cut: bool, attended: Attended) -> None:
         if fwd.looks is None:
             fwd.looks = Looks()
+        if cut:
+            fwd.looks.due.add(layer)
         ledger, table = fwd.ledger(layer), fwd.table
         stored = attended.key.shape[2] - table.num_slots
         valid = table.valid
         if stored:
             old = ledger.valid if ledger is not None else valid.new_ones(fwd.batch, stored)
             valid = torch.cat([old.to(valid.device), valid], dim=1)
+        entry = watched(fwd, layer)
         pictured = {image.layout.row for image in fwd.images if len(image.tokens)}
+        if entry is not None:
+            pictured = set(entry.noted[PICTURED].nonzero()[:, 0].tolist())
         found = []
         with timed(fwd, self._observers), torch.no_grad():
             for row in range(fwd.batch):
@@ -171,7 +198,9 @@ class CacheEviction:
         self, layer: int, fwd: Forward, attended: Attended, row: int, places: Tensor, stored: int
     ) -> Looked:
         seen, pictures = _seen(fwd, layer, attended, row, places, stored)
-        eviction = self._eviction
+        eviction, entry = self._eviction, watched(fwd, layer)
+        if entry is not None and eviction.score.running:
+            seen.carried = received_of(entry, row, places)
         if eviction.score.turns:
             _show_rotation(seen, fwd, layer, attended, row, places[places >= stored] - stored)
         seen.text_observes = eviction.scope.kind == "visual"
@@ -195,11 +224,31 @@ class CacheEviction:
             return
         with timed(fwd, self._observers), torch.no_grad():
             kept = self._share(looks, fwd.batch)
-            fwd.trace.cache = trace = CacheTrace.empty(fwd.batch)
+            if looks.due:
+                fwd.trace.cache = CacheTrace.empty(fwd.batch)
             shared: dict[Any, Ledger] = {}
             for number, entry in enumerate(cache.layers):
-                rows = self._rows(looks, number, entry, kept)
-                cache.layers[number] = store(entry, rows, fwd, shared, trace)
+                made, rows = entry, self._rows(looks, number, entry, kept)
+                if fwd.trace.cache is not None:
+                    made = store(entry, rows, fwd, shared, fwd.trace.cache)
+                if self._eviction.every is not None and isinstance(made, SlotLayer):
+                    self._note(looks, number, entry, made, rows)
+                cache.layers[number] = made
+
+    def _note(
+        self, looks: Looks, number: int, entry: Any, made: SlotLayer, rows: list[RowSlots] | None
+    ) -> None:
+        """Note what has to be known when a layer is cut again."""
+        samples = looks.layers.get(number)
+        if samples is None:
+            return
+        if rows is not None:
+            scores = [None if x.looked is None else x.looked.score for x in samples]
+            note_kept(made, entry, rows, scores)
+        elif self._eviction.score.running:
+            note_scores(made, samples)
+        pictured = [sample.looked is not None for sample in samples]
+        made.noted[PICTURED] = torch.tensor(pictured, device=made.keys.device)
 
     def _share(self, looks: Looks, batch: int) -> dict[tuple[int, int], list[Tensor]]:
         """The slots that stay, by layer and sample and for each head."""
@@ -220,7 +269,7 @@ class CacheEviction:
     ) -> list[RowSlots] | None:
         """What each sample keeps of a layer; ``None``: it stays as it is."""
         samples = looks.layers.get(number)
-        if samples is None or not any(sample.looked for sample in samples):
+        if number not in looks.due or samples is None or not any(x.looked for x in samples):
             return None
         action = self._eviction.action
         if action.exact and all(
@@ -268,7 +317,9 @@ def _seen(
     for image in images:
         movable[image.slots + stored] = True
         visual[torch.cat([image.slots, image.fixed]) + stored] = True
-    ends = int((fwd.prompt_slots()[row][new]).sum()) + len(places) - len(new)
+    ends = len(places)
+    if images:
+        ends -= len(new) - int((fwd.prompt_slots()[row][new]).sum())
     where, at = places.to(device), new.to(device)
 
     def mask(queries: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from visprune.backbones.hf.cache import Ledger, SlotLayer
 from visprune.backbones.hf.ragged import RaggedLayer, Sealed, Segments
 from visprune.backbones.hf.sealed import Codes, Pages, Thin
 from visprune.core.cache import CacheTrace, HeadSlots
+from visprune.machine.cache.again import places_of
 from visprune.machine.decoder.forward import Forward
 
 
@@ -59,9 +60,9 @@ def store(
         shared: ledgers that were made for other layers of the same shape.
         trace: to note it in.
     """
-    if entry.keys is None or not isinstance(entry, SlotLayer):
+    if not isinstance(entry, SlotLayer):  # a recurrent layer's state, or a layer that ran not
+        _note_none(trace)
         return entry
-    ledger = entry.ledger
     if rows is None:
         _note_whole(entry, trace)
         return entry
@@ -73,7 +74,7 @@ def store(
         made = _even(entry, rows, fwd, shared)
     else:
         made = _ragged(entry, rows, fwd, shared)
-    _note(made, rows, ledger, trace)
+    _note(made, rows, places_of(entry), trace)
     return made
 
 
@@ -158,12 +159,24 @@ def _ledger(
             index[number, end - tail : end] = old.index[number, places]
     there = torch.ones(len(rows), old.seen, dtype=torch.bool, device=index.device)
     if fwd.mask2d is not None:
-        there = fwd.mask2d[:, : old.seen].to(index.device)
+        there = fwd.mask2d[:, : old.seen].to(index.device).bool()
+    if old.evicted is not None:
+        there = torch.cat([old.evicted, there[:, old.evicted.shape[1] :]], dim=1)
     padded = min(counts) < width
     return Ledger(old.owner, old.seen, index, valid, padded, old.shift, there)
 
 
 # What is noted ------------------------------------------------------------------------------------
+
+
+def _note_none(trace: CacheTrace) -> None:
+    trace.form.append("whole")
+    trace.allocated.append(0)
+    for row in range(len(trace.slots)):
+        trace.before[row].append(0)
+        trace.slots[row].append([0])
+        trace.nbytes[row].append([0])
+        trace.kept[row].append([torch.zeros(0, dtype=torch.long)])
 
 
 def _note_whole(entry: SlotLayer, trace: CacheTrace) -> None:
@@ -180,7 +193,7 @@ def _note_whole(entry: SlotLayer, trace: CacheTrace) -> None:
         trace.kept[row].append([index] * heads)
 
 
-def _note(made: SlotLayer, rows: list[RowSlots], old: Ledger, trace: CacheTrace) -> None:
+def _note(made: SlotLayer, rows: list[RowSlots], places: Tensor, trace: CacheTrace) -> None:
     if isinstance(made, RaggedLayer):
         slots, sizes = made.slots.tolist(), made.head_bytes.tolist()
         trace.form.append(made.form)
@@ -195,8 +208,10 @@ def _note(made: SlotLayer, rows: list[RowSlots], old: Ledger, trace: CacheTrace)
         trace.before[number].append(len(row.places))
         trace.slots[number].append(slots[number])
         trace.nbytes[number].append(sizes[number])
-        places = old.index[number, row.places.to(old.index.device)]
-        trace.kept[number].append([_positions(places, head.index) for head in row.heads])
+        at = row.places.to(places.device)
+        trace.kept[number].append(
+            [_positions(places[number, n, at], head.index) for n, head in enumerate(row.heads)]
+        )
 
 
 def _positions(places: Tensor, index: Tensor) -> Tensor:

@@ -384,11 +384,13 @@ class DecoderHooks:
         for told in self.told if fwd.images else ():
             told(fwd)
         trace = fwd.close(cache_of(output))
-        if trace is None:
-            self._outputs.forget()
-            return output
         if self._eviction is not None:
             self._eviction.finish(fwd, cache_of(output))
+        if trace is None:
+            if fwd.trace.cache is not None and self.trace.cache is not None:
+                self.trace.cache.later.append(fwd.trace.cache)
+            self._outputs.forget()
+            return output
         self.trace = trace
         self._outputs.lengthen(fwd, output, trace)
         return output
