@@ -9,6 +9,7 @@ output are one picture, and where its tokens lie.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from visprune.backbones.vlm.regions import Region, tiled
 from visprune.backbones.vlm.shown import ReadAdapter
 from visprune.backbones.vlm.structure import find_decoder, likely_grid, merged_grid
 from visprune.cost.cost import ModelShape
+from visprune.cost.layers import Projector
 from visprune.errors import UnsupportedModel
 
 Kind = Literal["image", "video"]
@@ -283,7 +285,31 @@ class MarkedTilesAdapter(TilesAdapter):
 
 
 class OvisAdapter(MarkedTilesAdapter):
-    """Ovis 2: the whole picture comes before its tiles."""
+    """Ovis 2: the whole picture comes before its tiles.
+
+    A feature is a mean of the rows of a table, by probabilities that the encoder's head gives them.
+    """
+
+    @property
+    def projector(self) -> nn.Module:
+        """The encoder's head."""
+        return self.tower.head_linear  # type: ignore[return-value]
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that becomes one token."""
+        return int(self.config.vision_config.hidden_stride)
+
+    def cost_shape(self) -> ModelShape:
+        """As of others, and the product of probabilities and table.
+
+        Raises:
+            UnsupportedModel: a module holds what cannot be counted.
+        """
+        shape = super().cost_shape()
+        table = self.core.visual_embeddings_table.weight.numel()
+        macs = shape.projector.macs_per_token + table
+        return replace(shape, projector=Projector(macs, merge=self.merge))
 
     def regions(self, count: int, size: tuple[int, int]) -> list[Region]:
         """The whole; its processor lays tiles out by the area that they cover, not by shape."""

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visprune.backbones.cost.matrices import token_macs
 from visprune.backbones.vlm.generic import GenericAdapter, Kind, NamedTilesAdapter, TilesAdapter
 from visprune.backbones.vlm.picture import Picture
+from visprune.cost.cost import ModelShape
+from visprune.cost.layers import Projector
 
 
 class HunYuanAdapter(GenericAdapter):
@@ -23,6 +27,17 @@ class HunYuanAdapter(GenericAdapter):
         found[:, -1] = False
         edge = torch.zeros(1, dtype=torch.bool)
         return torch.cat([edge, found.flatten(), edge])
+
+    def cost_shape(self) -> ModelShape:
+        """As of others; newlines pass the last layer of the merger.
+
+        Raises:
+            UnsupportedModel: a module holds what cannot be counted.
+        """
+        shape = super().cost_shape()
+        last: Any = self.projector.mlp
+        macs = shape.projector.macs_per_token
+        return replace(shape, projector=Projector(macs, merge=self.merge, row=token_macs(last)))
 
 
 class SeparatorAdapter(GenericAdapter):

@@ -49,7 +49,7 @@ def test_operations_are_those_that_run(family: str) -> None:
     assert pruned.prefill < cost.prefill
 
 
-@pytest.mark.parametrize("family", ["deepseek_vl_hybrid", "aria", "ovis2"])
+@pytest.mark.parametrize("family", ["deepseek_vl_hybrid", "aria", "emu3"])
 @torch.no_grad()
 def test_what_was_not_compared_is_not_told(family: str, models: Any) -> None:
     model = models(family)

@@ -220,7 +220,7 @@ def sample_cost(
     steps = as_count("decode_steps", decode_steps)
     return Cost(
         vision=vision_macs(model.vision, pictures, encoder_counts),
-        projector=projector_macs(model.projector, projected),
+        projector=projector_macs(model.projector, projected, pictures),
         selection=selection,
         prefill=prefill_macs(decoder, tokens, causal=causal, cached=before),
         lm_head=lm_head_macs(decoder, as_count("head_rows", head_rows) + steps),

@@ -190,6 +190,7 @@ class Projector:
         macs_per_token: Multiply-adds for each token that comes out.
         merge: Side of the block of patches that becomes one token.
         keeps_cls: The class token is projected too.
+        row: Multiply-adds for each row of tokens, of a newline behind it that passes some layers.
 
     Raises:
         ConfigError: A number is negative or not whole, or ``merge`` is below 1.
@@ -198,6 +199,7 @@ class Projector:
     macs_per_token: int
     merge: int = 1
     keeps_cls: bool = False
+    row: int = 0
 
     def __post_init__(self) -> None:
         _check(self)

@@ -253,13 +253,22 @@ def projected_tokens(shape: ProjectorShape | Projector, grids: Iterable[Sequence
     return tokens
 
 
-def projector_macs(shape: ProjectorShape | Projector, tokens: int) -> int:
+def projector_macs(
+    shape: ProjectorShape | Projector, tokens: int, grids: Iterable[Sequence[int]] = ()
+) -> int:
     """Multiply-adds of the projector for ``tokens`` tokens that come out of it.
 
+    Args:
+        shape: The projector.
+        tokens: Those that are of patches.
+        grids: As in :func:`vision_macs`, for what is done once a row.
+
     Raises:
-        ConfigError: ``tokens`` is negative or not whole.
+        ConfigError: ``tokens`` is negative or not whole, or a grid is not three such numbers.
     """
-    return as_count("tokens", tokens) * shape.macs_per_token
+    row = shape.row if isinstance(shape, Projector) else 0
+    rows = sum(t * (h // shape.merge) for t, h, _ in map(_grid, grids)) if row else 0
+    return as_count("tokens", tokens) * shape.macs_per_token + rows * row
 
 
 def kv_bytes(
