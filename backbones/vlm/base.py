@@ -61,6 +61,7 @@ class VLMAdapter(DecoderAdapter):
             lacking=self.lacking,
             recurrent=self.recurrent,
             deepest=self.deepest,
+            decoder_width=int(self.text_config.hidden_size),
         )
 
     @property

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from visprune.core.signals import (
 )
 from visprune.machine.plan import make_plan
 from visprune.methods.dart import DART, KeyNorms
+from visprune.methods.dynamic_llava import DynamicLLaVA
 from visprune.methods.ivc_prune import IVCPrune
 from visprune.methods.lightkv import LightKV, SpreadMass
 from visprune.methods.pact import cluster
@@ -50,6 +52,23 @@ def test_v2drop(case: dict[str, Any]) -> None:
     index = method.select(visual(t["current"][:, start:end]), ctx).index[0]
     whole = torch.cat([torch.arange(start), index + start, torch.arange(end, length)])
     assert torch.equal(whole, t["keep"])
+
+
+@cases("dynamic_llava", layers=2)
+def test_dynamic_llava(case: dict[str, Any]) -> None:
+    t, p = tensors("dynamic_llava", case), case["params"]
+    method = DynamicLLaVA(
+        keep_ratio=p["keep_rate"], width=p["d_model"], heads=p["heads"], hidden=p["ffn"]
+    )
+    (predictor,) = method.build_learned(replace(SPEC, decoder_width=p["D"]))
+    weights = {name[2:]: value for name, value in t.items() if name.startswith("w.")}
+    predictor.load_state_dict(weights)  # under the official names, none missing and none left
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(t["x"]), t["logits"], rtol=1e-4, atol=1e-5)
+        keep = method.budget.resolve(p["N"])
+        assert keep == p["k"]
+        ctx = Context(num_keep=keep, learned=predictor)
+        assert torch.equal(method.select(visual(t["x"]), ctx).index, t["keep"])
 
 
 @cases("dart")

@@ -34,6 +34,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "lightkv": [{}, {"ratios": (0.25,), "windows": (3,), "layers": (0.5,)}],
     "pact": [{}, {"share": 0.5, "cutoff": 0.1, "recover": 2.0, "layer": 0.25}],
     "vitcop": [{"num_keep": 7, "visual": 0.5, "official": True}],
+    "dynamic_llava": [{"num_keep": 7}, {"keep_ratio": 0.2, "layer": 0.5, "width": 64, "heads": 4}],
     "keep_all": [{}],
     "tome": [{"r": 8}, {"r": (8, 4, 0), "prop_attn": False}, {"r": 8, "inflect": -1.0}],
     "pitome": [{"keep_ratio": 0.9, "margin": 0.5}],

@@ -33,6 +33,7 @@ class ModelSpec:
         multi_axis_rope: positions are (t, h, w), as in Qwen-VL, not a line.
         encoder_layers: layers of the image encoder, 0 where none can be reduced inside.
         encoder_width: its features.
+        decoder_width: features of a token in the decoder.
         encoder_refusal: why none can be reduced inside, where that is so.
         lacking: by capability (:class:`visprune.core.signals.Signal`), why the model has it not, as
             a clause: "its encoder packs all pictures into one sequence".
@@ -51,6 +52,7 @@ class ModelSpec:
     lacking: Mapping[str, str] = field(default_factory=dict, hash=False)
     recurrent: frozenset[int] = frozenset()
     deepest: int | None = None
+    decoder_width: int = 0
 
     @property
     def is_vit(self) -> bool:

@@ -74,8 +74,8 @@ class Run:
         method: the method.
         plan: its stages, resolved.
         learned: the method's own modules, one per stage, or ``None``. While the run is in force
-            they are a sub-module of the encoder, ``visprune_learned``: its optimizer, device moves
-            and ``state_dict`` include them.
+            they are a sub-module of the encoder, or of the model where they act behind it,
+            ``visprune_learned``: its optimizer, device moves and ``state_dict`` include them.
         active: whether the run is in force.
     """
 
@@ -114,6 +114,13 @@ class Run:
                 self.observers,
             )
         self.learned = None if self._reducer is None else self._reducer.learned
+        behind = None if self._decoder is None else self._decoder.learned.modules
+        if behind is not None and self.learned is not None:
+            raise ConfigError(
+                f"{method.name}: one member brings parameters to the image encoder and one to the "
+                f"decoder; a run holds those of one. Leave one of them out."
+            )
+        self.learned = behind if self.learned is None else self.learned
         self._trial: Trial | None = None
         if isinstance(adapter, VLMAdapter) and not (adapter.proved if proved is None else proved):
             self._trial = Trial(adapter, self._take_off, self._put_on, self.remove)

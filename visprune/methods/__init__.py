@@ -46,6 +46,7 @@ TABLE = {
     "lightkv": "visprune.methods.lightkv:LightKV",
     "pact": "visprune.methods.pact:PACT",
     "vitcop": "visprune.methods.vitcop:ViTCoP",
+    "dynamic_llava": "visprune.methods.dynamic_llava:DynamicLLaVA",
     # At the cache.
     "snapkv": "visprune.methods.snapkv:SnapKV",
     "pyramidkv": "visprune.methods.pyramidkv:PyramidKV",
@@ -81,6 +82,7 @@ LABELS = {
     "v2drop": "num_keep=64 is 394.0; its own ratios are 123.2",
     "dart": "num_keep=64 is 96.0; the official code keeps 132 where it is told 128",
     "vitcop": "num_keep=64 is 178.1",
+    "dynamic_llava": "num_keep=64 is 96.0",
     "sparsevlm": "settings 192, 128, 96 and 64 are 206.5, 145.4, 114.1 and 82.2 "
     "(version 2: 206.8, 144.1, 113.9 and 81.8)",
 }

@@ -23,6 +23,7 @@ from visprune.machine.cache.evict import CacheEviction
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
+from visprune.machine.decoder.learned import LearnedModules
 from visprune.machine.decoder.outputs import OutputHooks
 from visprune.machine.decoder.prompt import PromptEnd
 from visprune.machine.decoder.reading import LayerReader, check_signals, timed
@@ -65,6 +66,7 @@ class DecoderHooks:
         observers: whom to tell of every choice; read at each.
 
     Attributes:
+        learned: what the method brings to its stages here.
         told: whom to tell of every call of the decoder that held pictures, behind its last layer.
         unproved: why pictures are not pruned yet: of a family that has to pass a check before.
     """
@@ -82,6 +84,7 @@ class DecoderHooks:
     ) -> None:
         self.adapter, self.method, self.plan, self.owner = adapter, method, plan, owner
         self.encoder, self.observers = encoder, observers
+        self.learned = LearnedModules(adapter, plan)
         self.gate = Gate()
         self._current = _Current()
         self.told: list[Callable[[Forward], None]] = []
@@ -144,6 +147,7 @@ class DecoderHooks:
         add(Noticed(adapter.core))
         add(Noticed(adapter.language_model))
         add(self._prompt.install())
+        self.learned.attach()
 
     def remove(self) -> None:
         """Take them off, once no other thread is in a call."""
@@ -153,6 +157,7 @@ class DecoderHooks:
             self._handles.clear()
             self._outputs.remove()
             self._tap.remove()
+            self.learned.detach()
 
     @torch.compiler.disable
     def _told(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -372,7 +377,8 @@ class DecoderHooks:
         """
         shown = hidden if shown is None else shown
         with timed(fwd, self.observers):
-            step = run_stage(self.plan.acts[number], stage, fwd, shown, self.observers)
+            act = self.plan.acts[number]
+            step = run_stage(act, stage, fwd, shown, self.observers, self.learned.of(act))
             return step, step(hidden)
 
     @torch.compiler.disable

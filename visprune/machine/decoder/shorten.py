@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visprune.core.budget import Stage
 from visprune.core.chain import Act
@@ -26,6 +26,7 @@ def run_stage(
     fwd: Forward,
     hidden: Tensor,
     observers: Sequence[Observer] = (),
+    learned: nn.Module | None = None,
 ) -> Step:
     """Let a stage choose from every image; returns what shortens the hidden states.
 
@@ -35,6 +36,7 @@ def run_stage(
         fwd: the forward, with the decoder signals that the stage needs.
         hidden: states of the current slots, ``[B, P, D]``.
         observers: see :func:`visprune.machine.choose.choose`.
+        learned: the stage's own module, of a method that has parameters.
     """
     before = [len(image.tokens) for image in fwd.images]
     chosen: list[tuple[ImageState, Selection]] = []
@@ -49,6 +51,7 @@ def run_stage(
                 stage=act.number,
                 signals=_signals(stage, fwd, [image for _, image in group], tokens),
                 original=_original(group[0][1], act),
+                learned=learned,
             )
             selection = choose(act.method, stage, tokens, context, observers)
             for place, (order, image) in enumerate(group):
