@@ -11,11 +11,13 @@ import torch
 import visprune
 from tests import tiny
 from tests.contract.cases import batch
+from tests.families import tiny as families
+from tests.unit.golden_cases import cases, tensors
 from visprune.backbones.vlm.picture import grid
 from visprune.core import ModelSpec
 from visprune.machine.find import find_adapter
 from visprune.serving.asked import as_settings, fitting, read
-from visprune.serving.places import from_digits, spec_of, tiled, to_digits
+from visprune.serving.places import blocks, from_digits, pooled, spec_of, tiled, tiles, to_digits
 from visprune.serving.shorten import Encoded, shorten
 
 LLAVA = ModelSpec("llava", 32, has_cls=False, multi_axis_rope=False)
@@ -139,3 +141,71 @@ def test_a_method_that_breaks_its_word_is_caught(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(one.method), "survivors", lambda self, places, keep, kind: keep + 1)
     with pytest.raises(visprune.ConfigError, match="kept 4 of 9 tokens where it had announced 5"):
         shorten(one, Encoded(torch.rand(9, 8), grid(1, 3, 3)), QWEN)
+
+
+def places_in_the_model(family: str, picture: str) -> tuple[Any, torch.Tensor, Any]:
+    """The model, (t, h, w) of one picture as a method is shown them, and its inputs."""
+    model, seen = families.build(family), []
+    inputs = families.inputs(family, [[3, picture, 6]])
+    with torch.no_grad(), visprune.prune(model, "uniform", keep_ratio=0.5) as run:
+        run.observe(lambda site, tokens, context, selection, seconds: seen.append(tokens.pos[0]))
+        model(**inputs)
+    return model, seen[0], inputs
+
+
+@pytest.mark.parametrize(
+    ("family", "most"), [("llava_onevision", 9), ("llava_onevision_shrunk", 1)]
+)
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_crops_are_interpolated_as_in_the_model(family: str, most: int, name: str) -> None:
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        get_anyres_image_grid_shape,
+        unpad_image,
+    )
+
+    model, wanted, inputs = places_in_the_model(family, name)
+    size = tuple(inputs["image_sizes"][0].tolist())
+    pos, free = tiled(model.config, size, get_anyres_image_grid_shape, unpad_image, most=most)
+    assert torch.equal(pos, wanted)
+    count = int((inputs["input_ids"] == find_adapter(model).token_id("image")).sum())
+    assert len(free) == count
+    assert int(free.sum()) == len(pos)
+
+
+def test_frames_are_halved_and_end_with_a_newline() -> None:
+    model, wanted, inputs = places_in_the_model("llava_onevision", "v")
+    pos, free = pooled(model.config, inputs["pixel_values_videos"].shape[1])
+    assert torch.equal(pos, wanted)
+    assert free.tolist() == [True] * len(pos) + [False]
+
+
+def test_tiles_follow_one_another_and_tokens_are_blocks_of_patches() -> None:
+    model, wanted, inputs = places_in_the_model("internvl", "a")
+    encoder = find_adapter(model).read_encoder
+    assert torch.equal(tiles(model.config, len(inputs["pixel_values"])), wanted)
+    assert encoder is not None
+    assert torch.equal(blocks(model.config), encoder.blocks())
+
+
+@cases("evs")
+def test_a_number_told_ahead_holds_on_stored_clips(case: dict[str, Any]) -> None:
+    """Stored outputs of the official rule, through what a server calls."""
+    t, p = tensors("evs", case), case["params"]
+    if "clips" in p:  # of positions
+        return
+    pos = grid(p["T"], p["H"] // p["merge"], p["W"] // p["merge"])
+    one = asked({"visprune": "evs", "visprune_keep_ratio": 1 - p["q"]})
+    assert one.count(pos, "video", QWEN) == p["kept"]
+    assert one.count(pos, "image", QWEN) == len(pos)
+    _, index = shorten(one, Encoded(t["embeds"], pos, kind="video"), QWEN)
+    assert index.tolist() == t["mask"].flatten().nonzero()[:, 0].tolist()
+
+
+def test_frames_that_share_a_budget_are_counted_once_seen_alone_before() -> None:
+    one = asked({"visprune": "vidcom2", "visprune_num_keep": 5})
+    assert len(shorten(one, Encoded(torch.rand(12, 8), grid(1, 3, 4)), QWEN)[0]) == 5
+    assert one.count(grid(1, 3, 4), "video", QWEN) == 5
+    with pytest.raises(visprune.UnsupportedModel, match="sees in a clip how many tokens stay"):
+        one.count(grid(2, 3, 4), "video", QWEN)
+    with pytest.raises(visprune.BudgetError):
+        one.count(grid(1, 2, 2), "image", QWEN)

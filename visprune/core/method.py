@@ -168,6 +168,18 @@ class PruningMethod:
         """
         return keep
 
+    def known_ahead(self, places: Sequence[tuple[int, int, int]], kind: str) -> int | None:
+        """Tokens that a stage without a budget leaves of an image, where its places alone tell.
+
+        Args:
+            places: (t, h, w) of the tokens that enter it.
+            kind: ``"image"`` or ``"video"``.
+
+        Returns:
+            ``None`` where the number is seen in the image.
+        """
+        return None
+
     def macs(self, count: int, keep: int, width: int) -> int:
         """Multiply-adds that the rule itself takes on one image: N tokens, K kept, D features."""
         return 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,6 +61,13 @@ class EVS(BudgetedMethod):
             return Selection.identity(batch, count, tokens.features.device)
         keep = max(first, self.budget.resolve(count, ctx.original or count))
         return Selection.top(changes(tokens.features, frames, tokens.pos), keep)
+
+    def known_ahead(self, places: Sequence[tuple[int, int, int]], kind: str) -> int:
+        """All of a picture; of a clip the budget, or its first frame."""
+        count, first = len(places), sum(t == 0 for t, _, _ in places)
+        if kind == "image" or first == count:
+            return count
+        return max(first, self.budget.resolve(count, count, strict=self.strict))
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """One cosine a token."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +63,17 @@ class VidCom2(BudgetedMethod):
         kept = shares(of_clip, frames, base * original / count)
         rank = ops.rank_within(-(of_clip + of_frame), frames)
         return Selection.where(rank < kept.gather(1, frames))
+
+    def known_ahead(self, places: Sequence[tuple[int, int, int]], kind: str) -> int | None:
+        """Of one frame, its share; shares of several depend on how unlike they are."""
+        count = len(places)
+        base = self.keep_ratio or self.budget.resolve(count, count, strict=self.strict) / count
+        if base >= 1.0:
+            return count
+        if kind == "video" and len({t for t, _, _ in places}) > 1:
+            return None
+        alone = torch.zeros(1, count)
+        return int(shares(alone, alone.long(), base)[0, 0])
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """Two distances a token, over half of the channels."""

@@ -27,6 +27,7 @@ METHOD, NUM_KEEP, KEEP_RATIO, PARAMS = KEYS = (
 )
 _BUDGET = (NUM_KEEP, KEEP_RATIO)
 _INSIDE = "it acts inside the image encoder, which a server runs in code of its own"
+_ARTICLE = {"image": "a picture", "video": "a clip"}
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,23 @@ class Asked:
 
         Raises:
             BudgetError: a budget that the method must keep to exceeds the picture's tokens.
+            UnsupportedModel: the method sees in this one how many tokens stay.
         """
         left, whole = len(pos), True
         for stage in self.method.schedule(spec):
-            assert stage.budget is not None, "checked when it was asked for"
+            if stage.budget is None:
+                found = self.method.known_ahead(_tuples(pos), kind) if whole else None
+                if found is None:
+                    raise UnsupportedModel(
+                        f"{self.method.name} sees in {_ARTICLE[kind]} how many tokens stay, and a "
+                        f"server writes their placeholders before it is encoded. Take another "
+                        f"method for it."
+                    )
+                left, whole = found, False
+                continue
             keep = stage.budget.resolve(left, len(pos), strict=self.method.strict)
             # Behind a stage, which places are left is not known ahead.
-            left = (
-                self.method.survivors(tuple(map(tuple, pos.tolist())), keep, kind)
-                if whole
-                else keep
-            )
+            left = self.method.survivors(_tuples(pos), keep, kind) if whole else keep
             whole = False
         return left
 
@@ -147,13 +154,19 @@ def why_not(method: PruningMethod, spec: ModelSpec, shows: frozenset[str]) -> st
     if not schedule:  # a stage in each layer of an encoder
         return _INSIDE
     for stage in schedule:
-        reason = _stage(stage, spec, shows)
+        reason = _stage(method, stage, spec, shows)
         if reason is not None:
             return reason
     return _positions(method, spec)
 
 
-def _stage(stage: Stage, spec: ModelSpec, shows: frozenset[str]) -> str | None:
+def _tuples(pos: Tensor) -> tuple[tuple[int, int, int], ...]:
+    return tuple((t, h, w) for t, h, w in pos.tolist())
+
+
+def _stage(
+    method: PruningMethod, stage: Stage, spec: ModelSpec, shows: frozenset[str]
+) -> str | None:
     kind = stage.site.kind
     if kind == "decoder":
         return (
@@ -162,7 +175,8 @@ def _stage(stage: Stage, spec: ModelSpec, shows: frozenset[str]) -> str | None:
         )
     if kind != "projector":
         return _INSIDE
-    if not isinstance(stage.budget, Budget):
+    told = type(method).known_ahead is not PruningMethod.known_ahead
+    if not told and not isinstance(stage.budget, Budget):
         return (
             "it decides itself how many tokens stay, and a server writes their placeholders before "
             "a picture is encoded"

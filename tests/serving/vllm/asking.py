@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,27 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import visprune
-from tests.serving.vllm.checkpoints import END, IMAGE, START
+from tests.serving.vllm.checkpoints import END, IMAGE, START, VIDEO
 
 TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip: frames, uint8 ``[t, H, W, 3]``, so many a second, all of which are shown."""
+
+    frames: np.ndarray[Any, Any]
+    fps: float = 2.0
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What is known of it beside its frames."""
+        count = len(self.frames)
+        return {"fps": self.fps, "total_num_frames": count, "duration": count / self.fps,
+                "frames_indices": list(range(count))}  # fmt: skip
+
+
+Media = Sequence[Image.Image | Clip]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -25,20 +45,37 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return image.resize((width, height), Image.Resampling.NEAREST)
 
 
-def prompt(family: str, pictures: int) -> str:
-    """Words around as many pictures."""
+def prompt(family: str, media: Media) -> str:
+    """Words around as many pictures and clips."""
     if family == "llava":
-        marks = "\n".join(["<image>"] * pictures)
+        marks = "\n".join(["<image>"] * len(media))
         return f"USER: {marks}\nhow many circles are there ? ASSISTANT:"
-    mark = "<image>" if family.startswith("llava") else f"{START} {IMAGE} {END}"
-    return "w1 w2 " + " w5 ".join([mark] * pictures) + " w3 w4 w7 w8"
+    if family == "internvl":  # whose processor writes start and end itself
+        return "w1 w2 " + " w5 ".join(["<IMG_CONTEXT>"] * len(media)) + " w3 w4 w7 w8"
+    llava = family.startswith("llava")
+    marks = [
+        ("<video>" if isinstance(one, Clip) else "<image>")
+        if llava
+        else f"{START} {VIDEO if isinstance(one, Clip) else IMAGE} {END}"
+        for one in media
+    ]
+    return "w1 w2 " + " w5 ".join(marks) + " w3 w4 w7 w8"
 
 
-def request(family: str, pictures: list[Image.Image], settings: dict[str, Any]) -> dict[str, Any]:
+def _sorted(media: Media) -> tuple[list[Image.Image], list[Clip]]:
+    return (
+        [x for x in media if not isinstance(x, Clip)],
+        [x for x in media if isinstance(x, Clip)],
+    )
+
+
+def request(family: str, media: Media, settings: dict[str, Any]) -> dict[str, Any]:
     """What ``LLM.generate`` takes."""
-    found: dict[str, Any] = {
-        "prompt": prompt(family, len(pictures)), "multi_modal_data": {"image": pictures},
-    }  # fmt: skip
+    pictures, clips = _sorted(media)
+    data: dict[str, Any] = {"image": pictures} if pictures else {}
+    if clips:
+        data["video"] = [(x.frames, {**x.known, "do_sample_frames": False}) for x in clips]
+    found: dict[str, Any] = {"prompt": prompt(family, media), "multi_modal_data": data}
     return {**found, "mm_processor_kwargs": settings} if settings else found
 
 
@@ -60,13 +97,14 @@ class Transformers:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.no_grad()
-    def answer(
-        self, pictures: list[Image.Image], settings: dict[str, Any]
-    ) -> tuple[int, torch.Tensor, list[int]]:
+    def answer(self, media: Media, settings: dict[str, Any]) -> tuple[int, torch.Tensor, list[int]]:
         """Length of the prompt as pruned, log-probabilities of its next token, greedy tokens."""
-        inputs = dict(self.processor(
-            text=prompt(self.family, len(pictures)), images=pictures, return_tensors="pt"
-        ))  # fmt: skip
+        pictures, clips = _sorted(media)
+        given: dict[str, Any] = {"images": pictures} if pictures else {}
+        if clips:
+            given |= {"videos": [x.frames for x in clips], "do_sample_frames": False,
+                      "video_metadata": [x.known for x in clips]}  # fmt: skip
+        inputs = dict(self.processor(text=prompt(self.family, media), return_tensors="pt", **given))
         length = inputs["input_ids"].shape[1]
         with self._pruned(settings) as run:
             logits = self.model(**inputs).logits[0, -1]
@@ -86,7 +124,7 @@ class Transformers:
         params = dict(settings.get("visprune_params", {}))
         if settings["visprune"] == "todre":
             params["stage2"] = False
-        if self.family.startswith("llava"):
+        if not self.family.startswith("qwen"):
             params["positions"] = "compact"  # as a server counts positions of a line
         for name in ("num_keep", "keep_ratio"):
             if f"visprune_{name}" in settings:

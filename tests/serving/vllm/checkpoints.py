@@ -11,15 +11,26 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -27,22 +38,24 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SiglipVisionConfig,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 EMBEDDED = Path(__file__).parents[3] / "backbones/vlm/embedded/weights"
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
-_SPECIAL = ["<pad>", "<s>", "<|im_end|>", "<unk>", START, END, IMAGE, VIDEO, "<image>"]
+_SPECIAL = ["<pad>", "<s>", "<|im_end|>", "<unk>", START, END, IMAGE, VIDEO, "<image>",
+            "<video>", "<img>", "</img>", "<IMG_CONTEXT>"]  # fmt: skip
 _PIXELS = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 400}
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(**other: str) -> PreTrainedTokenizerFast:
     words = [*_SPECIAL, *(f"w{n}" for n in range(91)), *"0123456789.", "seconds", "<", ">"]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(word, normalized=False) for word in _SPECIAL])
-    named = {"image_token": IMAGE, "video_token": VIDEO,
+    named = other or {"image_token": IMAGE, "video_token": VIDEO,
              "vision_bos_token": START, "vision_eos_token": END}  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>",
@@ -79,6 +92,8 @@ def build(family: str, folder: Path) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
+                if not weight.any():  # places that begin as zeros would tell no patches apart
+                    weight.normal_(std=0.1)
                 weight.mul_(4.0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -140,11 +155,52 @@ def _llava_next() -> tuple[Any, Any]:
     return LlavaNextForConditionalGeneration(config), processor
 
 
+def _llava_onevision() -> tuple[Any, Any]:
+    vision = SiglipVisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                                num_attention_heads=2, image_size=56, patch_size=14)  # fmt: skip
+    pinpoints = [[56, 112], [112, 56], [112, 112], [224, 224]]
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**_text()), image_token_index=8,
+        video_token_index=9, vision_feature_layer=-1, image_grid_pinpoints=pinpoints,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": 56, "width": 56}
+    tokenizer = _tokenizer(image_token="<image>", video_token="<video>")
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints), tokenizer,
+        LlavaOnevisionVideoProcessor(size=size), num_image_tokens=16,
+        vision_feature_select_strategy="full", chat_template="{{ messages }}",
+    )  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def _internvl() -> tuple[Any, Any]:
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+              "num_attention_heads": 2, "image_size": [56, 56], "patch_size": [7, 7],
+              "attention_bias": True}  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**_text()), image_token_id=12,
+        image_seq_length=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": 56, "width": 56}
+    tokenizer = _tokenizer(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )  # fmt: skip
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(crop_to_patches=True, max_patches=4, size=size), tokenizer,
+        InternVLVideoProcessor(size=size), image_seq_length=16, chat_template="{{ messages }}",
+    )  # fmt: skip
+    return InternVLForConditionalGeneration(config), processor
+
+
 _BUILDERS = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
 }
 
 

@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def options(family: str) -> dict[str, Any]:
     """How engines of a family are started."""
-    limits = {"image": 3} if family.startswith("llava") else {"image": 3, "video": 1}
+    limits = {"image": 3} if family in ("llava", "llava_next") else {"image": 3, "video": 1}
     return {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8,
         "limit_mm_per_prompt": limits, "disable_log_stats": True, "block_size": 32,

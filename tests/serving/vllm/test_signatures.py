@@ -9,13 +9,24 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-from vllm.model_executor.models import clip, llava, llava_next, qwen2_5_vl, qwen2_vl, qwen3_vl
+from vllm.model_executor.models import (
+    clip,
+    interns1,
+    interns1_vit,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig, PlaceholderRange
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     InputProcessingContext,
     ProcessorInputs,
     PromptReplacement,
+    PromptUpdateDetails,
 )
 
 from visprune.serving.vllm import ARCHITECTURES, TESTED
@@ -30,6 +41,8 @@ PROCESSOR = {
 MODELS: dict[Any, list[str]] = {
     llava.LlavaForConditionalGeneration: ["embed_multimodal", "load_weights"],
     llava_next.LlavaNextForConditionalGeneration: ["embed_multimodal", "load_weights"],
+    llava_onevision.LlavaOnevisionForConditionalGeneration: ["embed_multimodal"],
+    interns1.InternS1ForConditionalGeneration: ["embed_multimodal"],
     **{
         model: ["embed_multimodal", "embed_input_ids", "forward", "get_mrope_input_positions"]
         for model in (
@@ -69,16 +82,22 @@ def test_fields_that_are_replaced() -> None:
     assert names(MultiModalFieldConfig.batched) == ["modality", "keep_on_cpu"]
 
 
+def _served_as(model: Any) -> str:
+    """The architecture's name; InternVL is of another's class."""
+    own = str(model.__name__)
+    return own.replace("InternS1", "InternVL")
+
+
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 def test_the_models(model: Any) -> None:
-    assert model.__name__ in ARCHITECTURES
+    assert _served_as(model) in ARCHITECTURES
     for name in MODELS[model]:
         assert callable(getattr(model, name))
     assert names(model.__init__) == ["self", "vllm_config", "prefix"]
 
 
 def test_positions_and_embeddings() -> None:
-    for model in list(MODELS)[2:]:
+    for model in [x for x in MODELS if "forward" in MODELS[x]]:
         assert names(model.get_mrope_input_positions) == ["self", "input_tokens", "mm_features"]
         wanted = ["self", "input_ids", "multimodal_embeddings"]
         assert names(model.embed_input_ids)[:3] == wanted
@@ -92,3 +111,12 @@ def test_the_encoder_whose_attention_is_read() -> None:
     assert "head_dim" in source
     assert "tp_size" in source
     assert "layers" in inspect.getsource(clip.CLIPEncoder)
+    source = inspect.getsource(interns1_vit.InternSdpaAttention)
+    assert "self.attn(q, k, v)" in source
+    assert "num_heads" in source
+    assert "self.scale" in source
+    assert "self.layer = " in inspect.getsource(interns1_vit.InternS1VisionEncoder)
+
+
+def test_a_placeholder_with_what_is_around_it() -> None:
+    assert {"full", "is_embed"} == {f.name for f in dataclasses.fields(PromptUpdateDetails)}

@@ -31,11 +31,11 @@ from visprune.serving.places import shown_layers, spec_of, square, tiled
 from visprune.serving.shorten import Encoded, shorten
 from visprune.serving.vllm.processor import Prunes, Refuses, check_graphs, taken
 
-# Names of CLIP's weights as transformers has them since 5: one level less than here.
-_NAMES = WeightsMapper(
+# Names of CLIP's and SigLIP's weights as transformers has them since 5: one level less than here.
+NAMES = WeightsMapper(
     orig_to_new_regex={
         re.compile(
-            r"^(model\.)?vision_tower\.(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"
+            r"^(model\.)?vision_tower\.(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
         ): "vision_tower.vision_model."
     }
 )
@@ -209,7 +209,7 @@ def _read(both: list[Tensor], attention: Any, wanted: set[Any], found: dict[Any,
 class Llava(_Reads, llava.LlavaForConditionalGeneration):
     """vLLM's LLaVA; pictures that were asked to be are shortened once encoded."""
 
-    hf_to_vllm_mapper = _NAMES | llava.LlavaForConditionalGeneration.hf_to_vllm_mapper
+    hf_to_vllm_mapper = NAMES | llava.LlavaForConditionalGeneration.hf_to_vllm_mapper
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode pictures, and prune them."""
@@ -236,7 +236,7 @@ class Llava(_Reads, llava.LlavaForConditionalGeneration):
 class LlavaNext(_Reads, llava_next.LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT; newlines stay and do not count."""
 
-    hf_to_vllm_mapper = _NAMES | llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
+    hf_to_vllm_mapper = NAMES | llava_next.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode pictures, and prune them."""

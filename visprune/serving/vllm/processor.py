@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import EmbeddingItems
-from vllm.multimodal.processing import InputProcessingContext, PromptReplacement
+from vllm.multimodal.processing import (
+    InputProcessingContext,
+    PromptReplacement,
+    PromptUpdateDetails,
+)
 
 from visprune.catalog import get_method
 from visprune.core.method import ModelSpec
@@ -188,9 +192,14 @@ class Prunes:
 
     def _shorter(
         self, found: Asked, kind: str, whole: Any, items: Any, out: Any, number: int
-    ) -> list[int]:
-        """The placeholders of an item, as many as will be left of it."""
-        ids = list(whole(number))
+    ) -> Any:
+        """The placeholders of an item, as many as will be left of it, and what is around them."""
+        made = whole(number)
+        full = list(made.full if isinstance(made, PromptUpdateDetails) else made)
+        mine = torch.ones(len(full), dtype=torch.bool)
+        if isinstance(made, PromptUpdateDetails) and made.is_embed is not None:
+            mine = made.is_embed(full)
+        ids = mine.nonzero()[:, 0].tolist()
         pos, others = self.places(kind, number, items, out)
         if len(pos) + others != len(ids):
             raise ValueError(
@@ -198,9 +207,11 @@ class Prunes:
                 f"this version of vLLM lays them out in another way."
             )
         try:
-            return ids[: found.count(pos, kind, self.spec) + others]
+            gone = set(ids[found.count(pos, kind, self.spec) + others :])
         except VispruneError as error:
             raise ValueError(str(error)) from error
+        full = [one for place, one in enumerate(full) if place not in gone]
+        return replace(made, full=full) if isinstance(made, PromptUpdateDetails) else full
 
 
 class Refuses(Prunes):
