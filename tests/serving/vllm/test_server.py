@@ -95,7 +95,11 @@ def test_thirty_two_at_once_bad_ones_a_kill_and_five_hundred() -> None:
         {"visprune_num_keep": 8}, {"visprune": "random", "visprune_keep_ratio": 0.125},
     ]  # fmt: skip
     asked = [(p, s) for p in pictures for s in budgets] * 2
-    default = ("--mm-processor-kwargs", '{"visprune": "divprune", "visprune_keep_ratio": 0.25}')
+    default = (
+        "--trust-request-mm-kwargs",
+        "--mm-processor-kwargs",
+        '{"visprune": "divprune", "visprune_keep_ratio": 0.25}',
+    )
     with server(*default) as (address, process):
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(lambda x: ask(address, *x), asked))
