@@ -273,13 +273,13 @@ def test_a_dry_run_lists_counts_and_writes_nothing(
     assert not out.exists()
 
 
-def test_flags_alone_must_name_a_model_and_a_task() -> None:
+def test_flags_alone_must_name_a_model_and_a_folder() -> None:
+    """Tasks they need not name: there are standard ones."""
     options: dict[str, Any] = {"retry_errors": False, "threads": None, "answers": None}
     with pytest.raises(ConfigError, match="--model embedded --task embedded"):
-        run_command(None, None, {"models": ["embedded"]}, dry_run=False, **options)
-    changes = {"models": ["embedded"], "tasks": ["embedded"]}
+        run_command(None, None, {"tasks": ["embedded"]}, dry_run=False, **options)
     with pytest.raises(ConfigError, match="--out DIR"):
-        run_command(None, None, changes, dry_run=False, **options)
+        run_command(None, None, {"models": ["embedded"]}, dry_run=False, **options)
 
 
 @pytest.mark.slow

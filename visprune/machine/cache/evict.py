@@ -290,8 +290,11 @@ class CacheEviction:
 
 
 def evictable(adapter: VLMAdapter, layer: int) -> bool:
-    """Whether a layer's cache grows with the sequence, whole."""
-    return adapter.kind_of(layer) == "full_attention" and adapter.window(layer) is None
+    """Whether a layer's cache grows with the sequence, whole, and serves that layer alone."""
+    if adapter.kind_of(layer) != "full_attention" or adapter.window(layer) is not None:
+        return False
+    served = [n for n in range(len(adapter.layers)) if adapter.keeper(n) == layer]
+    return [n for n in served if n not in adapter.recurrent] == [layer]
 
 
 def stores_latents(adapter: VLMAdapter, layer: int) -> bool:
