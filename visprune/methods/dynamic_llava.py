@@ -88,10 +88,14 @@ class ImagePredictor(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the first linear layer."""
+        return self.down_mlp.get_parameter("1.weight")
+
     def warn_if_new(self) -> None:
         """Say once that nothing was learned or loaded, where that is so."""
-        weight = self.down_mlp[1].weight
-        if self.checked or weight.is_meta:
+        if self.checked or self.weight.is_meta:
             return
         self.checked = True
         # They begin at zero; no trained state has all of them there.
@@ -106,7 +110,7 @@ class ImagePredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` to logits of keeping and of dropping, ``[B, N, 2]``."""
-        x = self.transformer(self.down_mlp(x.to(self.down_mlp[1].weight.dtype)))
+        x = self.transformer(self.down_mlp(x.to(self.weight.dtype)))
         own, shared = x.chunk(2, dim=-1)
         shared = shared.mean(dim=1, keepdim=True).expand_as(shared)
         return self.output_mlp(torch.cat([own, shared], dim=-1))
