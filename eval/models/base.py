@@ -20,6 +20,7 @@ from visprune.eval.tasks.loading import Unreachable
 
 __all__ = [
     "EMBEDDED",
+    "ENGINES",
     "LIBRARIES",
     "NONE",
     "NO_IMAGE",
@@ -39,6 +40,7 @@ Choice = PruningMethod | str  # a method, NONE or NO_IMAGE
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 LIBRARIES = ("timm", "open_clip")
+ENGINES = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,13 @@ class ModelEntry:
         pad: put pictures into a square of the processor's mean colour first, as LLaVA's own
             evaluation does (its processor on the Hub cuts the middle out); of vision-language
             models.
+        engine: what answers: ``transformers`` (for timm and open_clip: themselves), or ``vllm``,
+            which batches questions, for the methods that it can run.
+        engine_options: options of ``vllm.LLM`` (``tensor_parallel_size``, ``max_model_len`` ...).
 
     Raises:
-        ConfigError: an unknown dtype, or a device that torch does not know.
+        ConfigError: an unknown dtype or engine, options of an engine that takes none, or a device
+            that torch does not know.
     """
 
     name: str
@@ -154,6 +160,8 @@ class ModelEntry:
     revision: str | None = None
     checkpoint: str | None = None
     pad: bool = False
+    engine: str = "transformers"
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -161,13 +169,24 @@ class ModelEntry:
                 f"dtype is one of {', '.join(_DTYPES)}; got {self.dtype!r}."
                 f"{did_you_mean(str(self.dtype), _DTYPES)}"
             )
+        if self.engine not in ENGINES:
+            raise ConfigError(
+                f"engine is one of {', '.join(ENGINES)}; got {self.engine!r}."
+                f"{did_you_mean(str(self.engine), ENGINES)}"
+            )
+        if self.engine_options and self.engine != "vllm":
+            raise ConfigError(
+                f"engine_options ({', '.join(self.engine_options)}) are of the engine vllm; this "
+                f"model's engine is {self.engine}."
+            )
         if self.device != "auto":
             _device(self.device)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values, as a study of before there was ``pad`` wrote it."""
+        """Return it as JSON values, as a study of before there were its newer keys wrote it."""
+        newer = {"pad": False, "engine": "transformers", "engine_options": {}}
         found = dataclasses.asdict(self)
-        return found if self.pad else {k: v for k, v in found.items() if k != "pad"}
+        return {k: v for k, v in found.items() if k not in newer or v != newer[k]}
 
     def torch_device(self, local_rank: int = 0) -> torch.device:
         """The device to run on; processes of one machine take one GPU each.

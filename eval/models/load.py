@@ -41,6 +41,15 @@ def load_model(spec: ModelEntry | str, *, local_rank: int = 0) -> EvalModel:
 
 def _load(spec: ModelEntry, local_rank: int) -> EvalModel:
     library, colon, name = spec.name.partition(":")
+    if spec.engine == "vllm":
+        if (colon and library in LIBRARIES) or _is_timm_folder(Path(spec.name)):
+            raise ConfigError(
+                f"{spec.name!r} is an image classifier, and the engine vllm answers with text. "
+                f"Leave the engine out."
+            )
+        from visprune.eval.models import served
+
+        return served.load(spec)
     if colon and library in LIBRARIES:
         from visprune.eval.models import load_vit
 

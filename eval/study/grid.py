@@ -106,6 +106,12 @@ class Study:
         if self.prompt_style is not None:
             check_style(self.prompt_style)
         self._check_repetition()
+        served = next((model.name for model in self.models if model.engine == "vllm"), None)
+        if self.speed is not None and served is not None:
+            raise ConfigError(
+                f"speed measures the parts of a model in transformers, and {served!r} is asked "
+                f"through vLLM; leave speed out."
+            )
         labels = [variant.label for variant in self.variants]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
@@ -196,6 +202,8 @@ def build_study(raw: Mapping[str, Any]) -> Study:
     options = Options(**check_values(Options, said, "The study"))
     _check_generation(options.generation)
     models = tuple(_model(entry) for entry in listed("models", options.models))
+    if "batch_size" not in said and all(model.engine == "vllm" for model in models):
+        options = dataclasses.replace(options, batch_size=_IN_FLIGHT)
     methods = [*listed("methods", options.methods), *_saved_methods(models)]
     seeds = tuple(listed("seeds", options.seeds))
     variants, notes = expand(methods, options.budgets, options.controls)
@@ -212,6 +220,8 @@ def build_study(raw: Mapping[str, Any]) -> Study:
         **{key: getattr(options, key) for key in _PLAIN},
     )
 
+
+_IN_FLIGHT = 64  # questions that an engine is given at once, which batches them itself
 
 # Options that are fields of a study as they are.
 _PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "pictures")

@@ -66,6 +66,12 @@ class Options:
                 "Show pictures whole, in squares, as LLaVA's own evaluation does.",
                 show_default="no-pad",
             ),
+            engine=_flag(
+                str,
+                "What answers: transformers, or vllm, which batches questions.",
+                show_default="transformers",
+            ),
+            engine_option=_flag(list[str], "KEY=VALUE of the engine vllm; repeat."),
         ),
     )
     tasks: Any = field(
@@ -102,7 +108,12 @@ class Options:
     )
     seeds: Any = field(default=0, metadata=_flags(seed=_flag(list[int], "Seed; repeat.", min=0)))
     batch_size: int = field(
-        default=1, metadata=_flags(batch_size=_flag(int, "Samples asked together.", min=1))
+        default=1,
+        metadata=_flags(
+            batch_size=_flag(
+                int, "Samples asked together.", min=1, show_default="1; 64 of the engine vllm"
+            )
+        ),
     )
     controls: Any = field(
         default=True,

@@ -241,6 +241,29 @@ def test_model_options_are_checked() -> None:
             load_model(ModelEntry("embedded", device="cuda:0"))
 
 
+def test_the_engine_of_a_model_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be said without vLLM; answers are compared in tests/serving/vllm."""
+    with pytest.raises(ConfigError, match="Did you mean 'vllm'"):
+        ModelEntry("embedded", engine="vlm")
+    with pytest.raises(ConfigError, match="engine_options"):
+        ModelEntry("embedded", engine_options={"seed": 1})
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match="needs vLLM in this environment"):
+        load_model(ModelEntry("embedded", engine="vllm"))
+    with pytest.raises(ConfigError, match="image classifier"):
+        load_model(ModelEntry("timm:vit_tiny_patch16_224", engine="vllm"))
+    with pytest.raises(ConfigError, match="not a loaded one"):
+        visprune.evaluate(*small_embedded(), engine="vllm")
+    engine = {"name": "embedded", "engine": "vllm"}
+    assert ModelEntry("embedded").to_dict().keys() & {"engine", "engine_options"} == set()
+    assert ModelEntry(**engine).to_dict()["engine"] == "vllm"
+    assert build_study({"models": [engine]}).batch_size == 64
+    assert build_study({"models": [engine], "batch_size": 3}).batch_size == 3
+    assert build_study({"models": ["embedded", engine]}).batch_size == 1
+    with pytest.raises(ConfigError, match="leave speed out"):
+        build_study({"models": [engine], "speed": True})
+
+
 def test_a_model_without_an_adapter_answers_untouched_only(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

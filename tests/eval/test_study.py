@@ -329,7 +329,7 @@ def test_flags_keys_and_arguments_are_the_options_of_a_study() -> None:
     own = {"study", "out", "dry_run", "retry_errors", "answers", "threads"}
     assert set(command.parameters) == own | set(FLAGS)
     said = inspect.signature(evaluate)
-    of_model = {"model", "processor", "pad"}
+    of_model = {"model", "processor", "pad", "engine"}
     assert set(said.parameters) - of_model - {"out", "progress"} <= set(KEYS)
     every = dict.fromkeys(FLAGS)
     assert cli_study.changes_of(every) == {}
@@ -343,10 +343,11 @@ def test_every_flag_reaches_its_key() -> None:
         "method": ["tome,r=13", "todre"], "num_keep": [8], "keep_ratio": [0.5], "limit": 3,
         "seed": [1], "batch_size": 4, "controls": False, "speed": True, "device": "cpu",
         "attention": "eager", "prompt_style": "plain", "max_new_tokens": 5, "pictures": False,
-        "pad": True,
+        "pad": True, "engine": "vllm", "engine_option": ["seed=1"],
     }  # fmt: skip
     assert set(given) == set(FLAGS)
-    options = {"dtype": "float32", "device": "cpu", "attention": "eager", "pad": True}
+    options = {"dtype": "float32", "device": "cpu", "attention": "eager", "pad": True,
+               "engine": "vllm", "engine_options": {"seed": 1}}  # fmt: skip
     assert cli_study.changes_of(given) == {
         "models": [{"name": "a", **options}, {"name": "b", **options}],
         "tasks": [{"task": "pope", "split": "test"}],

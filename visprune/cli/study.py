@@ -93,6 +93,8 @@ def changes_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _models(given: dict[str, Any]) -> dict[str, Any]:
     names = given.pop("model", [])
+    if "engine_option" in given:
+        given["engine_options"] = overrides_of(given.pop("engine_option"))
     return {
         "models": [{"name": name, **given} for name in names],
         "model_options": {} if names else given,
