@@ -184,7 +184,7 @@ class PruningMethod:
         """Multiply-adds that the rule itself takes on one image: N tokens, K kept, D features."""
         return 0
 
-    def slots(self, count: int, keep: int) -> int:
+    def handed_on(self, count: int, keep: int) -> int:
         """Tokens left of N where K are kept, with those that the rule makes of the others."""
         return keep
 

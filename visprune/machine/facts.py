@@ -125,7 +125,7 @@ def mean_tokens(method: PruningMethod) -> float | None:
         at = stage.site.resolve(LAYERS) if stage.site.kind == "decoder" else 0
         total += (at - done) * left
         kept = stage.budget.slots(left, TOKENS)
-        left, done = method.slots(left, kept), at
+        left, done = method.handed_on(left, kept), at
     return (total + (LAYERS - done) * left) / LAYERS
 
 

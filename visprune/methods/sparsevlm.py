@@ -162,7 +162,7 @@ class SparseVLM(PruningMethod):
             chosen.append(self._of_one(tokens.features[image], rated, ctx))
         return Selection.stack(chosen)
 
-    def slots(self, count: int, keep: int) -> int:
+    def handed_on(self, count: int, keep: int) -> int:
         """What is recycled comes on top."""
         if self.version == 2 or keep >= count:
             return min(count, keep)
