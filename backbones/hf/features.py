@@ -4,11 +4,13 @@
 What ``get_image_features`` returns holds one tensor per entry: a picture, a tile of one, or all
 pictures of a sample. It is a list, or where all have one shape, one tensor. ``generate`` encodes
 before the first forward, repeats the entries for beams, and passes on nothing else; so what is
-known of each entry goes along with it, as a mark.
+known of each entry goes along with it, as a mark. A copy (another device, a clone) has lost
+its mark and is known by its values, as long as the features that it was made of are there.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 _MARK = "_visprune_pieces"
+# Features that carry a mark, by their id; tensors have no equality that a set of them could use.
+_MARKED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def encoder_output(features: list[Tensor]) -> Any:
@@ -49,20 +53,33 @@ def mark(output: Any, known: Sequence[Any]) -> None:
     """Note what is known of each entry; it goes along where the entries are repeated."""
     found = entries(output)
     if isinstance(found, Tensor):
-        _set(output, (found.shape[0], list(known)))
+        for holder in (output, found):
+            _set(holder, (found.shape[0], list(known)))
+        _MARKED[id(found)] = found
         return
     for entry, one in zip(found, known, strict=True):
         _set(entry, one)
+        _MARKED[id(entry)] = entry
 
 
 def marks(output: Any) -> list[Any] | None:
     """What was noted of each entry, or ``None`` where that was lost."""
     found = entries(output)
     if isinstance(found, Tensor):
-        count, known = getattr(output, _MARK, (None, None))
+        count, known = getattr(output, _MARK, None) or _recalled(found) or (None, None)
         return known if count == found.shape[0] else None
-    each = [getattr(entry, _MARK, None) for entry in found]
+    each = [getattr(entry, _MARK, None) or _recalled(entry) for entry in found]
     return None if any(one is None for one in each) else each
+
+
+def _recalled(copy: Tensor) -> Any:
+    """The mark of the features that a tensor is a copy of, or ``None``."""
+    values = copy.detach()
+    for original in list(_MARKED.values()):
+        alike = original.shape == values.shape and original.dtype == values.dtype
+        if alike and torch.equal(original.detach().to(values.device), values):
+            return getattr(original, _MARK)
+    return None
 
 
 def _set(holder: Any, known: Any) -> None:

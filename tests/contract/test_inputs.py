@@ -89,13 +89,30 @@ def test_features_that_carry_no_signals_are_refused(family: str, models: Any) ->
     model, inputs = models(family), batch(family)
     images, rest = encoded(model, inputs)
     anonymous = images.select()
-    anonymous["image"].pooler_output = [f.clone() for f in anonymous["image"].pooler_output]
+    anonymous["image"].pooler_output = [f * 1.5 for f in anonymous["image"].pooler_output]
     with visprune.prune(model, "uniform", num_keep=5) as run:
         with pytest.raises(visprune.ConfigError, match=r"encode_images"):
             model(**rest, mm_encoder_outputs=anonymous)
         assert run.trace.kept == []
         model(**inputs)  # the run is none the worse
         assert len(run.trace.kept) == 3
+
+
+@every_family
+@torch.no_grad()
+def test_copies_of_features_are_known_by_their_values(family: str, models: Any) -> None:
+    """A clone, and what went through another dtype: they carry nothing but values."""
+    model, inputs = models(family), batch(family)
+    images, rest = encoded(model, inputs)
+    copied = images.select()
+    first, *rest_of = copied["image"].pooler_output
+    copied["image"].pooler_output = [first.double().float(), *(f.clone() for f in rest_of)]
+    with visprune.prune(model, "uniform", num_keep=5) as run:
+        want = model(**rest, mm_encoder_outputs=images.select()).logits
+        kept = run.trace.kept
+        got = model(**rest, mm_encoder_outputs=copied).logits
+        assert all(torch.equal(a, b) for a, b in zip(run.trace.kept, kept, strict=True))
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 @torch.no_grad()
