@@ -60,7 +60,7 @@ def test_keeping_all_changes_no_bit(name: str) -> None:
             stages, layers = run.trace.stages, len(model.blocks)
         assert torch.equal(got, want), method
         # The whole path ran: selections, gathers, states.
-        once = ("evit", "topk", "dynamicvit", "random", "uniform")
+        once = ("evit", "topk", "dynamicvit", "random", "uniform", "ficoco_v")
         assert len(stages) == (1 if method in once else 2)
         assert layers == 2
         assert all(stage["before"] == stage["after"] for stage in stages)

@@ -32,7 +32,7 @@ from visprune.machine.choose import choose
 WIDTH, HEADS, BEFORE, AFTER = 16, 2, 3, 5
 GRID = (4, 6)
 SPEC = ModelSpec(family="llava", num_layers=32, has_cls=True, multi_axis_rope=False,
-                 encoder_layers=24, encoder_width=WIDTH)  # fmt: skip
+                 encoder_layers=24, encoder_width=WIDTH, decoder_width=WIDTH)  # fmt: skip
 NO_CLASS = dataclasses.replace(SPEC, has_cls=False)
 # May keep fewer than they are told: the largest grid that fits.
 BELOW = ("pool",)
@@ -123,11 +123,14 @@ class World:
 
 
 def chosen(method: PruningMethod, world: World, spec: ModelSpec = SPEC) -> list[Selection]:
-    """What every stage behind the encoder chooses of all tokens."""
+    """What every stage behind the encoder chooses of all tokens; networks are of a seed."""
     out = []
+    torch.manual_seed(11)
+    learned = method.build_learned(spec)
     for number, stage in enumerate(method.schedule(spec)):
         if stage.site.kind != "encoder":
-            context = Context(stage=number, signals=world.signals(stage))
+            own = None if learned is None else learned[number]
+            context = Context(stage=number, signals=world.signals(stage), learned=own)
             out.append(choose(method, stage, world.tokens, context))
     return out
 
