@@ -41,6 +41,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [

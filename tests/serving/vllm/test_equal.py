@@ -53,12 +53,12 @@ def compared(
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("qwen2_vl", {}),
+        pytest.param("qwen2_vl", {}, marks=pytest.mark.slow),
         ("qwen2_5_vl", {"max_num_batched_tokens": 40}),  # chunks end within pictures
         ("qwen3_vl", {}),
         ("llava_next", {}),
-        ("llava_onevision", {}),
-        ("internvl", {"max_num_batched_tokens": 40}),
+        pytest.param("llava_onevision", {}, marks=pytest.mark.slow),
+        pytest.param("internvl", {"max_num_batched_tokens": 40}, marks=pytest.mark.slow),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -107,6 +107,7 @@ def test_every_method_that_fits_on_the_embedded_model(
     compared(engine, oracle, cases)
 
 
+@pytest.mark.slow
 def test_half_precision_is_within_its_noise(
     engines: Callable[..., Any], folders: Callable[[str], Path]
 ) -> None:
