@@ -119,12 +119,13 @@ def test_thirty_two_at_once_bad_ones_a_kill_and_five_hundred() -> None:
 
         many = [asked[n % 16] for n in range(500)]
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda x: ask(address, *x), many[:100]))
+            list(pool.map(lambda x: ask(address, *x), many[:300]))
             before = memory(process.pid)
             answers = list(pool.map(lambda x: ask(address, *x), many))
             grown = memory(process.pid) - before
         assert answers == [found[n % 16] for n in range(500)]
-        assert grown < 64 * 2**20, f"{grown / 2**20:.0f} MiB more after 500 requests"
+        # Pictures that stay would be over 600 MiB; allocators settle for a thousand requests.
+        assert grown < 128 * 2**20, f"{grown / 2**20:.0f} MiB more after 500 requests"
         os.killpg(process.pid, signal.SIGKILL)
     with server(*default) as (address, _):
         assert ask(address, *asked[1]) == found[1]
