@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from tests.unit.golden_cases import cases, tensors
 from visprune.backbones.vlm.picture import grid
 from visprune.core import ModelSpec
 from visprune.machine.find import find_adapter
-from visprune.serving.asked import as_settings, fitting, read
+from visprune.serving.asked import as_settings, fitting, read, saved_settings
 from visprune.serving.places import blocks, from_digits, pooled, spec_of, tiled, tiles, to_digits
 from visprune.serving.shorten import Encoded, shorten
 
@@ -201,11 +203,58 @@ def test_a_number_told_ahead_holds_on_stored_clips(case: dict[str, Any]) -> None
     assert index.tolist() == t["mask"].flatten().nonzero()[:, 0].tolist()
 
 
-def test_frames_that_share_a_budget_are_counted_once_seen_alone_before() -> None:
-    one = asked({"visprune": "vidcom2", "visprune_num_keep": 5})
+def test_frames_that_share_a_budget_keep_to_it_where_they_are_told() -> None:
+    own = {"visprune": "vidcom2", "visprune_num_keep": 5}
+    assert asked(own).method.exact
+    assert asked(own).count(grid(2, 3, 4), "video", QWEN) == 5
+    assert asked(own).count(grid(7, 3, 4), "video", QWEN) == 7
+    one = asked({**own, "visprune_params": {"exact": False}})
     assert len(shorten(one, Encoded(torch.rand(12, 8), grid(1, 3, 4)), QWEN)[0]) == 5
     assert one.count(grid(1, 3, 4), "video", QWEN) == 5
-    with pytest.raises(visprune.UnsupportedModel, match="sees in a clip how many tokens stay"):
+    with pytest.raises(visprune.UnsupportedModel, match=r"sees in a clip how many.*or exact=True"):
         one.count(grid(2, 3, 4), "video", QWEN)
     with pytest.raises(visprune.BudgetError):
         one.count(grid(1, 2, 2), "image", QWEN)
+
+
+@cases("vidcom2")
+def test_shares_of_stored_clips_come_to_the_number_told_ahead(case: dict[str, Any]) -> None:
+    """The official choice, less or more the few tokens that its shares are beside the budget."""
+    t, p = tensors("vidcom2", case), case["params"]
+    side = int(p["tokens_per_frame"] ** 0.5)
+    pos, official = grid(p["T"], side, side), set(t["kept"].long().tolist())
+    one = asked({"visprune": "vidcom2", "visprune_keep_ratio": p["base"]})
+    told = one.count(pos, "video", QWEN)
+    assert told == max(p["T"], int(p["base"] * len(pos)))
+    _, index = shorten(one, Encoded(t["features"], pos, kind="video"), QWEN)
+    found = set(index.tolist())
+    assert len(index) == told
+    assert len(found ^ official) == abs(told - len(official)) < p["T"]
+
+
+def test_a_model_on_the_hub_carries_its_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the revision that is served; a repository without one, and one that is not there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    saved = visprune.get_method("divprune", num_keep=20).to_dict()
+    for name, files in {
+        "pruned": {"visprune.json": json.dumps({"method": saved}), "config.json": "{}"},
+        "plain": {"config.json": "{}"},
+    }.items():
+        folder = tmp_path / f"models--me--{name}"
+        snapshot = folder / "snapshots" / ("a" * 40)
+        snapshot.mkdir(parents=True)
+        for file, text in files.items():
+            (snapshot / file).write_text(text)
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("a" * 40)
+    wanted = {"visprune": "divprune", "visprune_num_keep": 20}
+    for revision in (None, "a" * 40):
+        found = saved_settings("me/pruned", revision)
+        assert found is not None
+        assert found.items() >= wanted.items()
+    assert asked({}, found).method == visprune.get_method("divprune", num_keep=20)
+    assert saved_settings("me/pruned", "b" * 40) is None
+    assert saved_settings("me/plain") is None
+    assert saved_settings("me/nothing") is None

@@ -353,6 +353,23 @@ def test_vidcom2(case: dict[str, Any]) -> None:
     assert made.index[0].tolist() == t["kept"].long().tolist()
 
 
+def test_an_exact_clip_comes_to_its_number_one_token_at_a_time() -> None:
+    """Against a loop: what is too much leaves by its likeness, what is too little comes by it."""
+    torch.manual_seed(1)
+    for number in (4, 9, 17, 31):
+        features = torch.randn(36, 8, dtype=torch.float64)
+        features[9:18] = features[:9] + 0.01
+        tokens, signals = clip(features, 4, 3)
+        alike = sum(vidcom2.likeness(tokens.features.float(), signals[Frames()]))[0]
+        kept = set(VidCom2(num_keep=number).select(tokens, shown(0, signals)).index[0].tolist())
+        while len(kept) > number:
+            kept.remove(max(kept, key=lambda i: (alike[i].item(), i)))
+        while len(kept) < number:
+            kept.add(min(set(range(36)) - kept, key=lambda i: (alike[i].item(), i)))
+        made = VidCom2(num_keep=number, exact=True).select(tokens, shown(0, signals))
+        assert made.index[0].tolist() == sorted(kept)
+
+
 def test_a_frame_that_is_like_no_other_is_given_more() -> None:
     torch.manual_seed(0)
     same = torch.randn(9, 8).repeat(4, 1) + 0.01 * torch.randn(36, 8)

@@ -246,7 +246,8 @@ def tasks() -> None:
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(help="prefill, decode, methods, vit, eval, or a kernel's name.")
+        str,
+        typer.Argument(help="prefill, decode, methods, vit, serving, eval, or a kernel's name."),
     ],
     draw: Annotated[
         bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
@@ -291,7 +292,7 @@ def _benchmarks() -> dict[str, str]:
     root = Path(__file__).parents[1]
     ours = {
         name: f"visprune.eval.speed.bench_{name}"
-        for name in ("decode", "eval", "methods", "prefill", "vit")
+        for name in ("decode", "eval", "methods", "prefill", "serving", "vit")
     }
     kernels = {
         path.parent.name: f"visprune.kernels.{path.parent.name}.bench"

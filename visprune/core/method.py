@@ -129,8 +129,8 @@ class PruningMethod:
     # Slots are means of the tokens in them: inside an encoder, attention and average pooling then
     # weigh a slot by the patches that it stands for.
     size_weighted: ClassVar[bool] = False
-    # Parameters under which the method acts at the projector alone, as it must in a server; those
-    # that it has by default are not among them.
+    # Parameters under which the method fits a server: it acts at the projector alone and says ahead
+    # how many tokens stay. Those that it has by default are not among them.
     served: ClassVar[Mapping[str, Any]] = {}
 
     positions: PositionRule | None = None

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch.nn.functional import normalize
 
 from visprune import ops
 from visprune.core import (
+    Budget,
     BudgetedMethod,
     Context,
     ModelSpec,
+    Rounding,
     Schedule,
     Selection,
     Site,
@@ -40,12 +42,25 @@ class VidCom2(BudgetedMethod):
     ``keep_ratio``, or ``num_keep / n``: shares are rounded frame by frame, so that a clip may keep
     a few tokens more or fewer. A still picture is a clip of one frame.
 
+    ``exact=True`` is the rule as vLLM ships it, which a server needs: a clip keeps what its budget
+    says (a fraction rounded down), or one token a frame. What shares are too many leave where they
+    are most alike, what they are too few come where they are least.
+
     Differences: the official code puts the newlines of LLaVA-Video's grid behind the tokens of
     their frame; here they stay where they are. With a base of 1 it drops some of ordinary frames
     all the same; here all tokens stay.
     """
 
     name: ClassVar[str] = "vidcom2"
+    served: ClassVar[Mapping[str, Any]] = {"exact": True}
+
+    exact: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        """A fraction is rounded down, where it is kept to."""
+        rounding: Rounding = "floor" if self.exact else "round"
+        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding=rounding)
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector; every frame has a share of its own."""
@@ -61,16 +76,21 @@ class VidCom2(BudgetedMethod):
         frames: Tensor = ctx[_FRAMES]
         of_clip, of_frame = likeness(tokens.features.float(), frames)
         kept = shares(of_clip, frames, base * original / count)
-        rank = ops.rank_within(-(of_clip + of_frame), frames)
-        return Selection.where(rank < kept.gather(1, frames))
+        alike = of_clip + of_frame
+        stays = ops.rank_within(-alike, frames) < kept.gather(1, frames)
+        if self.exact:
+            stays = _to_the_number(stays, alike, frames, self.budget.resolve(count, original))
+        return Selection.where(stays)
 
     def known_ahead(self, places: Sequence[tuple[int, int, int]], kind: str) -> int | None:
-        """Of one frame, its share; shares of several depend on how unlike they are."""
-        count = len(places)
+        """All but the official shares of several frames, which depend on how unlike they are."""
+        count, frames = len(places), len({t for t, _, _ in places})
+        if self.exact:
+            return max(frames, self.budget.resolve(count, count, strict=self.strict))
         base = self.keep_ratio or self.budget.resolve(count, count, strict=self.strict) / count
         if base >= 1.0:
             return count
-        if kind == "video" and len({t for t, _, _ in places}) > 1:
+        if kind == "video" and frames > 1:
             return None
         alone = torch.zeros(1, count)
         return int(shares(alone, alone.long(), base)[0, 0])
@@ -94,6 +114,18 @@ def likeness(features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
 def _near(x: Tensor, centre: Tensor) -> Tensor:
     distance = (x - centre).square().sum(-1)
     return torch.stack([(-distance / (2 * width)).exp() for width in _WIDTHS]).sum(0)
+
+
+def _to_the_number(stays: Tensor, alike: Tensor, frames: Tensor, keep: int) -> Tensor:
+    """Which stay once each clip keeps ``keep`` tokens, or one a frame; all ``[B, N]``."""
+    length = int(frames.max()) + 1
+    there = torch.zeros_like(frames[:, :1]).repeat(1, length).scatter_(1, frames, 1)
+    wanted = there.sum(1, keepdim=True).clamp(min=keep)
+    order = alike.argsort(dim=1, stable=True)
+    order = order.gather(1, (~stays.gather(1, order)).int().argsort(dim=1, stable=True))
+    return torch.zeros_like(stays).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device) < wanted
+    )
 
 
 def shares(of_clip: Tensor, frames: Tensor, base: float) -> Tensor:

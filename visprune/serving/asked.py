@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from visprune.core.method import ModelSpec, PruningMethod
 from visprune.core.numeric import is_number, is_whole
 from visprune.core.signals.base import EncoderSignal, PictureSignal, Signal, TokenSignal
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel, VispruneError, did_you_mean
+from visprune.machine.saved import METHOD_FILE, read_method
 from visprune.version import __version__
 
 METHOD, NUM_KEEP, KEEP_RATIO, PARAMS = KEYS = (
@@ -60,10 +62,11 @@ class Asked:
             if stage.budget is None:
                 found = self.method.known_ahead(_tuples(pos), kind) if whole else None
                 if found is None:
+                    fits = ", ".join(f"{k}={v}" for k, v in self.method.served.items())
                     raise UnsupportedModel(
                         f"{self.method.name} sees in {_ARTICLE[kind]} how many tokens stay, and a "
                         f"server writes their placeholders before it is encoded. Take another "
-                        f"method for it."
+                        f"method for it{f', or {fits}' if fits else ''}."
                     )
                 left, whole = found, False
                 continue
@@ -128,6 +131,35 @@ def as_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     budget = {f"{METHOD}_{name}": params.pop(name) for name in ("num_keep", "keep_ratio")
               if name in params}  # fmt: skip
     return {**found, **budget}
+
+
+def saved_settings(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The settings of the method that a model was saved with.
+
+    Args:
+        name: a folder that :func:`visprune.save_pretrained` wrote, or that folder on the Hub, which
+            is asked for one small file.
+        revision: of the repository on the Hub.
+
+    Returns:
+        ``None`` where it names none, or where the Hub cannot be asked.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        try:
+            found = cached_file(name, METHOD_FILE, revision=revision)
+        except OSError:
+            return None
+        if found is None:
+            return None
+        folder = Path(found).parent
+    saved = read_method(folder)
+    return None if saved is None else as_settings(saved)
 
 
 def fitting(spec: ModelSpec, shows: frozenset[str]) -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from visprune.errors import ConfigError, first_line
 from visprune.serving.asked import METHOD
 from visprune.serving.vllm import ARCHITECTURES
 
-__all__ = ["Answered", "Engine", "Prompt", "check_installed"]
+__all__ = ["Answered", "Engine", "Prompt", "check_installed", "request_of"]
 
 # What an engine is told by its arguments here, and by nobody else.
 _OURS = ("model", "dtype", "limit_mm_per_prompt", "mm_processor_kwargs", "disable_log_stats")
@@ -115,14 +115,20 @@ class Engine:
             temperature=0, max_tokens=max_tokens, min_tokens=min_tokens, detokenize=False,
             stop_token_ids=list(stop), repetition_penalty=repetition_penalty,
         )  # fmt: skip
-        found = self._llm.generate([_request(one) for one in prompts], how, use_tqdm=False)
+        found = self._llm.generate([request_of(one) for one in prompts], how, use_tqdm=False)
         return [Answered(one.prompt_token_ids or [], one.outputs[0].token_ids) for one in found]
 
 
-def check_installed() -> None:
+def check_installed(
+    what: str = "The engine vllm", instead: str = ", or take the engine transformers"
+) -> None:
     """Raise unless vLLM is here and finds the plug-in.
 
     Without the plug-in a request's settings would be read by nobody, and nothing pruned.
+
+    Args:
+        what: needs it.
+        instead: what else one may do, in words.
 
     Raises:
         ConfigError: see above.
@@ -131,8 +137,8 @@ def check_installed() -> None:
         import vllm  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"The engine vllm needs vLLM in this environment ({first_line(error)}). Install "
-            f'"visprune[vllm]" beside your vllm, or take the engine transformers.'
+            f"{what} needs vLLM in this environment ({first_line(error)}). Install "
+            f'"visprune[vllm]" beside your vllm{instead}.'
         ) from error
     named = os.environ.get("VLLM_PLUGINS")
     if named is not None and "visprune" not in named.split(","):
@@ -161,7 +167,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def _request(one: Prompt) -> dict[str, Any]:
+def request_of(one: Prompt) -> dict[str, Any]:
+    """A prompt as vLLM takes it."""
     request: dict[str, Any] = {"prompt_token_ids": list(one.ids)}
     if one.image is None:
         return request

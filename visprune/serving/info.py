@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
 from visprune.core.method import ModelSpec
 from visprune.errors import ConfigError, first_line
-from visprune.serving.asked import fitting
+from visprune.serving.asked import fitting, saved_settings
 from visprune.serving.places import shown_layers, spec_of
 from visprune.serving.vllm import ARCHITECTURES, TESTED
 
@@ -44,6 +45,9 @@ def serve_info(model: str | None = None) -> list[str]:
         if architecture not in ARCHITECTURES:
             return [*lines, f"{architecture}: served as vLLM serves it; visprune is not in it"]
         kinds = {architecture: (spec_of(config), shown_layers(config))}
+        saved = saved_settings(model)
+        if saved is not None:
+            lines.append(f"default, saved with the model: {json.dumps(saved)}")
     for kind, (spec, shows) in kinds.items():
         found = fitting(spec, shows)
         fits = [name for name, why in found.items() if why is None]

@@ -130,25 +130,30 @@ def build_model(
     return model
 
 
-def build_processor(words: Sequence[str]) -> LlavaProcessor:
+def build_processor(
+    words: Sequence[str], *, image: int = IMAGE_SIZE, patch: int = PATCH_SIZE
+) -> LlavaProcessor:
     """Build the processor: word-level tokenizer, CLIP image processor, LLaVA's prompt.
 
     Args:
         words: Vocabulary beside the special tokens, without repetition.
+        image: Side of the pictures that the tower takes, in pixels.
+        patch: Side of a patch.
 
     Returns:
-        Processor that expands ``<image>`` to 576 placeholders and pads on the left.
+        Processor that expands ``<image>`` to a placeholder for each patch (576) and pads on the
+        left.
     """
     images = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        size={"shortest_edge": image},
+        crop_size={"height": image, "width": image},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=build_tokenizer(words),
-        patch_size=PATCH_SIZE,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the tower's CLS, which "default" drops again
         chat_template=CHAT_TEMPLATE,

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import visprune
 from tests.serving.vllm.checkpoints import END, IMAGE, START, VIDEO
+from visprune.catalog import methods
 
 TOKENS = 5
 
@@ -51,7 +52,8 @@ def prompt(family: str, media: Media) -> str:
         marks = "\n".join(["<image>"] * len(media))
         return f"USER: {marks}\nhow many circles are there ? ASSISTANT:"
     if family == "internvl":  # whose processor writes start and end itself
-        return "w1 w2 " + " w5 ".join(["<IMG_CONTEXT>"] * len(media)) + " w3 w4 w7 w8"
+        marks = ["<video>" if isinstance(one, Clip) else "<IMG_CONTEXT>" for one in media]
+        return "w1 w2 " + " w5 ".join(marks) + " w3 w4 w7 w8"
     llava = family.startswith("llava")
     marks = [
         ("<video>" if isinstance(one, Clip) else "<image>")
@@ -75,7 +77,9 @@ def request(family: str, media: Media, settings: dict[str, Any]) -> dict[str, An
     data: dict[str, Any] = {"image": pictures} if pictures else {}
     if clips:
         data["video"] = [(x.frames, {**x.known, "do_sample_frames": False}) for x in clips]
-    found: dict[str, Any] = {"prompt": prompt(family, media), "multi_modal_data": data}
+    found: dict[str, Any] = {"prompt": prompt(family, media)}
+    if data:
+        found["multi_modal_data"] = data
     return {**found, "mm_processor_kwargs": settings} if settings else found
 
 
@@ -121,9 +125,8 @@ class Transformers:
     def _pruned(self, settings: dict[str, Any]) -> Any:
         if not settings:
             return contextlib.nullcontext()
-        params = dict(settings.get("visprune_params", {}))
-        if settings["visprune"] == "todre":
-            params["stage2"] = False
+        served = methods.get(settings["visprune"]).served
+        params = {**served, **settings.get("visprune_params", {})}
         if not self.family.startswith("qwen"):
             params["positions"] = "compact"  # as a server counts positions of a line
         for name in ("num_keep", "keep_ratio"):

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -204,10 +206,13 @@ _BUILDERS = {
 }
 
 
-def embedded(folder: Path) -> Path:
-    """A copy of the embedded model, to be served from another name."""
-    shutil.copytree(EMBEDDED, folder)
-    return folder
+def named_as_before(folder: Path, target: Path) -> Path:
+    """A copy of a LLaVA whose tower's weights have the names that vLLM's own models know."""
+    shutil.copytree(folder, target)
+    weights = {re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): value
+               for name, value in load_file(target / "model.safetensors").items()}  # fmt: skip
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
 
 
-__all__ = ["EMBEDDED", "build", "embedded"]
+__all__ = ["EMBEDDED", "build", "named_as_before"]

@@ -16,9 +16,12 @@ for _name, _value in {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # tests look into workers
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+ENGINES = 3
 
 
 @pytest.fixture(scope="session")
@@ -45,19 +48,28 @@ def options(family: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engines(folders: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
-    """Start an engine for a family; those of the file before are gone."""
+    """An engine for a family, started once; the few that were asked for last live."""
     from vllm import LLM
 
-    started: list[Any] = []
+    alive: dict[str, Any] = {}
+
+    def end(name: str) -> None:
+        with contextlib.suppress(Exception):
+            alive.pop(name).llm_engine.engine_core.shutdown()
 
     def start(family: str, **more: Any) -> Any:
-        model = str(more.pop("model", folders(family)))
-        started.append(LLM(model=model, **{**options(family), **more}))
-        return started[-1]
+        given = {"model": str(more.pop("model", folders(family))), **options(family), **more}
+        name = repr(given)
+        if name in alive:
+            alive[name] = alive.pop(name)
+        else:
+            if len(alive) == ENGINES:
+                end(next(iter(alive)))
+            alive[name] = LLM(**given)
+        return alive[name]
 
     yield start
-    for engine in started:
-        with contextlib.suppress(Exception):
-            engine.llm_engine.engine_core.shutdown()
+    for name in list(alive):
+        end(name)

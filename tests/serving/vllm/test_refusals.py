@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import visprune
-from tests.serving.vllm.asking import Transformers, picture, request, sampling
+from tests.serving.vllm.asking import TOKENS, Clip, Transformers, picture, request, sampling
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing left": ({"visprune": "todre", "visprune_num_keep": 0}, "at least 1, got 0"),
@@ -66,17 +67,20 @@ def test_a_saved_method_is_the_default_and_requests_stand_above_it(
     assert lengths == {"default": 20, "other budget": 30, "whole": 576, "other method": 288}
 
 
-def test_clips_of_qwen3_are_not_pruned_in_silence(engines: Callable[..., Any]) -> None:
-    import numpy as np
-
-    engine = engines("qwen3_vl")
-    frames = np.zeros((4, 56, 56, 3), dtype="uint8")
-    meta = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3],
-            "do_sample_frames": False}  # fmt: skip
-    wanted = {
-        "prompt": "w1 <|vision_start|> <|video_pad|> <|vision_end|> w2",
-        "multi_modal_data": {"video": [(frames, meta)]},
-        "mm_processor_kwargs": {"visprune": "todre", "visprune_num_keep": 2},
-    }
-    with pytest.raises(ValueError, match="holds a video; of qwen3_vl, image tokens are pruned"):
-        engine.generate([wanted], sampling(), use_tqdm=False)
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("qwen3_vl", "Timestamps stand"),
+        pytest.param("internvl", "Words stand", marks=pytest.mark.slow),
+    ],
+)
+def test_clips_with_words_between_frames_are_not_pruned_in_silence(
+    family: str, words: str, engines: Callable[..., Any]
+) -> None:
+    """Nor are they by a budget that pictures beside them would take."""
+    own = [Clip(np.zeros((4, 56, 56, 3), dtype="uint8"))]
+    engine, wanted = engines(family), {"visprune": "todre", "visprune_num_keep": 2}
+    with pytest.raises(ValueError, match=f"holds a video; of {family}, image tokens.*{words}"):
+        engine.generate([request(family, own, wanted)], sampling(), use_tqdm=False)
+    (whole,) = engine.generate([request(family, own, {})], sampling(), use_tqdm=False)
+    assert len(whole.outputs[0].token_ids) == TOKENS

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from PIL import Image
 
 from tests.serving.vllm.asking import picture
 from tests.serving.vllm.checkpoints import EMBEDDED
+from tests.serving.vllm.test_refusals import BAD
 
 QUESTION = "how many circles are there ?"
 
@@ -109,9 +111,11 @@ def test_thirty_two_at_once_bad_ones_a_kill_and_five_hundred() -> None:
         assert [n - text for n in lengths] == [144, 64, 8, 72] * 8
         assert found[:16] == found[16:]
 
-        status, message = ask(address, pictures[0], {"visprune": "fastv", "visprune_num_keep": 8})
-        assert status == 400
-        assert "acts inside the decoder" in message
+        for settings, words in BAD.values():
+            if "visprune" in settings:  # a budget alone is that of the default method
+                status, message = ask(address, pictures[0], settings)
+                assert status == 400, (settings, message)
+                assert re.search(words, message), (settings, message)
         status, message = ask(address, pictures[0], {"visprune_num_keep": 0})
         assert status == 400
         assert "at least 1, got 0" in message

@@ -22,7 +22,12 @@ from visprune.serving.vllm.processor import Prunes, Refuses, check_graphs, taken
 
 
 class InternVLProcessor(Prunes, interns1.InternS1MultiModalProcessor):
-    """Tiles and the whole picture; frames of a clip have words between them."""
+    """Tiles and the whole picture."""
+
+    apart = (
+        "Words stand between the frames of its clips, and how many tokens of each frame stay is "
+        "not known before they are encoded. "
+    )
 
     @property
     def shows(self) -> frozenset[str]:

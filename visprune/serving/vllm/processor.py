@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +26,7 @@ from vllm.multimodal.processing import (
 from visprune.catalog import get_method
 from visprune.core.method import ModelSpec
 from visprune.errors import VispruneError
-from visprune.machine.saved import read_method
-from visprune.serving.asked import KEYS, METHOD, Asked, as_settings, read
+from visprune.serving.asked import KEYS, METHOD, Asked, read, saved_settings
 from visprune.serving.places import spec_of
 
 FIELD = "visprune_asked"
@@ -47,9 +45,11 @@ class Prunes:
 
     Attributes:
         kinds: what is pruned: pictures, or clips too.
+        apart: why clips are not, in a sentence.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
+    apart: ClassVar[str] = ""
 
     info: Any
 
@@ -99,17 +99,16 @@ class Prunes:
 
     @cached_property
     def default(self) -> Mapping[str, Any]:
-        """Settings of the server: those that it was started with, or of the folder that it serves.
+        """Settings of the server: those that it was started with, or of the model that it serves.
 
-        A folder that :func:`visprune.save_pretrained` wrote names its method;
+        What :func:`visprune.save_pretrained` wrote names its method, here or on the Hub;
         ``--mm-processor-kwargs '{"visprune": null}'`` serves it dense.
         """
         model = self.info.ctx.model_config
         given = model.get_multimodal_config().mm_processor_kwargs or {}
-        if any(key.startswith(METHOD) for key in given) or not Path(model.model).is_dir():
+        if any(key.startswith(METHOD) for key in given):
             return given
-        saved = read_method(model.model)
-        return given if saved is None else {**given, **as_settings(saved)}
+        return {**given, **(saved_settings(model.model, model.revision) or {})}
 
     _whole = False
 
@@ -145,8 +144,8 @@ class Prunes:
         if others and any(given.get(key) is not None for key in KEYS):
             raise ValueError(
                 f"This request asks for pruning and holds a {others[0]}; of {self.spec.family}, "
-                f"{' and '.join(self.kinds)} tokens are pruned. Send it without visprune settings, "
-                f"or without the {others[0]}."
+                f"{' and '.join(self.kinds)} tokens are pruned. {self.apart}Send it without "
+                f"visprune settings, or without the {others[0]}."
             )
 
     # Pictures ---------------------------------------------------------------------------------

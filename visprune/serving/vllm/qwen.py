@@ -49,7 +49,12 @@ class Qwen25VLProcessor(_QwenProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor
 
 
 class Qwen3VLProcessor(_QwenProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
-    """Pictures; frames of a clip have timestamps between them, of which none may go."""
+    """Pictures."""
+
+    apart = (
+        "Timestamps stand between the frames of its clips, and how many tokens of each frame stay "
+        "is not known before they are encoded. "
+    )
 
 
 class _Qwen:

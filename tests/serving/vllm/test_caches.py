@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept between requests is what was asked for; what was thrown out is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.serving.vllm.asking import picture, request, sampling
+from visprune import version
+
+A = {"visprune": "todre", "visprune_num_keep": 32}
+SETTINGS: list[dict[str, Any]] = [
+    {}, A, {**A, "visprune_num_keep": 33}, {"visprune": "divprune", "visprune_num_keep": 32},
+    {**A, "visprune_params": {"objective": "max_sum"}},
+]  # fmt: skip
+
+
+def encoded(model: Any) -> int:
+    """Pictures that a worker has encoded since this was called first."""
+    if not hasattr(model, "encoded_pictures"):
+        stock, model.encoded_pictures = model.embed_multimodal, 0
+
+        def counting(**kwargs: Any) -> Any:
+            found = stock(**kwargs)
+            model.encoded_pictures += len(found)
+            return found
+
+        model.embed_multimodal = counting
+    return int(model.encoded_pictures)
+
+
+def asked(engine: Any, *requests: dict[str, Any]) -> list[Any]:
+    found = engine.generate(list(requests), sampling(), use_tqdm=False)
+    return [(len(one.prompt_token_ids), list(one.outputs[0].token_ids)) for one in found]
+
+
+def test_a_request_again_encodes_nothing_and_other_settings_are_other_pictures(
+    engines: Callable[..., Any],
+) -> None:
+    """By the encoder's cache alone: no prefix of a prompt is kept."""
+    engine, own = engines("llava", enable_prefix_caching=False), [picture(200, 200)]
+    assert engine.apply_model(encoded) == [0]
+    requests = [request("llava", own, one) for one in SETTINGS]
+    first = asked(engine, *requests)
+    assert [length for length, _ in first] == [585, 41, 42, 41, 41]
+    assert engine.apply_model(encoded) == [len(SETTINGS)]
+    assert asked(engine, *requests[::-1]) == first[::-1]
+    # Equal settings in other words: a parameter's own default.
+    same = {**A, "visprune_params": {"objective": "k_center", "stage2": False}}
+    assert asked(engine, request("llava", own, same)) == [first[1]]
+    assert engine.apply_model(encoded) == [len(SETTINGS)]
+
+
+def test_a_clients_own_id_is_one_picture_for_each_of_its_settings(
+    engines: Callable[..., Any],
+) -> None:
+    engine, own = engines("llava", enable_prefix_caching=False), [picture(200, 200)]
+    named = [{**request("llava", own, one), "multi_modal_uuids": {"image": ["mine"]}}
+             for one in SETTINGS]  # fmt: skip
+    before = engine.apply_model(encoded)[0]
+    first = asked(engine, *[request("llava", own, one) for one in SETTINGS])
+    assert asked(engine, *named) == first
+    made = engine.apply_model(encoded)[0]
+    # The id alone, without the picture.
+    alone = [{**one, "multi_modal_data": {"image": [None]}} for one in named]
+    assert asked(engine, *alone) == first
+    assert engine.apply_model(encoded)[0] == made <= before + 2 * len(SETTINGS)
+    other = {**alone[1], "mm_processor_kwargs": {**A, "visprune_num_keep": 7}}
+    with pytest.raises(ValueError, match="mine"):
+        asked(engine, other)
+    assert asked(engine, *alone) == first
+
+
+def test_another_version_is_another_picture(
+    engines: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash that every cache goes by, outside of this process too."""
+    engine, own = engines("llava", enable_prefix_caching=False), [picture(200, 200)]
+
+    def hashed(settings: dict[str, Any]) -> str:
+        processor = engine.llm_engine.renderer.get_mm_processor()
+        found = processor.apply(
+            "USER: <image>\n", mm_items=processor.info.parse_mm_data({"image": own}),
+            hf_processor_mm_kwargs=settings,
+        )  # fmt: skip
+        return str(found["mm_hashes"]["image"][0])
+
+    known = [hashed(one) for one in SETTINGS]
+    assert len(set(known)) == len(SETTINGS)
+    assert [hashed(one) for one in SETTINGS] == known
+    from visprune.serving import asked as module
+
+    monkeypatch.setattr(module, "__version__", version.__version__ + ".next")
+    module._built.cache_clear()
+    later = [hashed(one) for one in SETTINGS]
+    module._built.cache_clear()
+    assert later[0] == known[0], "a whole picture is vLLM's own"
+    assert not set(later[1:]) & set(known)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.slow)]
+)
+def test_requests_that_were_thrown_out_are_answered_as_if_alone(
+    family: str, engines: Callable[..., Any]
+) -> None:
+    """Cache for a few answers, more of them at once: blocks are taken, and filled again."""
+    engine = engines(
+        family, num_gpu_blocks_override=34, max_model_len=1024, max_num_batched_tokens=64,
+        disable_log_stats=False, enable_prefix_caching=False,
+    )  # fmt: skip
+    pictures = [picture(280, 140, n) for n in range(4)]
+    settings: list[dict[str, Any]] = [
+        {"visprune": "divprune", "visprune_keep_ratio": 0.5}, {},
+        {"visprune": "pool", "visprune_num_keep": 12},
+        {"visprune": "uniform", "visprune_num_keep": 9},
+    ]  # fmt: skip
+    requests = [request(family, [one], own) for one in pictures for own in settings[:2]]
+    requests += [request(family, pictures[:2], own) for own in settings[2:]]
+    how = sampling()
+    how.max_tokens = how.min_tokens = 200
+    alone = [engine.generate([one], how, use_tqdm=False)[0] for one in requests]
+    assert preempted(engine) == 0
+    together = engine.generate(requests, how, use_tqdm=False)
+    assert preempted(engine) > 0
+    for one, other in zip(alone, together, strict=True):
+        assert one.prompt_token_ids == other.prompt_token_ids
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def preempted(engine: Any) -> int:
+    """Times that a request lost its blocks."""
+    return sum(x.value for x in engine.get_metrics() if x.name == "vllm:num_preemptions")
