@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from visprune.cli.calibrate import calibrate
 from visprune.cli.checks import check_drawing
 from visprune.cli.study import compare, evaluate
 from visprune.cli.words import overrides_of
@@ -136,6 +137,7 @@ def check(
         raise typer.Exit(1)
 
 
+app.add_typer(calibrate, name="calibrate")
 app.command("eval")(evaluate)
 app.command()(compare)
 

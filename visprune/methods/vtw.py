@@ -26,7 +26,7 @@ class VTW(PruningMethod):
 
     It has no budget: the layer is the setting (15 of LLaVA-1.5-7B's 32; the paper calibrates it
     per model, as the smallest layer from 5 up at which the next word's distribution moves by less
-    than a threshold). Position ids stay (the official
+    than a threshold: ``visprune calibrate vtw``). Position ids stay (the official
     ``pe_type="keep"``); ``positions="compact"`` is its other setting.
 
     Args:
