@@ -93,20 +93,22 @@ class Ledger:
         shift: tokens dropped so far in each row, ``[B]`` (what compact positions close up).
         evicted: after an eviction: which of the tokens up to then were there, ``[B, n]``; ``index``
             is -1 for slots that are not the same tokens in all heads.
+        bias: what attention adds to the scores of each slot, ``[B, P]``; ``None``: nothing.
     """
 
     def __init__(
         self, owner: Owner, seen: int, index: Tensor, valid: Tensor, padded: bool, shift: Tensor,
-        evicted: Tensor | None = None,
+        evicted: Tensor | None = None, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.owner, self.seen, self.index, self.valid = owner, seen, index, valid
-        self.padded, self.shift, self.evicted = padded, shift, evicted
+        self.padded, self.shift, self.evicted, self.bias = padded, shift, evicted, bias
         self._derived: tuple[Any, Ledger] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         gone = None if self.evicted is None else self.evicted.clone()
+        bias = None if self.bias is None else self.bias.clone()
         tensors = (self.index.clone(), self.valid.clone(), self.padded, self.shift.clone(), gone)
-        memo[id(self)] = copied = Ledger(self.owner, self.seen, *tensors)
+        memo[id(self)] = copied = Ledger(self.owner, self.seen, *tensors, bias)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,6 +144,7 @@ class Ledger:
             self.padded or table.padded,
             shift,
             self.evicted,
+            joined_bias(self, table),
         )
 
     def derive(self, key: Any, rows: Callable[[Tensor], Tensor]) -> Ledger:
@@ -155,6 +158,7 @@ class Ledger:
                 self.padded,
                 rows(self.shift),
                 None if self.evicted is None else rows(self.evicted),
+                None if self.bias is None else rows(self.bias),
             )
             self._derived = (key, new)
         return self._derived[1]
@@ -172,7 +176,7 @@ class Ledger:
         if self._derived is None or self._derived[0] != key:
             left = Ledger(
                 self.owner, self.seen, self.index[:, count:], self.valid[:, count:],
-                self.padded, self.shift, self.evicted,
+                self.padded, self.shift, self.evicted, _cut(self.bias, slice(count, None)),
             )  # fmt: skip
             self._derived = (key, left)
         return self._derived[1]
@@ -196,7 +200,9 @@ class Ledger:
         visible = self.valid & shown
         if torch.equal(visible, self.valid):
             return self
-        return Ledger(self.owner, self.seen, self.index, visible, True, self.shift, self.evicted)
+        return Ledger(
+            self.owner, self.seen, self.index, visible, True, self.shift, self.evicted, self.bias
+        )
 
     def cropped(self, count: int) -> Ledger:
         """Remove the last ``count`` tokens.
@@ -214,10 +220,30 @@ class Ledger:
             )
         new = Ledger(
             self.owner, self.seen - count, self.index[:, :-count], self.valid[:, :-count],
-            self.padded, self.shift, self.evicted,
+            self.padded, self.shift, self.evicted, _cut(self.bias, slice(None, -count)),
         )  # fmt: skip
         self._derived = (("crop", count), new)
         return new
+
+
+def _cut(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[:, part]
+
+
+def joined_bias(old: Ledger | None, table: SlotTable) -> Tensor | None:
+    """What attention adds to stored and new slots, ``[B, C + P]``, where it adds anything."""
+    parts = [None if old is None else old.bias, table.bias]
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    sizes = (0 if old is None else old.index.shape[1], table.num_slots)
+    return torch.cat(
+        [
+            like.new_zeros(len(like), size) if part is None else part.to(like.device)
+            for part, size in zip(parts, sizes, strict=True)
+        ],
+        dim=1,
+    )
 
 
 class SlotLayer(DynamicLayer):

@@ -144,3 +144,27 @@ def gather_mask(mask: Tensor, query: Tensor, key: Tensor, valid: Tensor) -> Tens
     hidden = ~valid.to(mask.device)[:, None, None, :]
     fill = False if out.dtype == torch.bool else torch.finfo(out.dtype).min
     return out.masked_fill(hidden, fill)
+
+
+def biased_mask(mask: Tensor | None, bias: Tensor, queries: int) -> Tensor:
+    """A mask with a bias of each key added.
+
+    Args:
+        mask: ``[B or 1, H or 1, Q or 1, K]``, bool (true = visible) or additive; ``None``: causal
+            over slots, the queries being the last of them.
+        bias: ``[B, K]``, of the dtype of the result.
+        queries: Q.
+
+    Returns:
+        Additive, ``[B, H or 1, Q or 1, K]``.
+    """
+    row = bias[:, None, None]
+    if mask is None:
+        keys = bias.shape[1]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=bias.device)
+        mask = mask.tril(keys - queries)[None, None]
+    if mask.dtype != torch.bool:
+        return mask.to(bias.device) + row.to(mask.dtype)
+    visible = mask.to(bias.device)
+    shape = torch.broadcast_shapes(row.shape, visible.shape)
+    return row.expand(shape).masked_fill(~visible, torch.finfo(bias.dtype).min)

@@ -39,6 +39,11 @@ class Act:
     stage: Stage
     member: int | None = None
 
+    @property
+    def weighs(self) -> bool:
+        """Whether decoder layers, from the stage on, add the logarithm of sizes to their scores."""
+        return self.method.size_bias and self.stage.site.kind == "decoder"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(PruningMethod):

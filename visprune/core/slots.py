@@ -22,6 +22,7 @@ class SlotTable:
         padded: whether any slot is not valid; known without reading the device.
         length: S, the length of the input sequence.
         filled: whether any slot is padding that evens out rows (not real).
+        bias: what attention adds to the scores of each slot, ``[B, P]``; ``None``: nothing.
     """
 
     index: Tensor
@@ -30,6 +31,7 @@ class SlotTable:
     padded: bool
     length: int
     filled: bool = False
+    bias: Tensor | None = None
 
     @classmethod
     def identity(
@@ -69,6 +71,7 @@ class SlotTable:
             padded=padded,
             length=self.length,
             filled=self.filled or filled,
+            bias=None if self.bias is None else self.bias.gather(1, rel),
         )
 
     def last_valid(self) -> Tensor:

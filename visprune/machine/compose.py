@@ -24,6 +24,7 @@ def composed(method: PruningMethod, acts: Sequence[Act]) -> list[Act]:
         return list(acts)
     inside = _inside(method, acts)
     _check_budgets(method, acts)
+    _check_weights(method, acts)
     if inside is None:
         return list(acts)
     return [_without_encoder(method, act, inside) for act in acts]
@@ -54,6 +55,17 @@ def _without_encoder(chain: Chain, act: Act, inside: int) -> Act:
             )
     wants = tuple(signal for signal in act.stage.wants if not isinstance(signal, EncoderSignal))
     return replace(act, stage=replace(act.stage, wants=wants))
+
+
+def _check_weights(chain: Chain, acts: Sequence[Act]) -> None:
+    """Refuse an eviction behind a method whose merged tokens weigh more: heads keep other slots."""
+    heavy = next((act.method.name for act in acts if act.weighs), None)
+    cache = next((act.method.name for act in acts if act.stage.site.kind == "cache"), None)
+    if heavy is not None and cache is not None:
+        raise ConfigError(
+            f"{chain.name}: {heavy} weighs merged tokens by their size in attention, and {cache} "
+            f"leaves slots in the cache whose sizes are not followed. Give {heavy} prop_attn=False."
+        )
 
 
 def _check_budgets(chain: Chain, acts: Sequence[Act]) -> None:

@@ -159,8 +159,8 @@ _OUTRO = """
 - **asks of a model**: without it a model is refused, with the reason; `nothing`: every family of
   `visprune models` takes it.
 - **tokens that stay**: `its own number`: a stage lets every picture keep what it needs.
-- **kernels**: `as they are`: FlashAttention stays possible. `with a bias`: attention inside the
-  encoder weighs a token by the patches in it.
+- **kernels**: `as they are`: FlashAttention stays possible. `with a bias`: attention, inside the
+  encoder or behind the stage in the decoder, weighs a token by what it stands for.
 - **multiply-adds**: of the rule and of what it reads of the encoder, on one picture; queries and
   keys that a decoder layer computes for a stage ahead of its run are counted by `run.cost()`.
 - **tokens a layer**: what a decoder layer sees on average. It is not `num_keep` where tokens leave

@@ -76,8 +76,9 @@ class PACT(PruningMethod):
     joins too where one is within ``recover`` times the cutoff. A centre keeps its place. So each
     picture keeps its own number of tokens.
 
-    Difference: in the official code later layers add the logarithm of a cluster's size to its
-    scores. Decoder attention has no such term here: a cluster counts as one token.
+    From the stage on, decoder layers add the logarithm of a cluster's size to its scores, as a key
+    (proportional attention), for generated tokens too; kernels that take no such bias
+    (FlashAttention) are refused.
 
     Args:
         share: what pruning keeps of a picture's tokens, in (0, 1].
@@ -85,6 +86,7 @@ class PACT(PruningMethod):
         recover: see above.
         layer: 0-based decoder layer on entering which the tokens are gone, or a fraction of the
             depth.
+        prop_attn: whether attention weighs clusters by size; without, one counts as one token.
     """
 
     name: ClassVar[str] = "pact"
@@ -93,6 +95,7 @@ class PACT(PruningMethod):
     cutoff: float = 0.21
     recover: float = 1.5
     layer: int | float = 4
+    prop_attn: bool = True
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -102,6 +105,11 @@ class PACT(PruningMethod):
                 f"pact takes share in (0, 1], cutoff of at least 0 and recover of at least 1; got "
                 f"{self.share}, {self.cutoff} and {self.recover}."
             )
+
+    @property
+    def size_bias(self) -> bool:
+        """Whether clusters weigh as much as the tokens in them."""
+        return self.prop_attn
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage inside the decoder, which decides itself."""

@@ -7,6 +7,7 @@ shorter here and nowhere else.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ class Call:
 
     # Shortening ------------------------------------------------------------------------------
 
-    def take(self, chosen: list[tuple[ImageState, Selection]]) -> Step:
+    def take(self, chosen: list[tuple[ImageState, Selection]], *, weigh: bool = False) -> Step:
         """Shorten the sequence to what was chosen of each image.
 
         An image of which nothing is left takes its protected tokens with it. The row's last token
@@ -177,6 +178,7 @@ class Call:
         Args:
             chosen: images and their selections (of one row each); images that are not named keep
                 all that they have.
+            weigh: from here on, attention adds the logarithm of what a visual token stands for.
 
         Returns:
             What gathers hidden states, and writes merged features into their slots.
@@ -206,6 +208,8 @@ class Call:
             self.alive[row] -= gone
             image.taken(selection, kept)
         rel = self._shorten(self._surviving(order, leaving) if changed else None)
+        if weigh:
+            self._weigh()
         writes = [(image.layout.row, old, sel, image.slots) for image, old, sel in merges]
 
         def step(hidden: Tensor) -> Tensor:
@@ -216,6 +220,13 @@ class Call:
             return out
 
         return step
+
+    def _weigh(self) -> None:
+        """Let attention add the logarithm of the sizes of the slots that are left."""
+        bias = torch.zeros(self.table.index.shape, device=self.device)
+        for image in self.images:
+            bias[image.layout.row, image.slots] = image.size.to(bias).log()
+        self.table = replace(self.table, bias=bias if bool(bias.any()) else None)
 
     def _check_state(self) -> None:
         """Refuse a pruned cache whose recurrent layers went on behind a row's last token."""

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.hf.cache import Ledger, Owner, SlotLayer, adopt, stored_length
-from visprune.backbones.hf.masks import gather_mask, slot_mask, window_mask
+from visprune.backbones.hf.cache import (
+    Ledger,
+    Owner,
+    SlotLayer,
+    adopt,
+    joined_bias,
+    ledger_of,
+    stored_length,
+)
+from visprune.backbones.hf.masks import biased_mask, gather_mask, slot_mask, window_mask
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.signals.base import Signal
@@ -69,6 +77,8 @@ class Forward(Call):
         layers = range(len(self.adapter.layers))
         for layer in layers:
             ledger = self.ledger(layer)
+            if self.weighed(layer):
+                return True
             if ledger is not first and not (plain and ledger and not ledger.padded):
                 return True
         return False
@@ -114,6 +124,10 @@ class Forward(Call):
                     self.visible(layer, table),
                     stored,
                 )
+            bias = joined_bias(ledger, table)
+            if bias is not None:
+                bias = bias.to(hidden.device, hidden.dtype)
+                mask = biased_mask(mask, bias, table.num_slots)
             self._memo[key] = mask
         return self._memo[key]
 
@@ -189,12 +203,19 @@ class Forward(Call):
         own = self.cut(layer, self.table) if self.mask4d is not None else None
         if self.masks is not None and not self._plain(layer):
             own = self._by_place(layer, torch.float32)
+        bias = joined_bias(self.ledger(layer), self.table)
         if own is not None:
             own = own.to(at.device)
             wanted = at[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
-            return own.gather(2, wanted)
-        valid = self.visible(layer, self.table)
-        return None if valid is None else valid[:, None, None].to(at.device)
+            own = own.gather(2, wanted)
+        else:
+            valid = self.visible(layer, self.table)
+            own = None if valid is None else valid[:, None, None].to(at.device)
+        if bias is None:
+            return own
+        bias = bias.to(at.device)
+        everything = torch.ones(1, 1, 1, bias.shape[1], dtype=torch.bool, device=at.device)
+        return biased_mask(everything if own is None else own, bias, at.shape[1])
 
     def table_positions(self, table: SlotTable, layer: int) -> Tensor:
         """Position ids of the slots of ``table``."""
@@ -267,7 +288,13 @@ class Forward(Call):
 
     def differs(self, layer: int) -> bool:
         """Whether ``layer`` needs a mask or positions of its own."""
-        return self.table is not self.first or self.ledger(layer) is not self.ledger(0)
+        other = self.table is not self.first or self.ledger(layer) is not self.ledger(0)
+        return other or self.weighed(layer)
+
+    def weighed(self, layer: int) -> bool:
+        """Whether attention of a layer adds a bias to the scores of some slots."""
+        ledger = self.ledger(layer)
+        return self.table.bias is not None or (ledger is not None and ledger.bias is not None)
 
     def enter(self, layer: int, steps: list[Step], changed: dict[str, Any]) -> None:
         """Note what ``layer`` works on."""

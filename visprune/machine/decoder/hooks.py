@@ -95,7 +95,14 @@ class DecoderHooks:
         if encoder is not None:
             self._tap.finish = encoder.mark
         self._in_layers = bool(plan.decoder_stages) or plan.cache is not None
-        self._flash = str(adapter.text_config._attn_implementation).startswith("flash")
+        kernel = str(adapter.text_config._attn_implementation)
+        self._flash = kernel.startswith("flash")
+        if any(act.weighs for act in plan.acts) and kernel not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"{method.name} weighs merged tokens by size in decoder attention, and "
+                f"{kernel} takes no bias per key. Use "
+                f"model.set_attn_implementation('sdpa'), or pass prop_attn=False."
+            )
         self._warned: set[str] = set()
         everything = method.asks_the_last_token
         self._prompt = PromptEnd(adapter, plan, method.name, everything, self._warn)

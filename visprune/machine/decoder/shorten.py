@@ -61,7 +61,7 @@ def run_stage(
                 for name, value in row.evidence.items():
                     evidence.setdefault(name, {})[order] = round(float(value), 6)
     totals = [_original(image, act) for image in fwd.images]
-    step = fwd.take(chosen)
+    step = fwd.take(chosen, weigh=act.weighs)
     budget = stage.budget
     fwd.trace.stages.append(
         {
