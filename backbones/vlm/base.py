@@ -14,6 +14,8 @@ from visprune.backbones.cost.decoder import read_decoder
 from visprune.backbones.cost.encoder import read_encoder, read_projector
 from visprune.backbones.encoders.base import EncoderAdapter, Layer
 from visprune.backbones.vlm.decoder import DecoderAdapter
+from visprune.backbones.vlm.known import BEFORE
+from visprune.backbones.vlm.packed_tower import PackedTower, why_not_packed
 from visprune.backbones.vlm.picture import Picture
 from visprune.backbones.vlm.regions import Region
 from visprune.backbones.vlm.seen import Canvas, fit_to_square
@@ -58,6 +60,7 @@ class VLMAdapter(DecoderAdapter):
             encoder_layers=0 if self.encoder is None else len(self.encoder.layers),
             encoder_width=0 if self.encoder is None else self.encoder.width,
             encoder_refusal=self.no_encoder,
+            patch_refusal=self.no_packed_tower,
             lacking=self.lacking,
             recurrent=self.recurrent,
             deepest=self.deepest,
@@ -130,6 +133,22 @@ class VLMAdapter(DecoderAdapter):
 
     def find_sources(self, pictures: list[Picture]) -> None:
         """Say of pictures that were just encoded which patches their tokens are made of."""
+
+    @cached_property
+    def packed_tower(self) -> PackedTower | None:
+        """The vision encoder, where patches can be left out before it."""
+        if self.config.model_type not in BEFORE or why_not_packed() is not None:
+            return None
+        return PackedTower(self.tower, self.merge)
+
+    @property
+    def no_packed_tower(self) -> str:
+        """Why there is no :attr:`packed_tower`; empty where there is one."""
+        if self.config.model_type in BEFORE:
+            return why_not_packed() or ""
+        if self.encoder is not None:
+            return "its encoder is given whole pictures, and numbers all patches of a grid"
+        return ModelSpec.patch_refusal
 
     packed: Mapping[str, int] = MappingProxyType({})
     """Arguments in which pictures follow one another along another axis than the first."""

@@ -106,6 +106,8 @@ THREE_AXES: tuple[str, ...] = (
 )
 # What tokens can leave inside of.
 REDUCED: tuple[str, ...] = ("llava", "llava_next")
+# Whose encoder takes each patch with its place, so that patches can be left out before it.
+BEFORE: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 # The first families: every method is tested on them, and their cost is counted.
 FIRST: tuple[str, ...] = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
 

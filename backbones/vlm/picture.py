@@ -31,6 +31,9 @@ class Picture:
         alive: where tokens left inside the encoder, the free tokens that stand for those that are
             left, in raster order, ``[K]``.
         size: patches merged into each of them, ``[K]``.
+        encoded: where patches were left out before the encoder, how many it got of each frame,
+            and of each window if it has windows.
+        spent: multiply-adds of that choice.
         placed: how ``pos`` is known: ``"grid"``: from the grid that the encoder worked on;
             ``"guessed"``: from the number of tokens, in raster order; ``"queries"``: the tokens
             are no patches and stand in a line.
@@ -45,6 +48,8 @@ class Picture:
     signals: dict[Signal, Any] = field(default_factory=dict)
     alive: Tensor | None = None
     size: Tensor | None = None
+    encoded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    spent: int = 0
     placed: Literal["grid", "guessed", "queries"] = "grid"
 
     @cached_property

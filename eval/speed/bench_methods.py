@@ -131,7 +131,7 @@ def _selection(model: Any, method: PruningMethod, inputs: dict[str, Any]) -> flo
     rules: list[float] = []
 
     def note(site: Any, tokens: Any, context: Any, selection: Any, seconds: float) -> None:
-        if site.kind == "encoder":
+        if site.kind in ("pixels", "encoder"):
             rules.append(seconds)
 
     with prune(model, method) as run:

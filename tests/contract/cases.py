@@ -14,7 +14,7 @@ import visprune
 import visprune.catalog
 from tests import tiny
 from visprune.core.method import ModelSpec
-from visprune.machine.plan import acts_on_cache, inside_only, why_not
+from visprune.machine.plan import acts_before, acts_on_cache, inside_only, why_not
 
 # What acts inside the image encoder alone has a contract of its own: test_vision_site.py.
 INSIDE = [
@@ -24,7 +24,11 @@ INSIDE = [
 CACHE = [
     name for name in visprune.list_methods() if acts_on_cache(visprune.catalog.methods.get(name))
 ]
-EVERY = [name for name in visprune.list_methods() if name not in (*INSIDE, *CACHE)]
+# And what acts before the encoder: tests/families/test_pixels.py.
+BEFORE = [
+    name for name in visprune.list_methods() if acts_before(visprune.catalog.methods.get(name))
+]
+EVERY = [name for name in visprune.list_methods() if name not in (*INSIDE, *CACHE, *BEFORE)]
 # The registry names every family; the tiny models are built for these.
 FAMILIES = tiny.FAMILIES
 NO_CLASS_TOKEN = ("qwen2_vl", "qwen2_5_vl")

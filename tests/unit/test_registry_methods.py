@@ -14,7 +14,7 @@ import visprune.catalog
 from visprune.core.method import ModelSpec, PruningMethod
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.encoder.plan import make_encoder_plan
-from visprune.machine.plan import acts_on_cache, inside_only, make_plan
+from visprune.machine.plan import acts_before, acts_on_cache, inside_only, make_plan
 
 METHODS = visprune.list_methods()
 OTHERS: dict[str, list[dict[str, Any]]] = {
@@ -64,6 +64,7 @@ CASES = [(name, params) for name in METHODS for params in OTHERS.get(name, [{"nu
 
 INSIDE = [name for name in METHODS if inside_only(visprune.catalog.methods.get(name))]
 CACHE = [name for name in METHODS if acts_on_cache(visprune.catalog.methods.get(name))]
+BEFORE = [name for name in METHODS if acts_before(visprune.catalog.methods.get(name))]
 
 
 def plain(name: str) -> dict[str, Any]:
@@ -75,7 +76,10 @@ def plain(name: str) -> dict[str, Any]:
 
 
 # What decides itself how many stay, or at which layer they leave.
-NO_BUDGET = ("keep_all", "vtw", "diffrate", "ficoco_v", "ivc_prune", "sparsevlm", "lightkv", "pact")
+NO_BUDGET = (
+    *("keep_all", "vtw", "diffrate", "ficoco_v", "ivc_prune", "sparsevlm", "lightkv", "pact"),
+    "pixelprune",
+)
 # Their frames decide how the budget is met.
 BY_FRAME = ("evs", "vidcom2")
 
@@ -108,7 +112,7 @@ def test_a_method_is_frozen_and_named(name: str) -> None:
     assert type(built).__doc__
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m not in (*INSIDE, *CACHE)])
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in (*INSIDE, *CACHE, *BEFORE)])
 @pytest.mark.parametrize("layers", [8, 28, 32, 40])
 def test_schedules_go_down(name: str, layers: int) -> None:
     spec = ModelSpec(family="llava", num_layers=layers, has_cls=True, multi_axis_rope=False)
@@ -152,7 +156,9 @@ def test_what_acts_behind_an_encoder_is_named(has_cls: bool) -> None:
         stages = visprune.get_method(name, **plain(name)).schedule(spec)
         return any("cls_token" in signal.requires for s in stages for signal in s.needs)
 
-    assert named == [n for n in METHODS if n not in INSIDE and (has_cls or not asks_for_it(n))]
+    assert named == [
+        n for n in METHODS if n not in (*INSIDE, *BEFORE) and (has_cls or not asks_for_it(n))
+    ]
     assert has_cls == ("visionzip" in named)
     for name in named:
         make_plan(visprune.get_method(name, **plain(name)), spec)

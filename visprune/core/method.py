@@ -35,6 +35,7 @@ class ModelSpec:
         encoder_width: its features.
         decoder_width: features of a token in the decoder.
         encoder_refusal: why none can be reduced inside, where that is so.
+        patch_refusal: why patches cannot be left out before the encoder; empty where they can.
         lacking: by capability (:class:`visprune.core.signals.Signal`), why the model has it not, as
             a clause: "its encoder packs all pictures into one sequence".
         recurrent: decoder layers that carry a state from token to token and have no attention.
@@ -49,6 +50,7 @@ class ModelSpec:
     encoder_layers: int = 0
     encoder_width: int = 0
     encoder_refusal: str = ""
+    patch_refusal: str = "whether its encoder can do without some of its patches is not known"
     lacking: Mapping[str, str] = field(default_factory=dict, hash=False)
     recurrent: frozenset[int] = frozenset()
     deepest: int | None = None

@@ -10,7 +10,7 @@ from typing import Literal
 from visprune.core.numeric import is_number, plain
 from visprune.errors import ConfigError
 
-SiteKind = Literal["encoder", "projector", "decoder", "cache"]
+SiteKind = Literal["pixels", "encoder", "projector", "decoder", "cache"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Site:
     kind: SiteKind
     layer: int | float | None = None
     after_attention: bool = False
+
+    @classmethod
+    def pixels(cls) -> Site:
+        """Before the image encoder, which is given fewer patches."""
+        return cls("pixels")
 
     @classmethod
     def encoder(cls, layer: int | float, *, after_attention: bool = False) -> Site:
@@ -73,7 +78,7 @@ class Site:
 
         Sites inside an encoder are not told apart: one method at a time acts there.
         """
-        order = ("encoder", "projector", "decoder", "cache").index(self.kind)
+        order = ("pixels", "encoder", "projector", "decoder", "cache").index(self.kind)
         return order, self.resolve(num_layers) if self.kind == "decoder" else 0
 
     def __str__(self) -> str:

@@ -188,6 +188,31 @@ def vision_macs(
     return macs
 
 
+def packed_macs(
+    shape: VisionShape | Encoder, frames: Sequence[int], windows: Sequence[int] = ()
+) -> int:
+    """Multiply-adds of an image encoder that is given a part of the patches of its pictures.
+
+    Args:
+        shape: The encoder.
+        frames: Patches of each frame that are there.
+        windows: Patches of each window, of an encoder some of whose layers attend within windows.
+
+    Raises:
+        ConfigError: Windows and frames hold different numbers of patches.
+    """
+    patches = sum(as_count("frames", count) for count in frames)
+    if any(layer.window is not None for layer in shape.layers) and sum(windows) != patches:
+        raise ConfigError(
+            f"The windows hold {sum(windows)} patches, the frames {patches}; each patch is in one."
+        )
+    macs = patches * shape.patch
+    for layer in shape.layers:
+        parts = frames if layer.window is None else windows
+        macs += layer.macs(patches, sum(count * count for count in parts), patches)
+    return macs
+
+
 def _frame_macs(
     shape: VisionShape | Encoder, grid: tuple[int, int], entering: list[int], left: list[int]
 ) -> int:

@@ -66,6 +66,8 @@ def facts(name: str) -> Facts:
     asks = [words for capability, words in _ASKS.items() if capability in needs]
     if any(stage.site.kind == "encoder" for stage in stages):
         asks = ["an encoder that can be reduced"]
+    if any(stage.site.kind == "pixels" for stage in stages):
+        asks = ["an encoder that takes patches with their places"]
     return Facts(
         name,
         methods.summary(name),
@@ -92,7 +94,7 @@ def _built(name: str) -> PruningMethod:
 def _where(kind: str, stages: Sequence[Stage]) -> str:
     layers = [stage.site.layer for stage in stages if stage.site.layer is not None]
     if not layers:
-        return kind
+        return "before the encoder" if kind == "pixels" else kind
     if kind == "encoder" and len(layers) == SPEC.encoder_layers:
         return "every encoder layer"
     depth = SPEC.encoder_layers if kind == "encoder" else LAYERS
@@ -167,6 +169,11 @@ _OUTRO = """
   inside the decoder: compare methods by this column, or by `run.trace.mean_tokens` of a real run.
   What a paper calls its number of tokens may be neither: SparseVLM's 192, 128, 96 and 64 are 206.5,
   145.4, 114.1 and 82.2 on average, what it recycles included.
+
+Left out: IPCV (2026). It drops patches inside the encoder and brings all of them back: some layers
+attend over restored patches and spare their MLP alone, and the decoder sees every token. A stage
+here ends in fewer tokens, and none brings any back; and its encoders, Qwen2-VL's and InternVL's,
+are such that no token can leave inside them.
 
 Milliseconds: `visprune bench methods` measures selection beside the prefill on your machine.
 """

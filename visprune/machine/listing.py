@@ -65,6 +65,7 @@ class ModelRow:
             multi_axis_rope=self.name in known.THREE_AXES,
             encoder_layers=24 if inside else 0,
             encoder_width=64 if inside else 0,
+            patch_refusal="" if self.name in known.BEFORE else ModelSpec.patch_refusal,
             lacking=lacking,
         )
 

@@ -27,6 +27,7 @@ class Plan:
         positions: the rule in force.
         acts: all stages by number, each with its method (of a chain, the member).
         inside: the method that acts inside the image encoder: the method itself, or that member.
+        pixels: the stage before the image encoder, with its number, and whose it is.
         encoder: the stages inside the image encoder.
         projector_stages: those before the first decoder layer.
         decoder_stages: those of the decoder by 0-based layer, run on entering it.
@@ -40,6 +41,7 @@ class Plan:
     positions: PositionRule = "original"
     acts: list[Act] = field(default_factory=list)
     inside: PruningMethod | None = None
+    pixels: tuple[Numbered, PruningMethod] | None = None
     encoder: EncoderPlan = field(default_factory=EncoderPlan)
     projector_stages: list[Numbered] = field(default_factory=list)
     decoder_stages: dict[int, list[Numbered]] = field(default_factory=dict)
@@ -120,15 +122,23 @@ def why_not(method: type[PruningMethod], spec: ModelSpec) -> str | None:
 
 def inside_only(method: type[PruningMethod]) -> bool:
     """Whether a method acts inside an image encoder and nowhere else, also on a VLM."""
-    spec = ModelSpec("", num_layers=32, has_cls=True, multi_axis_rope=False, encoder_layers=24)
-    return all(stage.site.kind == "encoder" for stage in method.example().schedule(spec))
+    return _sites(method) <= {"encoder"}
 
 
 def acts_on_cache(method: type[PruningMethod]) -> bool:
     """Whether a method acts on the cache and nowhere else."""
+    return _sites(method) == {"cache"}
+
+
+def acts_before(method: type[PruningMethod]) -> bool:
+    """Whether a method acts before the image encoder and nowhere else."""
+    return _sites(method) == {"pixels"}
+
+
+def _sites(method: type[PruningMethod]) -> set[str]:
+    """Kinds of the sites at which a method acts on a model that has all of them."""
     spec = ModelSpec("", num_layers=32, has_cls=True, multi_axis_rope=False, encoder_layers=24)
-    stages = method.example().schedule(spec)
-    return bool(stages) and all(stage.site.kind == "cache" for stage in stages)
+    return {stage.site.kind for stage in method.example().schedule(spec)}
 
 
 class _Lacking(UnsupportedModel):
@@ -161,6 +171,11 @@ def _check(method: PruningMethod, stage: Stage, spec: ModelSpec) -> None:
         raise _Lacking(_no_encoder(method, spec))
     if stage.site.kind != "encoder" and spec.is_vit:
         raise _Lacking(_wrong_site(method, stage, spec))
+    if stage.site.kind == "pixels" and spec.patch_refusal:
+        raise _Lacking(
+            f"{method.name} leaves patches out before the image encoder, and {spec.family} cannot "
+            f"do without them: {spec.patch_refusal}."
+        )
     for signal in stage.needs:
         missing = signal.missing(spec)
         if missing is not None:
@@ -184,6 +199,7 @@ def _no_encoder(method: PruningMethod, spec: ModelSpec) -> str:
 
 def _wrong_site(method: PruningMethod, stage: Stage, spec: ModelSpec) -> str:
     where = {
+        "pixels": "before a VLM's encoder",
         "decoder": "inside a language model's decoder",
         "cache": "in a language model's key-value cache",
     }.get(stage.site.kind, "behind a VLM's projector")
@@ -220,6 +236,9 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
                 f"a site inside an encoder has. Name a layer, 'last' or 'feature'."
             )
     decoder = [s for s in stage.signals if isinstance(s, DecoderSignal) and s.uses != "sequence"]
+    if stage.site.kind == "pixels":
+        _place_first(plan, method, number, stage)
+        return
     if stage.site.kind == "projector":
         if decoder:
             raise ConfigError(
@@ -239,8 +258,8 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
     if stage.site.kind != "decoder":
         raise UnsupportedModel(
             f"{method.name} acts at {stage.site}, which no adapter of {spec.family} offers yet. "
-            f"Sites: projector, decoder(layer), encoder(layer) inside some encoders, cache (with a "
-            f"CacheStage)."
+            f"Sites: pixels before some encoders, encoder(layer) inside some, projector, "
+            f"decoder(layer), cache (with a CacheStage)."
         )
     layer = stage.site.resolve(spec.num_layers)
     if spec.deepest is not None and layer > spec.deepest:
@@ -251,6 +270,21 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
         )
     _watch(plan, method, spec, stage, layer, decoder)
     plan.decoder_stages.setdefault(layer, []).append((number, stage))
+
+
+def _place_first(plan: Plan, method: PruningMethod, number: int, stage: Stage) -> None:
+    """A stage before the encoder, which sees pixels and nothing else."""
+    if stage.signals:
+        raise ConfigError(
+            f"{method.name}: {stage.signals[0]} is not there at {stage.site}: a stage before the "
+            f"encoder is shown the pixels of each block of patches."
+        )
+    if plan.pixels is not None:
+        raise ConfigError(
+            f"{plan.pixels[1].name} and {method.name} both act before the image encoder. Leave one "
+            f"of them out."
+        )
+    plan.pixels = (number, stage), method
 
 
 def _watch(

@@ -14,8 +14,9 @@ from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
-from visprune.cost.cost import Causal, Cost, ModelShape, sample_cost
+from visprune.cost.cost import Causal, Cost, ModelShape, packed_macs, sample_cost
 from visprune.errors import ConfigError
+from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.plan import EncoderPlan
 from visprune.machine.encoder.price import encoder_cost
 from visprune.machine.encoder.state import EncoderPass
@@ -26,7 +27,7 @@ class Priced(Protocol):
     """What is read of a run."""
 
     adapter: Any
-    encoder: EncoderReduction | None
+    encoder: EncoderReduction | PatchReduction | None
 
     @property
     def trace(self) -> Trace:
@@ -97,7 +98,7 @@ def sample_costs(
     samples = len(trace.tokens_per_layer)
     _check_lengths(new_tokens, samples)
     counts = projected = None
-    if run.encoder is not None:
+    if isinstance(run.encoder, EncoderReduction):
         counts = run.encoder.counts()
         projected = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
     costs = []
@@ -112,14 +113,11 @@ def sample_costs(
         if trace.cache is not None:  # a head's own slots, to the nearest whole mean
             stored = [round(mean) for mean in trace.cache.mean_slots(row)]
         grids = [grid for i in images for grid in trace.grids[i]]
+        frames, windows = _encoded(trace, images)
         cost = sample_cost(
             shape,
             encoder_counts=counts,
-            projected=(
-                _tokens(run.adapter, (trace.num_tokens[i] for i in images))
-                if projected is None
-                else projected * len(grids)
-            ),
+            projected=_projected(run, trace, images, projected, len(grids)),
             tokens_per_layer=sequence,
             stored_per_layer=stored,
             cached=cached,
@@ -130,6 +128,8 @@ def sample_costs(
             selection=spent,
             causal=causal,
         )
+        if frames:
+            cost = replace(cost, vision=packed_macs(shape.vision, frames, windows))
         if trace.cache is not None:
             cost = replace(cost, kv_bytes=trace.cache.bytes_of(row))
         costs.append(cost)
@@ -177,6 +177,25 @@ def prompt_costs(
         )
         for row, length in enumerate(lengths)
     ]
+
+
+def _encoded(trace: Trace, images: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Patches of each frame and window that the encoder was given; empty: of whole pictures."""
+    known = [pair for i in images if (pair := trace.encoded[i]) is not None]
+    frames = [count for own, _ in known for count in own]
+    return frames, [count for _, own in known for count in own]
+
+
+def _projected(
+    run: Priced, trace: Trace, images: Sequence[int], each: int | None, pictures: int
+) -> int | None:
+    """Tokens out of the projector; ``None``: those of whole grids."""
+    if each is not None:
+        return each * pictures
+    frames, _ = _encoded(trace, images)
+    if frames:
+        return sum(frames) // run.adapter.merge**2
+    return _tokens(run.adapter, (trace.num_tokens[i] for i in images))
 
 
 def _tokens(adapter: VLMAdapter, counts: Iterable[int]) -> int | None:

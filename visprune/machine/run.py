@@ -23,6 +23,7 @@ from visprune.machine import price
 from visprune.machine.check.trial import Trial
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.hooks import DecoderHooks
+from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.plan import step
 from visprune.machine.encoder.reducer import EncoderReducer
 from visprune.machine.encoder.state import EncoderPass
@@ -90,7 +91,7 @@ class Run:
         self.plan: Plan = make_plan(method, adapter.spec)
         self.owner = Owner(method.name)
         self.observers: list[Observer] = []
-        self.encoder: EncoderReduction | None = None
+        self.encoder: EncoderReduction | PatchReduction | None = None
         self._decoder: DecoderHooks | None = None
         self._gate = Gate()
         _refuse_second(adapter)
@@ -99,6 +100,9 @@ class Run:
                 self.encoder = EncoderReduction(
                     adapter, self._inside, self.plan.encoder, self.observers
                 )
+            elif self.plan.pixels is not None:
+                stage, owner = self.plan.pixels
+                self.encoder = PatchReduction(adapter, owner, stage, self.observers)
             self._reducer = None if self.encoder is None else self.encoder.reducer
             self._decoder = DecoderHooks(
                 adapter, method, self.plan, self.owner, self.encoder, self.observers

@@ -166,7 +166,8 @@ def encodes_alike(adapter: VLMAdapter, method: PruningMethod) -> Hashable:
         ``None`` where pictures that were encoded without naming methods will do.
     """
     plan = make_plan(method, adapter.spec)
-    if plan.encoder:
-        return repr(plan.inside)  # parameters may be lists, which have no hash
+    first = plan.inside if plan.encoder else None if plan.pixels is None else plan.pixels[1]
+    if first is not None:
+        return repr(first)  # parameters may be lists, which have no hash
     usual = _usual(adapter)
     return tuple(signal for signal in _of_pictures(plan) if signal not in usual) or None

@@ -34,6 +34,7 @@ TABLE = {
     "prunesid": "visprune.methods.prunesid:PruneSID",
     "idpruner": "visprune.methods.idpruner:IDPruner",
     "vscan": "visprune.methods.vscan:VScan",
+    "pixelprune": "visprune.methods.pixelprune:PixelPrune",
     "evs": "visprune.methods.evs:EVS",
     "vidcom2": "visprune.methods.vidcom2:VidCom2",
     "flashvid": "visprune.methods.flashvid:FlashVID",

@@ -28,7 +28,7 @@ METHOD, NUM_KEEP, KEEP_RATIO, PARAMS = KEYS = (
     "visprune_params",
 )
 _BUDGET = (NUM_KEEP, KEEP_RATIO)
-_INSIDE = "it acts inside the image encoder, which a server runs in code of its own"
+_INSIDE = "it acts before or inside the image encoder, which a server runs in code of its own"
 _ARTICLE = {"image": "a picture", "video": "a clip"}
 
 

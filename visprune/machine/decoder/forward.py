@@ -346,6 +346,7 @@ class Forward(Call):
             trace.image_rows.append(image.layout.row)
             trace.grids.append(picture.grids)
             trace.placed.append(picture.placed)
+            trace.encoded.append(picture.encoded)
         trace.index = self.table.places()
         return trace
 

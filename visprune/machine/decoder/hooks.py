@@ -29,6 +29,7 @@ from visprune.machine.decoder.prompt import PromptEnd
 from visprune.machine.decoder.reading import LayerReader, check_signals, timed
 from visprune.machine.decoder.shorten import run_stage
 from visprune.machine.decoder.windows import makes_cache, opened
+from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.tap import EncoderTap, pictures_of
 from visprune.machine.encoder.within_vlm import EncoderReduction
 from visprune.machine.plan import Plan
@@ -62,7 +63,7 @@ class DecoderHooks:
         method: the method.
         plan: its stages.
         owner: the run, as caches know it.
-        encoder: what the method does inside the encoder, if anything.
+        encoder: what the method does before or inside the encoder, if anything.
         observers: whom to tell of every choice; read at each.
 
     Attributes:
@@ -79,7 +80,7 @@ class DecoderHooks:
         method: PruningMethod,
         plan: Plan,
         owner: Owner,
-        encoder: EncoderReduction | None,
+        encoder: EncoderReduction | PatchReduction | None,
         observers: Sequence[Observer],
     ) -> None:
         self.adapter, self.method, self.plan, self.owner = adapter, method, plan, owner
