@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from visprune.core import (
     VisualTokens,
 )
 from visprune.core.signals import TextStates
+from visprune.methods._text_tower import IDS, NEEDS, PATCHES, of_parts, without_tower
 
 _TEXT = TextStates()
 
@@ -35,28 +36,63 @@ class CDPruner(BudgetedMethod):
     the text, scaled to 0 to 1 within the picture. Kept tokens are in raster order, and position ids
     close up.
 
-    Differences: the official code asks CLIP's text tower, which vision-language models come
-    without, and takes *minus* the mean cosine, since CLIP's patches turn away from the text that
-    they show. Here relevance is the mean cosine of a projected token with the embeddings of the
-    prompt's text, not turned. The official code scales relevance within a whole batch, so that a
-    picture's tokens depend on its neighbours.
+    Without a ``text_tower``, which vision-language models come without, relevance is the mean
+    cosine of a projected token with the embeddings of the prompt's text. With one it is, as in
+    the official code, *minus* the mean cosine of patch and text in CLIP's space, where patches turn
+    away from the text that they show.
+
+    Differences: the official code scales relevance within a whole batch, so that a picture's tokens
+    depend on its neighbours. A text that is longer than the tower is read in parts with a begin and
+    an end each; there later parts have none.
+
+    Args:
+        text_tower: ``(CLIPModel, its tokenizer, the tokenizer of the vision-language model)``: of
+            the CLIP that the image encoder is from; as a fourth, what cuts the question out of a
+            prompt's text behind the picture. Methods share a tower that was built.
     """
 
     name: ClassVar[str] = "cdpruner"
     default_positions: ClassVar[PositionRule] = "compact"
 
+    text_tower: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the tower."""
+        super().__post_init__()
+        of_parts(self)
+
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector."""
-        return (Stage(Site.projector(), self.budget, (_TEXT,)),)
+        needs = (_TEXT,) if self.text_tower is None else NEEDS
+        return (Stage(Site.projector(), self.budget, needs),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Relevance, then a diverse set."""
+        cosine = (
+            self._by_tower(ctx) if self.text_tower is not None else self._by_prompt(tokens, ctx)
+        )
+        index = pick(tokens.features, relevance(cosine), ctx.num_keep)
+        return Selection.keep(index, tokens.num_tokens)
+
+    def _by_prompt(self, tokens: VisualTokens, ctx: Context) -> Tensor:
+        """Mean cosine of projected tokens with the embeddings of the text, ``[B, N]``."""
         text = normalize(ctx[_TEXT].float(), dim=-1)  # rows of padding are zero
         number = (text.abs().sum(-1) > 0).sum(1, keepdim=True).clamp(min=1)
         unit = normalize(tokens.features.float(), dim=-1)
-        cosine = (unit @ (text.sum(1) / number)[..., None])[..., 0]
-        index = pick(tokens.features, relevance(cosine), ctx.num_keep)
-        return Selection.keep(index, tokens.num_tokens)
+        return (unit @ (text.sum(1) / number)[..., None])[..., 0]
+
+    def _by_tower(self, ctx: Context) -> Tensor:
+        """Minus the mean cosine of patches with the parts of the text, ``[B, N]``."""
+        unit = normalize(self.text_tower.place(ctx[PATCHES]), dim=-1)
+        parts = [
+            normalize(self.text_tower.embed(x), dim=-1) for x in self.text_tower.texts(ctx[IDS])
+        ]
+        mean = torch.stack([part.mean(0) for part in parts])
+        return -(unit @ mean[..., None].to(unit.device))[..., 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the tower by name: it is weights of another model."""
+        return without_tower(self)
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """Cosines with each picked token, an update of as many coefficients, and the text."""

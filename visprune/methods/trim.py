@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from visprune.core import (
 )
 from visprune.core.signals import TextStates
 from visprune.methods._leftover import outliers, ranked, with_leftover
+from visprune.methods._text_tower import IDS, NEEDS, PATCHES, of_parts, without_tower
 
 _TEXT = TextStates()
 
@@ -35,16 +36,20 @@ class TRIM(PruningMethod):
     budget a picture keeps as many as lie above ``Q3 + 1.5 (Q3 - Q1)``, at least one; with one, one
     less than it, in raster order. The last token is the mean of all others.
 
-    Differences: the official code asks CLIP's text tower, which vision-language models come
-    without, and takes *minus* the product, since CLIP's patches turn away from the text that they
-    show; here the text is the mean of the prompt's own embeddings, whose products with projected
-    patches need no turning. The official budget does not count the token that is a mean. Its
+    Without a ``text_tower``, which vision-language models come without, the text is the mean of the
+    prompt's own embeddings. With one the product is, as in the official code, *minus* that of patch
+    and text in CLIP's space, where patches turn away from the text that they show.
+
+    Differences: the official budget does not count the token that is a mean. Its
     quartiles are those of a whole batch; here each picture has its own. It rounds its result to
     fp16.
 
     Args:
         num_keep: tokens of one image that enter the decoder, with the mean; ``None``: adaptive.
         keep_ratio: the same as a fraction, rounded down.
+        text_tower: ``(CLIPModel, its tokenizer, the tokenizer of the vision-language model)``: of
+            the CLIP that the image encoder is from; as a fourth, what cuts the question out of a
+            prompt's text behind the picture. Methods share a tower that was built.
     """
 
     name: ClassVar[str] = "trim"
@@ -52,11 +57,13 @@ class TRIM(PruningMethod):
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    text_tower: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the budget."""
         super().__post_init__()
         _ = self.budget
+        of_parts(self)
 
     @property
     def budget(self) -> Budget | None:
@@ -67,15 +74,28 @@ class TRIM(PruningMethod):
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector."""
-        return (Stage(Site.projector(), self.budget, (_TEXT,)),)
+        needs = (_TEXT,) if self.text_tower is None else NEEDS
+        return (Stage(Site.projector(), self.budget, needs),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Rank by the text."""
+        if self.text_tower is not None:
+            return trim_tokens(self._by_tower(ctx), ctx.num_keep)
         text: Tensor = ctx[_TEXT].float()
         there = text.abs().sum(-1) > 0
         mean = text.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
         product = (tokens.features.float() @ mean[..., None])[..., 0]
         return trim_tokens(product, ctx.num_keep)
+
+    def _by_tower(self, ctx: Context) -> Tensor:
+        """Minus the products of patches and text, ``[B, N]``; of a text in parts, of their mean."""
+        patches = self.text_tower.place(ctx[PATCHES])
+        texts = [self.text_tower.embed(text).mean(0) for text in self.text_tower.texts(ctx[IDS])]
+        return -(patches @ torch.stack(texts)[..., None].to(patches.device))[..., 0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the tower by name: it is weights of another model."""
+        return without_tower(self)
 
     def macs(self, count: int, keep: int, width: int) -> int:
         """One product a token."""

@@ -35,7 +35,7 @@ from visprune.core.signals.encoder_attention import (
 from visprune.core.signals.encoder_features import EncoderFeatures
 from visprune.core.signals.pictures import Fingerprint, Frames, PatchPositions
 from visprune.core.signals.sample import RotaryTables, SampleKeysValues, Slots, TextSlots
-from visprune.core.signals.text import TextStates
+from visprune.core.signals.text import TextIds, TextStates
 
 __all__ = [
     "AttentionRows",
@@ -63,6 +63,7 @@ __all__ = [
     "SampleKeysValues",
     "Signal",
     "Slots",
+    "TextIds",
     "TextSlots",
     "TextStates",
     "TokenSignal",

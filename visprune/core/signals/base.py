@@ -158,6 +158,7 @@ class DecoderSeen:
         mask: for chosen query slots ``[B, R]``: which keys are visible, or what is added to their
             scores, ``[B, 1 or H, 1 or R, C + P]``; ``None``: all.
         rotary: the tables of the rotary embedding at the slots' positions, cosines and sines.
+        ids: ids of the tokens in the slots, ``[B, P]``, where the call had them.
         norm: the norm behind the last layer.
         embedded: whether these are input embeddings (a stage at the projector).
         spent: multiply-adds of what was read, per sample without its padding, ``[B]``; ``None``:
@@ -178,6 +179,7 @@ class DecoderSeen:
     mask: Callable[[Tensor], Tensor | None] | None = None
     rotary: Callable[[], tuple[Tensor, Tensor]] | None = None
     norm: Callable[[Tensor], Tensor] | None = None
+    ids: Tensor | None = None
     embedded: bool = False
     spent: Tensor | None = None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visprune.core.signals.base import DecoderSeen, DecoderSignal
+from visprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,31 @@ class TextStates(DecoderSignal):
                 raise LookupError("This decoder has no norm behind its last layer.")
             states = seen.norm(states)
         return torch.where((at >= 0)[..., None], states, 0.0)
+
+
+@dataclass(frozen=True)
+class TextIds(DecoderSignal):
+    """Ids of the prompt's text, ``[B, R]`` int64, -1 at the front of a sample with fewer.
+
+    Attributes:
+        which: all text, or that after the first visual token.
+    """
+
+    uses: ClassVar[Literal["attention", "states", "sequence"]] = "sequence"
+    token_dim: ClassVar[int | None] = None
+
+    which: Literal["text", "after_image"] = "text"
+
+    def read(self, seen: DecoderSeen) -> Tensor:
+        """Those of the slots that hold text.
+
+        Raises:
+            ConfigError: the model was given embeddings and no ids.
+        """
+        if seen.ids is None:
+            raise ConfigError(
+                "The prompt's words are read from input_ids, and this call has inputs_embeds "
+                "alone. Pass input_ids."
+            )
+        at = seen.queries(self.which).to(seen.ids.device)
+        return torch.where(at >= 0, seen.ids.gather(1, at.clamp(min=0)), -1)

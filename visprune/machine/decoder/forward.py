@@ -60,6 +60,8 @@ class Forward(Call):
         self.read_at: dict[Signal, SlotTable] = {}
         self.later: dict[int, Tensor] = {}
         self.looks: Any = None  # what an eviction has seen so far
+        self.stored: tuple[int, Tensor] | None = None
+        self.ids: Tensor | None = None  # of the input, where the core was given them
 
     # What a layer is given -------------------------------------------------------------------
 
@@ -283,6 +285,24 @@ class Forward(Call):
             for step in self.entered[number].steps:
                 features = step(features)
         return hidden + features.to(hidden.device, hidden.dtype)
+
+    def slot_ids(self) -> Tensor | None:
+        """Ids of the tokens in the current slots, ``[B, P]``."""
+        if self.ids is None or self.ids.shape[1] != self.length:
+            return None
+        return self.ids.gather(1, self.table.index.to(self.ids.device))
+
+    @property
+    def answers(self) -> bool:
+        """Whether this call is one generated token behind a prompt that a run wrote."""
+        if self.images or self.length != 1 or not self.seen:
+            return False
+        return ledger_of(self.cache, self.adapter.keeper(0)) is not None
+
+    def thin(self, layer: int, stay: Tensor) -> None:
+        """Let ``layer`` and later ones store the new token of the rows ``stay`` ``[B]`` alone."""
+        if not bool(stay.all()):
+            self.stored = layer, stay
 
     # The end ---------------------------------------------------------------------------------
 

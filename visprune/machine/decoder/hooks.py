@@ -254,6 +254,7 @@ class DecoderHooks:
             compact=self.plan.positions == "compact",
             prompt=self._prompt.columns(),
         )
+        fwd.ids = call.get("input_ids")
         self._prompt.check(fwd)
         self._current.forward = fwd
         return fwd

@@ -110,6 +110,7 @@ def seen_by(fwd: Forward, hidden: Tensor, layer: int) -> DecoderSeen:
         mask=lambda at: fwd.row_mask(layer, at),
         rotary=lambda: _tables(fwd, hidden, layer),
         norm=fwd.adapter.final_norm,
+        ids=fwd.slot_ids(),
     )
 
 
