@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -147,6 +148,17 @@ class Ledger:
             joined_bias(self, table),
         )
 
+    def thinned(self, table: SlotTable, shift: Tensor, stay: Tensor) -> Ledger:
+        """The same, of new slots that the rows ``stay`` ``[B]`` alone store; of none, no slot."""
+        stay = stay.to(table.valid.device)
+        if bool(stay.any()):
+            valid = table.valid & stay[:, None]
+            return self.appended(replace(table, valid=valid, padded=True), shift)
+        return Ledger(
+            self.owner, self.seen + table.length, self.index, self.valid, self.padded, shift,
+            self.evicted, self.bias,
+        )  # fmt: skip
+
     def derive(self, key: Any, rows: Callable[[Tensor], Tensor]) -> Ledger:
         """Apply ``rows`` to every tensor, once for all layers that share this ledger."""
         if self._derived is None or self._derived[0] is not key:
@@ -263,6 +275,10 @@ class SlotLayer(DynamicLayer):
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.ledger = keys, values, ledger
         self.is_initialized = True
+
+    def forget_last(self, count: int) -> None:
+        """Let go of the last slots, which the ledger does not name."""
+        self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
 
     def settle(self, ledger: Ledger, stale: int) -> None:
         """Take the ledger of what is stored, without its first slots, which no query will see."""

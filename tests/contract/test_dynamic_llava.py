@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import visprune
+from tests.contract import oracle
 from tests.contract.cases import batch
 from tests.contract.test_removal import state
+from tests.families import tiny as family_tiny
 from visprune.errors import ConfigError
+from visprune.methods.dynamic_llava import DynamicLLaVA
 
 SMALL: dict[str, Any] = {"num_keep": 5, "width": 16, "heads": 2, "hidden": 24}
 
@@ -123,5 +126,97 @@ def test_refused(params: dict[str, Any], match: str) -> None:
 
 
 def test_a_predictor_of_another_kind_is_refused(models: Any) -> None:
-    with pytest.raises(ConfigError, match="a ModuleList of one predictor; got Linear"):
+    with pytest.raises(ConfigError, match="a ModuleList of 1 predictor; got Linear"):
         visprune.prune(models("llava"), "dynamic_llava", learned=torch.nn.Linear(2, 2), **SMALL)
+
+
+def _decided(model: Any, run: Any, inputs: dict[str, Any], new: torch.Tensor) -> tuple[Any, ...]:
+    """Logits of each token that is fed one by one, and what the second predictor said of it."""
+    said, logits = [], []
+    hook = run.learned[1].register_forward_hook(lambda m, a, out: said.append(out))
+    done = model(**inputs, use_cache=True)
+    cache, given = done.past_key_values, inputs
+    for number in range(new.shape[1]):
+        step = oracle.step(model, given, new[:, number : number + 1])
+        logits.append(model(**step, past_key_values=cache, use_cache=True).logits[:, 0])
+        given = oracle.extended(given, new[:, number : number + 1])
+    hook.remove()
+    stays = torch.stack([one[..., 0] > one[..., 1] for one in said], dim=1)
+    return torch.stack(logits, dim=1), stays, cache
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("rows", [[[3, "a", 6]], [[3, "a", 6], [2, "b", 4, "a", 3]]])
+@torch.no_grad()
+def test_what_is_not_stored_of_an_answer_is_hidden(
+    family: str, rows: list[list[Any]], models: Any
+) -> None:
+    torch.manual_seed(11)
+    model, inputs = models(family), batch(family, rows)
+    new = torch.randint(3, 80, (len(rows), 8))
+    with (
+        oracle.forwards() as seen,
+        visprune.prune(model, "dynamic_llava", text=True, **SMALL) as run,
+    ):
+        taught(run)
+        for _ in range(20):  # until it says both
+            for parameter in run.learned[1].parameters():
+                parameter.copy_(torch.randn(parameter.shape))
+            logits, stays, cache = _decided(model, run, inputs, new)
+            if stays.any() and not stays.all():
+                break
+        assert run.trace.unstored == int((~stays).sum())
+    assert stays.any()
+    assert not stays.all()
+    keep = oracle.grown(oracle.alive(seen[-1]), inputs["input_ids"].shape[1] + 8)
+    keep = [one.clone() for one in keep]
+    for layer in (2, 3):
+        keep[layer][:, -8:] = stays
+    want = oracle.hidden_logits(model, oracle.extended(inputs, new), keep)
+    oracle.assert_close(logits, want[:, -8:])
+    prompt = [layer.keys.shape[2] for layer in cache.layers]
+    left = int(stays.any(0).sum())  # what no row stores takes no slot
+    assert prompt[0] - prompt[2] >= 8 - left
+    everything = oracle.hidden_logits(
+        model, oracle.extended(inputs, new), oracle.grown(oracle.alive(seen[-1]), want.shape[1])
+    )
+    assert oracle.error(everything[:, -8:], want[:, -8:]) > 1e-3
+
+
+@torch.no_grad()
+def test_published_weights_are_found_by_name(models: Any) -> None:
+    torch.manual_seed(12)
+    model, inputs = models("llava"), batch("llava", [[3, "a", 6]])
+    with visprune.prune(model, "dynamic_llava", text=True, **SMALL) as run:
+        taught(run)
+        names = ("model.image_score_predictor.", "model.output_text_score_predictor.")
+        published = {"model.norm.weight": torch.ones(3)}
+        for name, module in zip(names, run.learned, strict=True):
+            published |= {name + key: value.clone() for key, value in module.state_dict().items()}
+        want = model(**inputs).logits
+    method = DynamicLLaVA.from_state(published, heads=2, num_keep=5)
+    assert (method.width, method.hidden, method.text) == (16, 24, True)
+    with visprune.prune(model, method):
+        assert torch.equal(model(**inputs).logits, want)
+    assert DynamicLLaVA.from_state(published, heads=2).keep_ratio == 0.2
+    image = {name: value for name, value in published.items() if "output_text" not in name}
+    with pytest.raises(ConfigError, match="no predictor of answers"):
+        DynamicLLaVA.from_state(image)
+    assert DynamicLLaVA.from_state(image, heads=2, text=False).text is False
+    with pytest.raises(ConfigError, match=r"no image_score_predictor\.down_mlp"):
+        DynamicLLaVA.from_state({"model.norm.weight": torch.ones(3)}, text=False)
+    wrong = {**image, "model.image_score_predictor.more": torch.ones(2)}
+    with pytest.raises(ConfigError, match="Weights of another predictor"):
+        DynamicLLaVA.from_state(wrong, heads=2, text=False)
+
+
+def test_answers_are_thinned_where_that_is_defined(models: Any) -> None:
+    method = visprune.get_method("dynamic_llava", text=True, **SMALL)
+    chain = [method, visprune.get_method("snapkv", num_keep=4)]
+    with pytest.raises(ConfigError, match="a cache from which another method evicts"):
+        visprune.prune(models("llava"), chain)
+    with pytest.raises(visprune.UnsupportedModel, match="recurrent layers of qwen3_5"):
+        visprune.prune(family_tiny.build("qwen3_5"), method)
+    learned = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(ConfigError, match="a ModuleList of 2 predictors"):
+        visprune.prune(models("llava"), "dynamic_llava", text=True, learned=learned, **SMALL)

@@ -24,7 +24,7 @@ from visprune.core.signals import (
 )
 from visprune.machine.plan import make_plan
 from visprune.methods.dart import DART, KeyNorms
-from visprune.methods.dynamic_llava import DynamicLLaVA
+from visprune.methods.dynamic_llava import DynamicLLaVA, TextPredictor
 from visprune.methods.ivc_prune import IVCPrune
 from visprune.methods.lightkv import LightKV, SpreadMass
 from visprune.methods.pact import cluster
@@ -52,6 +52,19 @@ def test_v2drop(case: dict[str, Any]) -> None:
     index = method.select(visual(t["current"][:, start:end]), ctx).index[0]
     whole = torch.cat([torch.arange(start), index + start, torch.arange(end, length)])
     assert torch.equal(whole, t["keep"])
+
+
+@cases("dynamic_llava", d_model=16, T=30)
+def test_dynamic_llava_answers(case: dict[str, Any]) -> None:
+    t, p = tensors("dynamic_llava", case), case["params"]
+    predictor = TextPredictor(p["D"], p["d_model"])
+    predictor.load_state_dict({name[2:]: x for name, x in t.items() if name.startswith("w.")})
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(t["h"]), t["logits"], rtol=1e-4, atol=1e-5)
+        method = DynamicLLaVA(keep_ratio=0.2, width=16, heads=2, hidden=16, text=True)
+        learned = torch.nn.ModuleList([torch.nn.Identity(), predictor])
+        stays = torch.stack([method.stores(h, learned) for h in t["h"].unbind(1)], 1)
+    assert torch.equal(stays, t["store"].bool())
 
 
 @cases("dynamic_llava", layers=2)

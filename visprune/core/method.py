@@ -208,6 +208,20 @@ class PruningMethod:
         return self.size_weighted
 
     @property
+    def thins_answers(self) -> bool:
+        """Whether its stage in the decoder decides which generated tokens later layers store."""
+        return False
+
+    def stores(self, states: Tensor, learned: nn.ModuleList | None) -> Tensor:
+        """Of a method that thins answers: which tokens its layer and later ones store, ``[B]``.
+
+        Args:
+            states: of each row's new token, as they enter the layer, ``[B, D]``.
+            learned: the method's modules.
+        """
+        raise ConfigError(f"{self.name} leaves the tokens of an answer alone.")
+
+    @property
     def asks_the_last_token(self) -> bool:
         """Without a cache, whether tokens are chosen anew by every token that is generated."""
         return False

@@ -54,6 +54,8 @@ class Trace:
             dropped (0 without labels).
         selection_per_row: multiply-adds spent on scores and selection, per sample as if it had been
             alone: padding is not counted.
+        unstored: generated tokens since this prompt that later layers did not store (of a method
+            that thins answers).
         cache: what an eviction left of the cache, layer by layer and head by head; ``None``: there
             was none.
         selection_seconds: time that scores, selection and shortening took behind the encoder, of a
@@ -83,6 +85,7 @@ class Trace:
     ignored_labels: int = 0
     selection_per_row: list[int] = field(default_factory=list)
     selection_seconds: float = 0.0
+    unstored: int = 0
     cache: CacheTrace | None = None
 
     @property

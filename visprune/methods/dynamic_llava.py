@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,9 +24,10 @@ from visprune.core import (
     VisualTokens,
 )
 from visprune.core.numeric import is_whole
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, first_line
 
 _BLOCKS = 2
+_MARKS = ("image_score_predictor.", "output_text_score_predictor.")
 
 
 class _Attention(nn.Module):
@@ -116,6 +118,39 @@ class ImagePredictor(nn.Module):
         return self.output_mlp(torch.cat([own, shared], dim=-1))
 
 
+class TextPredictor(nn.Module):
+    """How much a generated token speaks for being stored and for being dropped.
+
+    Names are those of the official ``TextPredictor``.
+
+    Args:
+        features: of a token in the decoder.
+        width: of the first layer behind them.
+    """
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.output_mlp = nn.Sequential(
+            nn.LayerNorm(features),
+            nn.Linear(features, width),
+            nn.GELU(),
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to logits of storing and of dropping, ``[..., 2]``."""
+        return self.output_mlp(x.to(self.output_mlp.get_parameter("1.weight").dtype))
+
+
+def _named(state: Mapping[str, Tensor], mark: str) -> dict[str, Tensor]:
+    """The weights whose names hold ``mark``, by what stands behind it."""
+    return {name.rpartition(mark)[2]: value for name, value in state.items() if mark in name}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicLLaVA(BudgetedMethod):
     """Keeps the visual tokens that a small trained network picks inside the decoder.
@@ -125,12 +160,15 @@ class DynamicLLaVA(BudgetedMethod):
     are ``keep_ratio=0.2`` (115 of 576), layer 2, width 512, 8 heads, 2048 features in the MLPs. The
     predictor sees one picture at a time, as there.
 
-    The predictor is new, and picks at random, with a warning, until a trained state is loaded:
-    ``run.learned[0].load_state_dict(...)``, under the official names of the predictor's own
-    parameters, or ``learned`` from an earlier run. It is a sub-module of the model while the run is
-    in force, and :func:`visprune.save_pretrained` keeps it. A choice has no gradient here, so it is
-    not trained under the run. The official second predictor, which decides of each generated token
-    whether later layers store it, is left out.
+    With ``text``, a second predictor decides of each generated token whether that layer and later
+    ones store it: where it speaks more for dropping, later tokens do not see this one there. (It
+    sees itself, and its own next word is not touched.) ``run.trace.unstored`` counts them.
+
+    Predictors are new, and pick at random, with a warning, until a trained state is loaded:
+    :meth:`from_state` takes published weights, ``run.learned[0].load_state_dict(...)`` those of one
+    predictor under its official names, ``learned`` what an earlier run had. They are a sub-module
+    of the model while the run is in force, and :func:`visprune.save_pretrained` keeps them. A
+    choice has no gradient here, so they are not trained under the run.
 
     Args:
         layer: 0-based decoder layer on entering which the tokens are gone, or a fraction of the
@@ -138,7 +176,8 @@ class DynamicLLaVA(BudgetedMethod):
         width: features of the predictor's blocks, a multiple of 4 and of ``heads``.
         heads: of their attention.
         hidden: features within their MLP.
-        learned: a predictor of an earlier run, to go on with.
+        text: whether answers are thinned out too.
+        learned: predictors of an earlier run, to go on with.
     """
 
     name: ClassVar[str] = "dynamic_llava"
@@ -147,6 +186,7 @@ class DynamicLLaVA(BudgetedMethod):
     width: int = 512
     heads: int = 8
     hidden: int = 2048
+    text: bool = False
     learned: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -171,18 +211,22 @@ class DynamicLLaVA(BudgetedMethod):
         return (Stage(Site.decoder(self.layer), self.budget),)
 
     def build_learned(self, spec: ModelSpec) -> nn.ModuleList:
-        """The predictor.
+        """The predictor of pictures, and with ``text`` that of answers behind it.
 
         Raises:
-            ConfigError: ``learned`` is not one module in a list.
+            ConfigError: ``learned`` is not that many modules in a list.
         """
+        count = 1 + self.text
         if self.learned is None:
-            new = ImagePredictor(spec.decoder_width, self.width, self.heads, self.hidden)
-            return nn.ModuleList([new])
-        if not isinstance(self.learned, nn.ModuleList) or len(self.learned) != 1:
+            width = spec.decoder_width
+            made = nn.ModuleList([ImagePredictor(width, self.width, self.heads, self.hidden)])
+            if self.text:
+                made.append(TextPredictor(width, self.width))
+            return made
+        if not isinstance(self.learned, nn.ModuleList) or len(self.learned) != count:
             raise ConfigError(
-                f"learned is the run.learned of an earlier run, a ModuleList of one predictor; got "
-                f"{type(self.learned).__name__}."
+                f"learned is the run.learned of an earlier run, a ModuleList of {count} "
+                f"predictor{'s' * self.text}; got {type(self.learned).__name__}."
             )
         return self.learned
 
@@ -198,9 +242,66 @@ class DynamicLLaVA(BudgetedMethod):
         logits = ctx.learned(tokens.features)
         return Selection.top(logits.float().log_softmax(dim=-1)[..., 0], ctx.num_keep)
 
+    @property
+    def thins_answers(self) -> bool:
+        """With ``text``."""
+        return self.text
+
+    def stores(self, states: Tensor, learned: nn.ModuleList | None) -> Tensor:
+        """Where the second predictor speaks more for keeping, ``[B]``."""
+        if learned is None:
+            raise ConfigError(f"{self.name} was given no predictor for answers.")
+        logits = learned[1](states)
+        return logits[..., 0] > logits[..., 1]
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], *, heads: int = 8, text: bool = True, **params: Any
+    ) -> DynamicLLaVA:
+        """The method with published weights, found by name among those of a whole model.
+
+        Args:
+            state: names end in ``image_score_predictor.`` or ``output_text_score_predictor.`` and
+                the name of a parameter.
+            heads: of the predictor's attention, 8 in the published models.
+            text: whether answers are thinned out too.
+            **params: of the method; ``keep_ratio`` is 0.2 without a budget.
+
+        Raises:
+            ConfigError: there are no such names, or they are not of such predictors.
+        """
+        image, answer = (_named(state, mark) for mark in _MARKS)
+        if text and not answer:
+            raise ConfigError(
+                f"These weights hold no predictor of answers ({_MARKS[1]}...). Pass text=False."
+            )
+        try:
+            width, features = image["down_mlp.1.weight"].shape
+            hidden = len(image["transformer.0.mlp.fc1.weight"])
+        except KeyError as error:
+            raise ConfigError(
+                f"These weights hold no {_MARKS[0]}{error.args[0]}; got "
+                f"{', '.join(list(state)[:5]) or 'nothing'}."
+            ) from error
+        built = nn.ModuleList([ImagePredictor(features, width, heads, hidden)])
+        if text:
+            built.append(TextPredictor(features, width))
+        for module, own in zip(built, (image, answer), strict=False):
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ConfigError(f"Weights of another predictor: {first_line(error)}") from error
+        shape: dict[str, Any] = {"width": width, "heads": heads, "hidden": hidden, "text": text}
+        budget: dict[str, Any] = {}
+        if not {"num_keep", "keep_ratio"} & set(params):
+            budget["keep_ratio"] = 0.2
+        return cls(**budget, **shape, learned=built, **params)
+
     def to_dict(self) -> dict[str, Any]:
         """Without the predictor: it is weights, and is saved as such."""
-        names = ("num_keep", "keep_ratio", "layer", "width", "heads", "hidden", "positions")
+        names = (
+            *("num_keep", "keep_ratio", "layer", "width", "heads", "hidden", "text", "positions"),
+        )
         fields = {name: getattr(self, name) for name in names}
         return {"method": self.name, **fields, "strict": self.strict}
 

@@ -340,8 +340,17 @@ class Forward(Call):
             self.images or any(isinstance(x, SlotLayer) for x in cache.layers)
         ):
             windows = self.adapter.window if self.masks is not None else None
+            self._forget(cache)
             adopt(cache, self._next_ledger, windows)
         return self._finished() if self.images else None
+
+    def _forget(self, cache: Any) -> None:
+        """Take a token that no row stores out of the layers that do not."""
+        if self.stored is None or bool(self.stored[1].any()):
+            return
+        for entry in cache.layers[self.stored[0] :]:
+            if isinstance(entry, SlotLayer):
+                entry.forget_last(self.table.num_slots)
 
     def _finished(self) -> Trace:
         """The trace: counts by row instead of by layer, and what was kept."""
@@ -374,12 +383,16 @@ class Forward(Call):
         """What the cache of ``layer`` holds after this forward."""
         table = self.table_at(layer)
         old = self.ledger(layer)
-        key = ("next", old, table)
+        thin = self.stored is not None and layer >= self.stored[0]
+        key = ("next", old, table, thin)
         if key not in self._memo:
             start = old or Ledger.empty(self.owner, table)
             shift = start.shift
             if table.shortened or table.padded:
                 lost = self.first_valid.sum(1) - table.valid.sum(1)
                 shift = shift + lost.to(shift.device)
-            self._memo[key] = start.appended(table, shift)
+            if thin and self.stored is not None:
+                self._memo[key] = start.thinned(table, shift, self.stored[1])
+            else:
+                self._memo[key] = start.appended(table, shift)
         return self._memo[key]

@@ -18,7 +18,7 @@ from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
-from visprune.errors import UnsupportedModel
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.cache.evict import CacheEviction
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
@@ -95,6 +95,7 @@ class DecoderHooks:
         self._tap = EncoderTap(adapter, plan.encoder_signals, plan.picture_signals)
         if encoder is not None:
             self._tap.finish = encoder.mark
+        self._thins = self._thinning(plan)
         self._in_layers = bool(plan.decoder_stages) or plan.cache is not None
         kernel = str(adapter.text_config._attn_implementation)
         self._flash = kernel.startswith("flash")
@@ -119,6 +120,32 @@ class DecoderHooks:
                 observers,
                 self._under_way,
             )
+
+    def _thinning(self, plan: Plan) -> tuple[int, PruningMethod] | None:
+        """The layer from which on a method decides what of an answer is stored, and the method.
+
+        Raises:
+            UnsupportedModel: later layers carry a state, which every token goes through.
+            ConfigError: a member of the chain evicts from the cache, whose heads then differ.
+        """
+        for layer, stages in plan.decoder_stages.items():
+            for number, _ in stages:
+                method = plan.acts[number].method
+                if not method.thins_answers:
+                    continue
+                if any(other >= layer for other in self.adapter.recurrent):
+                    raise UnsupportedModel(
+                        f"{method.name} leaves generated tokens out of the cache, and recurrent "
+                        f"layers of {self.adapter.config.model_type} take all of them in. Pass "
+                        f"text=False."
+                    )
+                if plan.cache is not None:
+                    raise ConfigError(
+                        f"{method.name} leaves generated tokens out of a cache from which another "
+                        f"method evicts. Pass text=False."
+                    )
+                return layer, method
+        return None
 
     @property
     def trace(self) -> Trace:
@@ -282,6 +309,7 @@ class DecoderHooks:
             # had; they go the way of their tokens.
             kwargs, fwd.later = self.adapter.later_features(kwargs)
             in_layers = in_layers or bool(fwd.later)
+        in_layers = in_layers or bool(self._thins is not None and fwd.answers)
         # A 4-D mask says nothing to recurrent layers.
         recurrent = self.adapter.recurrent and fwd.mask4d is not None
         in_layers = in_layers or fwd.masks is not None or bool(recurrent and fwd.images)
@@ -348,6 +376,10 @@ class DecoderHooks:
                 step, hidden = self._run(stage, order, fwd, hidden, self.adapter.shown(hidden))
                 steps.append(step)
             self._reader.states(number, fwd, self.adapter.shown(hidden))
+        elif self._thins is not None and self._thins[0] == number and fwd.answers:
+            states = self.adapter.shown(hidden)[:, -1]
+            with torch.no_grad():
+                fwd.thin(number, self._thins[1].stores(states, self.learned.modules))
         # Gaps in the ids look like packed sequences to FlashAttention.
         changed: dict[str, Any] = {"position_ids": None}
         if self.adapter.reads_positions and kwargs.get("position_ids") is not None:
@@ -399,6 +431,8 @@ class DecoderHooks:
         for told in self.told if fwd.images else ():
             told(fwd)
         trace = fwd.close(cache_of(output))
+        if fwd.stored is not None:
+            self.trace.unstored += int((~fwd.stored[1]).sum())
         if self._eviction is not None:
             self._eviction.finish(fwd, cache_of(output))
         if trace is None:
