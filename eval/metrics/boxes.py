@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,14 +16,17 @@ from visprune.eval.metrics.base import check_variant, paired, percent
 
 __all__ = [
     "BOX_PARSERS",
+    "FRAMES",
     "THRESHOLDS",
     "Box",
+    "BoxFrame",
     "BoxParser",
     "BoxScale",
     "RECAccuracy",
     "box_figures",
     "iou",
     "parse_box",
+    "read_box",
     "seen_size",
 ]
 
@@ -32,6 +35,8 @@ BoxScale = Literal["unit", "per_mille", "pixels"]
 SCALES = ("unit", "per_mille", "pixels")
 BoxParser = Literal["lmms-eval", "lenient"]
 BOX_PARSERS = ("lmms-eval", "lenient")
+BoxFrame = Literal["seen", "picture"]
+FRAMES = ("seen", "picture")
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _QWEN_PATCH = 28  # pixels a side of one token: patches of 14, two by two of them merged
 
@@ -86,6 +91,51 @@ def parse_box(
                 width, height = size
             return (x0 / width, y0 / height, x1 / width, y1 / height), rule
     return None, ""
+
+
+def read_box(
+    text: str,
+    meta: Mapping[str, Any],
+    scale: BoxScale = "unit",
+    limits: tuple[int, int] | None = None,
+    parser: BoxParser = "lenient",
+    frame: BoxFrame = "seen",
+) -> tuple[Box | None, str]:
+    """Return the first box of an output in fractions of the picture, and the rule that read it.
+
+    A model that is shown a part of a picture (LLaVA-1.5's processor on the Hub cuts the middle
+    out), or a square with the picture in its middle (LLaVA's own evaluation), answers in
+    fractions of what it is shown: LLaVA was taught boxes of the padded square. Published scorers,
+    lmms-eval's among them, take its numbers for fractions of the picture.
+
+    Args:
+        text: the output.
+        meta: of the sample: ``size`` (width and height of the picture, for pixels) and ``seen``
+            (left, top, right and bottom of what the model was shown, in fractions of the picture;
+            without it: the picture).
+        scale: see :func:`parse_box`.
+        limits: for pixels: ``min_pixels`` and ``max_pixels``, see :func:`seen_size`.
+        parser: see :func:`parse_box`.
+        frame: what the numbers are fractions of: ``"seen"``, what the model was shown, or
+            ``"picture"``, the picture whatever was shown.
+
+    Raises:
+        ConfigError: as :func:`parse_box` and :func:`seen_size`.
+    """
+    check_variant("RECAccuracy", "frame", frame, FRAMES)
+    left, top, right, bottom = as_box(
+        (frame == "seen" and meta.get("seen")) or (0.0, 0.0, 1.0, 1.0)
+    )
+    across, down = right - left, bottom - top
+    size = None
+    if limits is not None and "size" in meta:
+        width, height = meta["size"]
+        size = seen_size((round(width * across), round(height * down)), *limits)
+    box, rule = parse_box(text, scale, size, parser)
+    if box is not None:
+        x0, y0, x1, y1 = box
+        box = left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down
+    return box, rule
 
 
 def seen_size(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -163,16 +213,17 @@ class RECAccuracy(torchmetrics.Metric):
     """Acc@0.5 (``score``), Acc@0.1 to 0.9, mean IoU and centre accuracy, in percent.
 
     References are boxes ``(x0, y0, x1, y1)`` in [0, 1], or samples whose ``meta`` holds ``box``
-    (and ``size``, that of the picture as it is).
+    (and ``size`` and ``seen``, see :func:`read_box`).
 
     Args:
         scale: what the model's numbers are; see :func:`parse_box`.
         limits: for pixels and samples: ``min_pixels`` and ``max_pixels`` of the processor of
             Qwen2.5-VL, see :func:`seen_size`; ``None``: ``update`` is told the sizes.
         parser: how a box is read; see :func:`parse_box`.
+        frame: what the numbers are fractions of; see :func:`read_box`.
 
     Raises:
-        ConfigError: unknown scale or parser.
+        ConfigError: unknown scale, parser or frame.
     """
 
     is_differentiable = False
@@ -187,13 +238,16 @@ class RECAccuracy(torchmetrics.Metric):
         scale: BoxScale = "unit",
         limits: tuple[int, int] | None = None,
         parser: BoxParser = "lenient",
+        frame: BoxFrame = "seen",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_variant("RECAccuracy", "scale", scale, SCALES)
         check_variant("RECAccuracy", "parser", parser, BOX_PARSERS)
+        check_variant("RECAccuracy", "frame", frame, FRAMES)
         self.scale: BoxScale = scale
         self.parser: BoxParser = parser
+        self.frame: BoxFrame = frame
         self.limits = limits
         self._names = tuple(box_figures([(None, (0.0, 0.0, 1.0, 1.0))]))
         zeros = torch.zeros(len(self._names), dtype=torch.float64)
@@ -220,10 +274,10 @@ class RECAccuracy(torchmetrics.Metric):
         pairs = paired(predictions, references)
         for number, (text, reference) in enumerate(pairs):
             meta = getattr(reference, "meta", {})
-            size = sizes[number] if sizes is not None else None
-            if size is None and self.limits is not None and "size" in meta:
-                size = seen_size(meta["size"], *self.limits)
-            box, _ = parse_box(text, self.scale, size, self.parser)
+            if sizes is not None:
+                box, _ = parse_box(text, self.scale, sizes[number], self.parser)
+            else:
+                box, _ = read_box(text, meta, self.scale, self.limits, self.parser, self.frame)
             figures = box_figures([(box, as_box(meta.get("box", reference)))])
             self.sums += self.sums.new_tensor([figures[name] for name in self._names])
         self.count += len(pairs)

@@ -255,7 +255,7 @@ class VLM:
     def _kept(self, run: Run | None, row: int, request: Request) -> dict[str, Any] | None:
         """Kept patches, and the part of the picture that the model saw where it was cropped."""
         found = kept_map(run, row) if run is not None else None
-        if request.image is None or (run is not None and found is None):
+        if request.image is None:
             return found
         seen = self.seen(request.image.size)
         return {**(found or {}), **seen_of_record(seen)} or None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import traceback
@@ -105,7 +106,7 @@ class Asker:
             return self._failed(sample, output, request.prompt, digest, picture)
         try:
             with self._naming(sample):
-                parsed = self.task.parse(output.text, sample)
+                parsed = self.task.parse(output.text, _as_shown(sample, output))
                 score = self._score(sample, parsed)
         except SampleError as error:
             return self._failed(sample, error, request.prompt, digest, picture, output.text)
@@ -149,6 +150,12 @@ class Asker:
             "prompt": prompt, "answers": tuple(sample.answers), "choices": tuple(sample.choices),
             "picture": picture, "env": self.environment, "meta": dict(sample.meta),
         }  # fmt: skip
+
+
+def _as_shown(sample: Sample, output: Output) -> Sample:
+    """The sample, with the part of its picture that the model was shown if it was another."""
+    box = (output.kept or {}).get("box")
+    return sample if box is None else dataclasses.replace(sample, meta={**sample.meta, "seen": box})
 
 
 def _answers(

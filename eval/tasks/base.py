@@ -60,7 +60,8 @@ class Sample:
         choices: texts of the options, in order (A, B, ...).
         kind: for the breakdown (question type, POPE split, MME category ...).
         cluster: id of the picture; a bootstrap draws these.
-        meta: JSON values: OCR tokens, hint, box ...
+        meta: JSON values: OCR tokens, hint, box ... For ``parse``, ``seen`` is where what the model
+            is shown lies on the picture: left, top, right, bottom in fractions of it.
     """
 
     id: str

@@ -13,14 +13,14 @@ import torchmetrics
 from visprune.errors import ConfigError
 from visprune.eval.metrics.boxes import (
     BOX_PARSERS,
+    FRAMES,
     SCALES,
     Box,
     RECAccuracy,
     as_box,
     box_figures,
     iou,
-    parse_box,
-    seen_size,
+    read_box,
 )
 from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import (
@@ -112,6 +112,10 @@ class RefCOCO(DataTask):
         max_pixels: the same.
         parser: of :func:`visprune.eval.metrics.boxes.parse_box`. Empty: lmms-eval's for ``"unit"``,
             the scale that it scores; else the lenient one, which reads Qwen-VL's pairs too.
+        frame: what the numbers are fractions of, where the model is not shown the picture as it is:
+            ``"seen"``, what it is shown (a part that was cut out, or a padded square), or
+            ``"picture"``, as lmms-eval scores them; see
+            :func:`visprune.eval.metrics.boxes.read_box`.
     """
 
     name: ClassVar[str] = "refcoco_rec"
@@ -129,6 +133,7 @@ class RefCOCO(DataTask):
     min_pixels: int | None = None
     max_pixels: int | None = None
     parser: str = ""
+    frame: str = "seen"
 
     def __post_init__(self) -> None:
         """Reject an unknown data set or scale, and pixels of a picture of unknown size."""
@@ -138,6 +143,7 @@ class RefCOCO(DataTask):
         if not self.parser:
             object.__setattr__(self, "parser", "lmms-eval" if self.scale == "unit" else "lenient")
         check_option(self.name, "parser", self.parser, BOX_PARSERS)
+        check_option(self.name, "frame", self.frame, FRAMES)
         given = f"got min_pixels={self.min_pixels!r}, max_pixels={self.max_pixels!r}."
         if self.scale != "pixels" and (self.min_pixels, self.max_pixels) != (None, None):
             raise ConfigError(
@@ -159,6 +165,11 @@ class RefCOCO(DataTask):
         return low, high
 
     @property
+    def _rules(self) -> tuple[Any, Any, Any, Any]:
+        """How a box is read: scale, limits of pixels, parser, frame."""
+        return self.scale, self._limits, self.parser, self.frame
+
+    @property
     def VERSION(self) -> int:  # type: ignore[override]
         """2 for boxes in pixels, which version 1 read as those of the picture before resizing.
 
@@ -172,15 +183,15 @@ class RefCOCO(DataTask):
         return f"lmms-lab-encoder/{_SETS[self.dataset]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return name, version and options; limits of pixels and parser only where they matter."""
+        """Return name, version and options; those of newer versions only where they matter."""
         told = super().to_dict()
         limits = ("min_pixels", "max_pixels")
-        # What other scales asked before there were two parsers keeps its identity.
-        usual = ("parser",) if self.scale != "unit" and self.parser == "lenient" else ()
+        # What other scales asked before there were parsers and frames keeps its identity.
+        usual = {("parser", "lenient"), ("frame", "seen")} if self.scale != "unit" else set()
         return {
             name: value
             for name, value in told.items()
-            if name not in usual and (value is not None or name not in limits)
+            if (name, value) not in usual and (value is not None or name not in limits)
         }
 
     def prompt(self, sample: Sample, style: PromptStyle = "llava15") -> str:
@@ -195,10 +206,9 @@ class RefCOCO(DataTask):
     def parse(self, text: str, sample: Sample) -> Parsed:
         """Read the first box (``"brackets"`` or ``"pairs"``); the answer is ``x0,y0,x1,y1``."""
         try:
-            size = seen_size(sample.meta["size"], *self._limits) if self._limits else None
+            box, rule = read_box(text, sample.meta, *self._rules)
         except ConfigError as error:
             raise SampleError(f"{sample.id}: {error}") from error
-        box, rule = parse_box(text, self.scale, size, self.parser)  # type: ignore[arg-type]
         return Parsed(None if box is None else ",".join(f"{x:.6g}" for x in box), rule)
 
     def score(self, sample: Sample, parsed: Parsed) -> float:
@@ -209,7 +219,7 @@ class RefCOCO(DataTask):
 
     def metric(self) -> torchmetrics.Metric:
         """Return the metric with this scale."""
-        return RECAccuracy(self.scale, self._limits, self.parser)  # type: ignore[arg-type]
+        return RECAccuracy(*self._rules)
 
     def aggregate(
         self, records: Sequence[Scored], *, errors_count_as_wrong: bool = False

@@ -23,7 +23,7 @@ from visprune.eval.metrics import (
     VQAAccuracy,
     vqa_accuracy,
 )
-from visprune.eval.metrics.boxes import iou, parse_box, seen_size
+from visprune.eval.metrics.boxes import iou, parse_box, read_box, seen_size
 from visprune.eval.metrics.letters import parse_letter
 from visprune.eval.metrics.text import gqa_match, plain_text
 from visprune.eval.metrics.vqa_text import NORMALISERS
@@ -380,6 +380,21 @@ def test_boxes_in_pixels_are_those_of_the_picture_that_the_model_saw() -> None:
         seen_size((5000, 10), 200704, 1003520)
 
 
+def test_boxes_of_what_was_shown_lie_on_the_picture() -> None:
+    cut = {"box": [0.25, 0, 0.5, 1], "size": [200, 100], "seen": [0.25, 0.0, 0.75, 1.0]}
+    sample = Sample("1", "", lambda: None, meta=cut)  # type: ignore[arg-type, return-value]
+    said = "[0, 0, 0.5, 1]"
+    assert read_box(said, cut)[0] == (0.25, 0.0, 0.5, 1.0)
+    assert read_box(said, cut, frame="picture")[0] == (0.0, 0.0, 0.5, 1.0)
+    assert _score(RECAccuracy(), [said], [sample])["iou"] == pytest.approx(100)
+    assert _score(RECAccuracy(frame="picture"), [said], [sample])["iou"] == pytest.approx(50)
+    # A picture of 200 x 100, padded to a square, of which Qwen2.5-VL sees 336 x 336 pixels.
+    padded = {"size": [200, 100], "seen": [0.0, -0.5, 1.0, 1.5]}
+    box, _ = read_box("[168, 84, 336, 252]", padded, "pixels", (336 * 336, 336 * 336))
+    assert box == pytest.approx((0.5, 0.0, 1.0, 1.0))
+    assert read_box("nothing", cut) == (None, "")
+
+
 def test_seen_size_is_that_of_the_processor() -> None:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
@@ -421,6 +436,7 @@ def test_top_k_of_logits_equals_that_of_texts_and_of_the_library() -> None:
         (MME, "parser"),
         (LetterMatch, "parser"),
         (RECAccuracy, "scale"),
+        (RECAccuracy, "frame"),
     ],
 )
 def test_unknown_variants_are_refused(make: Any, option: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tests import tiny
 from tests.eval.small import small_embedded
 from visprune.backbones.vlm.seen import Canvas, Seen
 from visprune.errors import ConfigError
-from visprune.eval.models.base import ModelEntry, Request
+from visprune.eval.models.base import ModelEntry, Output, Request
 from visprune.eval.models.load import load_model
 from visprune.eval.models.seen import pad_to_square, seen_by_transform
 from visprune.eval.models.vit import TimmClassifier
@@ -262,6 +263,55 @@ def test_padded_all_of_a_picture_is_seen_as_llava_s_own_evaluation_shows_it(tmp_
     assert square.crop((0, 40, 120, 80)).tobytes() == ramp((120, 40)).tobytes()
     high = pad_to_square(ramp((40, 61)), (0.5, 0.5, 0.5))
     assert high.crop((10, 0, 50, 61)).tobytes() == ramp((40, 61)).tobytes()  # 10.5: down
+
+
+class Finder(VLM):
+    """Answers with the box of what is red in the pixels that it is shown, in fractions of them."""
+
+    def _answer(self, requests: Any, *rest: Any) -> list[Output]:
+        found = []
+        for output, request in zip(super()._answer(requests, *rest), requests, strict=True):
+            shown = self.processor.image_processor(
+                self._padded(request).image, do_normalize=False, return_tensors="np"
+            )["pixel_values"][0]
+            y, x = ((shown[0] > 0.5) & (shown[2] < 0.5)).nonzero()
+            height, width = shown.shape[1:]
+            ends = (x.min() / width, y.min() / height,
+                    (x.max() + 1) / width, (y.max() + 1) / height)  # fmt: skip
+            said = ", ".join(f"{end:.4f}" for end in ends)
+            found.append(dataclasses.replace(output, text=f"[{said}]"))
+        return found
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["cut out", "padded"])
+def test_boxes_are_read_in_the_frame_that_the_model_is_shown(tmp_path: Path, pad: bool) -> None:
+    """RefCOCO of a model that finds everything, where its processor cuts or pads."""
+    rows = []
+    for number, (size, box) in enumerate(
+        [((240, 240), (40, 60, 120, 150)), ((480, 240), (260, 20, 350, 90)),
+         ((240, 480), (10, 250, 80, 350))]
+    ):  # fmt: skip
+        picture = Image.new("RGB", size, "white")
+        picture.paste((255, 0, 0), box)
+        picture.save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "sent": "red", "bbox": list(box),
+                     "width": size[0], "height": size[1]})  # fmt: skip
+    (tmp_path / "refcoco_val.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    model, processor = small_embedded()
+    vlm = Finder(model, processor, name="f", style="plain", template=PLAIN, pad=pad)
+    asked = {"task": "refcoco_rec", "data": str(tmp_path)}
+    for frame, right in (("seen", [1.0, 1.0, 1.0]), ("picture", [1.0, 0.0, 0.0])):
+        study = build_study({"models": [ModelEntry("f", pad=pad)], "budgets": [32],
+                             "tasks": [asked | {"frame": frame}], "methods": ["random"],
+                             "controls": ["none"]})  # fmt: skip
+        folder = run_study(study, tmp_path / frame, loader=lambda spec: vlm)
+        for cell in folder.cells():
+            records = {record.sample: record for record in folder.records(cell)}
+            assert [records[name].score for name in sorted(records)] == right
+            figures = get_task(asked["task"], data=str(tmp_path), frame=frame).aggregate(
+                list(records.values())
+            )
+            assert (figures["acc@0.9"] == 100.0) is (frame == "seen")
 
 
 def test_pad_is_refused_for_classifiers_and_old_studies_go_on() -> None:

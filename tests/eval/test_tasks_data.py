@@ -280,6 +280,7 @@ def test_refcoco_in_pixels_of_the_picture_that_the_model_saw(tmp_path: Path, for
         ({"scale": "pixels"}, "needs .* min_pixels and max_pixels .*got min_pixels=None, max"),
         ({"scale": "pixels", "min_pixels": 9, "max_pixels": 4}, "got min_pixels=9, max_pixels=4"),
         ({"scale": "pixels", "min_pixels": 9}, "got min_pixels=9, max_pixels=None"),
+        ({"frame": "square"}, "no frame 'square'.*Allowed: seen, picture"),
         ({"max_pixels": 9}, "with scale='pixels' alone, got min_pixels=None, max_pixels=9"),
     ],
 )
@@ -295,6 +296,9 @@ def test_refcoco_s_other_scales_are_what_they_were() -> None:
     limits = {"min_pixels": 3136, "max_pixels": 12845056}
     now = get_task("refcoco_rec", scale="pixels", **limits).to_dict()
     assert now == before | limits | {"scale": "pixels", "version": 2}
+    other = get_task("refcoco_rec", scale="per_mille", frame="picture").to_dict()
+    assert other == before | {"frame": "picture"}
+    assert get_task("refcoco_rec").to_dict()["frame"] == "seen"
 
 
 def test_refcoco_s_sizes_are_read_once_and_nothing_is_decoded(
