@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml
 	@echo "== installed"
 
 demo: $(STAMP) ## prune the embedded model on the CPU: a table, a plot, pictures (in demo-out/)
-	@echo "== visprune demo: several methods and budgets on the embedded model, offline, about 3 minutes"
+	@echo "== visprune demo: several methods and budgets on the embedded model, offline, 2 to 7 minutes"
 	@$(BIN)/visprune demo --out $(OUT)
 
 test: $(STAMP) ## run every test
