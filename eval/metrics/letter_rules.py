@@ -24,7 +24,9 @@ Rule = tuple[str, Callable[[str, Sequence[str]], str | None]]
 
 _OPEN = r"[\s(\[{<\"']*"
 _CLOSE = r"[)\]}>\"'.:,;!]"
-_MARKS = re.compile(r"\\\(|\\\)|\\(?:boxed|text(?:bf)?|mathrm)\b|[*`$]|(?<!\w)_+|_+(?!\w)")
+_MARKS = re.compile(
+    r"\\\(|\\\)|\\(?:boxed|text(?:bf)?|mathrm)\b|[*`$]|</?(?i:answer)>|(?<!\w)_+|_+(?!\w)"
+)
 # Typographic and East Asian signs as ASCII has them; NFKC does the full-width ones.
 _SIGNS = str.maketrans(
     "\u2018\u2019\u201c\u201d\u300c\u300d\u3010\u3011\u2013\u2014\u3002\u3001", "''\"\"[][]--.,"
@@ -44,7 +46,7 @@ _START = re.compile(
     rf"|([A-Z]),(?=\s|$)(?!\s*[A-HJ-Z]\b)){_ONE}"
 )
 _START_BECAUSE = re.compile(
-    r"([A-Z])\s+(?:because|since|as\s+it|is\s+(?:the\s+)?(?:correct|right))\b"
+    r"([A-Z])\s+(?:because|since|as\s+it|is\s+(?:the\s+)?(?:correct|right|answer))\b"
 )
 _START_TEXT = re.compile(r"([A-Z])\s+(\S.*)", re.DOTALL)
 _SAYS = r"\s*(?:(?:is|was|would\s+be|should\s+be|must\s+be)\b|[:=]|-\s)?\s*:?\s*"

@@ -188,6 +188,8 @@ def test_commas_between_digits_of_other_scripts(variant: str, same: bool) -> Non
         ("`B`", "B", "letter"),
         ("\\boxed{B}", "B", "letter"),
         ("\uff08B\uff09\u3002", "B", "letter"),
+        ("<answer> B </answer>", "B", "letter"),
+        ("B is the answer.", "B", "letter_first"),
         ("B\na dog", "B", "letter_first"),
         ("B - a dog", "B", "letter_first"),
         ("**B.** a dog", "B", "letter_first"),
