@@ -70,6 +70,7 @@ def evaluate(
     batch_size: int | None = None,
     prompt_style: str | None = None,
     generation: Mapping[str, Any] | None = None,
+    turns: int | None = None,
     speed: bool | Mapping[str, Any] = False,
     name: str | None = None,
     pad: bool = False,
@@ -93,6 +94,8 @@ def evaluate(
         batch_size: samples asked together; ``None``: 1, and 64 of the engine vllm.
         prompt_style: ``"llava15"``, ``"chat"`` or ``"plain"``; ``None``: as the model likes it.
         generation: options of ``generate`` in place of greedy search.
+        turns: questions about one picture that share one cache, see
+            :class:`visprune.eval.study.grid.Study`.
         speed: also measure latency by part: ``True``, or options of
             :class:`visprune.eval.study.grid.SpeedPlan`.
         name: what tables call the model.
@@ -125,7 +128,7 @@ def evaluate(
             "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,
             "limit": limit, "seeds": seeds, "controls": controls, "batch_size": batch_size,
             "prompt_style": prompt_style, "generation": generation or {},
-            "pictures": out is not None, "speed": speed,
+            "turns": turns, "pictures": out is not None, "speed": speed,
         }
     )  # fmt: skip
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="visprune-eval-"))

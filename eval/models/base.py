@@ -114,6 +114,9 @@ class EvalModel(Protocol):
     def forget(self) -> None:
         """Drop what is held of pictures that were asked about."""
 
+    def no_turns(self) -> str | None:
+        """Return why several questions cannot be put to one cache; ``None``: they can."""
+
     def prompt_length(self, prompt: str) -> int:
         """Return how long a prompt is: prompts of one length are best asked together."""
 

@@ -157,6 +157,10 @@ class Classifier:
         """Drop what is held of pictures."""
         self._pixels.forget()
 
+    def no_turns(self) -> str | None:
+        """There is no cache."""
+        return f"{self.name} is an image classifier, which has no cache."
+
     def prompt_length(self, prompt: str) -> int:
         """There are no prompts."""
         return 0

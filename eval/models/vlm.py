@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.vlm.base import VLMAdapter
-from visprune.backbones.vlm.picture import Picture
+from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.backbones.vlm.seen import Canvas, Seen
 from visprune.catalog import adapters
 from visprune.core.method import PruningMethod
@@ -33,6 +33,7 @@ from visprune.eval.models.encodings import Encodings, image_token
 from visprune.eval.models.identity import config_hash, plain, processor_hash, weights_hash
 from visprune.eval.models.kept import kept_map
 from visprune.eval.models.seen import describe_seen, pad_to_square, seen_of_record
+from visprune.eval.models.turns import OneCache, no_turns
 from visprune.eval.tasks import prompts
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.refcoco import RefCOCO
@@ -178,8 +179,11 @@ class VLM:
         """Attach a method for as long as the context lasts."""
         self._shape  # noqa: B018 - read before anything is attached to the model
 
+        options = dict(generation)
+        answer = self._answer if options.pop("turns", None) is None else self._answer_in_turn
+
         def ask(run: Run | None) -> Answerer:
-            return lambda requests: self._answer(requests, run, style, dict(generation))
+            return lambda requests: answer(requests, run, style, options)
 
         if isinstance(choice, PruningMethod):
             with Run(find_adapter(self.model), choice) as run:
@@ -200,6 +204,10 @@ class VLM:
         """Drop what is held of pictures."""
         self.encodings.forget()
 
+    def no_turns(self) -> str | None:
+        """Why several questions cannot be put to one cache, or ``None``."""
+        return self.no_adapter if self.adapter is None else no_turns(self.adapter)
+
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt, without what is put around it."""
         return len(self.processor.tokenizer(prompt)["input_ids"])
@@ -210,33 +218,13 @@ class VLM:
     def _answer(
         self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
     ) -> list[Output]:
-        texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
-        shared = self.encodings.batch(texts, [self._padded(r) for r in requests], run)
-        if shared is not None:
-            inputs, layouts = shared
-        else:
-            inputs, layouts = self.inputs(requests, style), []
-        with self._heard(shared is None and run is None) as heard:
+        inputs, layouts = self._prepared(requests, run, style)
+        with self._heard(layouts is None and run is None) as heard:
             ids = self.model.generate(**inputs, **generation)
-        if heard and self.adapter is not None:
-            layouts = self.adapter.layouts(dict(inputs), {"image": heard})
         new = ids[:, inputs["input_ids"].shape[1] :].cpu()
         counts = [self.length(row, generation) for row in new]
         said = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        costs: list[Cost | None] = [None] * len(requests)
-        tokens: list[float | None] = [None] * len(requests)
-        shape = self._shape
-        if run is not None:
-            if shape is not None:
-                costs = [*sample_costs(run, new_tokens=counts, shape=shape)]
-            tokens = [*run.trace.mean_tokens]
-        elif self.adapter is not None:
-            if shape is not None:
-                costs = [
-                    *prompt_costs(self.adapter, inputs, layouts, new_tokens=counts, shape=shape)
-                ]
-            seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in range(len(new))]
-            tokens = [float(count) for count in seen]
+        costs, tokens = self._spent(run, inputs, self._places(inputs, layouts, heard), counts)
         kept = [self._kept(run, i, request) for i, request in enumerate(requests)]
         lengths = inputs["attention_mask"].sum(1).tolist()  # before anything is dropped
         return [
@@ -251,6 +239,77 @@ class VLM:
             )
             for i in range(len(requests))
         ]
+
+    @torch.inference_mode()
+    def _answer_in_turn(
+        self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
+    ) -> list[Output]:
+        """Put questions about one picture to one cache, which the prompt of the first one makes.
+
+        Operations are not counted: they belong to all questions together.
+        """
+        if requests[0].image is None or self.adapter is None:  # there is nothing to share
+            return [self._answer([request], run, style, generation)[0] for request in requests]
+        prepared = [self._prepared([request], run, style) for request in requests]
+        inputs, layouts = prepared[0]
+        with self._heard(layouts is None and run is None) as heard:
+            cache = OneCache(self.model, self.adapter, inputs)
+        costs, tokens = self._spent(run, inputs, self._places(inputs, layouts, heard), [1])
+        kept = self._kept(run, 0, requests[0])
+        outputs = []
+        for one, _ in prepared:
+            new = cache.ask(one, generation).cpu()
+            count = self.length(new, generation)
+            said = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+            outputs.append(
+                Output(
+                    text=said.strip(),
+                    tokens=tokens[0],
+                    kv_bytes=None if (cost := costs[0]) is None else cost.kv_bytes,
+                    new_tokens=count,
+                    kept=kept,
+                    beyond=self._beyond(one["input_ids"].shape[1] + count),
+                )
+            )
+        return outputs
+
+    def _prepared(
+        self, requests: Sequence[Request], run: Run | None, style: str
+    ) -> tuple[dict[str, Any], list[ImageLayout] | None]:
+        """What the model takes, and where pictures are in it, if they are encoded already."""
+        texts = [self.markup(r.prompt, style, picture=r.image is not None) for r in requests]
+        shared = self.encodings.batch(texts, [self._padded(r) for r in requests], run)
+        return shared if shared is not None else (self.inputs(requests, style), None)
+
+    def _places(
+        self, inputs: dict[str, Any], layouts: list[ImageLayout] | None, heard: list[Picture]
+    ) -> list[ImageLayout]:
+        """Where pictures are, once the model has run."""
+        if layouts is None and heard and self.adapter is not None:
+            return self.adapter.layouts(dict(inputs), {"image": heard})
+        return layouts or []
+
+    def _spent(
+        self, run: Run | None, inputs: dict[str, Any], layouts: list[ImageLayout],
+        counts: Sequence[int],
+    ) -> tuple[list[Cost | None], list[float | None]]:  # fmt: skip
+        """What the last prompts cost, and their visual tokens in the mean over layers."""
+        costs: list[Cost | None] = [None] * len(counts)
+        tokens: list[float | None] = [None] * len(counts)
+        shape = self._shape
+        if run is not None:
+            if shape is not None:
+                costs = [*sample_costs(run, new_tokens=counts, shape=shape)]
+            tokens = [*run.trace.mean_tokens]
+        elif self.adapter is not None:
+            if shape is not None:
+                costs = [
+                    *prompt_costs(self.adapter, inputs, layouts, new_tokens=counts, shape=shape)
+                ]
+            rows = range(len(counts))
+            seen = [sum(len(x.picture.pos) for x in layouts if x.row == i) for i in rows]
+            tokens = [float(count) for count in seen]
+        return costs, tokens
 
     def _kept(self, run: Run | None, row: int, request: Request) -> dict[str, Any] | None:
         """Kept patches, and the part of the picture that the model saw where it was cropped."""

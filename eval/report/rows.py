@@ -258,20 +258,25 @@ def _kinds(
     lines: Sequence[Line], both: Sequence[Pair], arm: Arm, scorer: Scorer,
     shown: Sequence[str],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return the mean score (percent) and the paired difference by kind, each with interval."""
-    if not shown:
-        return {}
+    """Return the mean score (percent) and the paired difference by kind, each with interval.
+
+    Questions that were put to one cache in turn stand by their turn, too.
+    """
     group: dict[str, list[Line]] = {}
     pair: dict[str, list[tuple[str, float | None]]] = {}
     shared: dict[str, list[Line]] = {}
     for line in lines:
-        group.setdefault(line.kind if line.kind in shown else OTHER, []).append(line)
+        for name in _groups(line, shown):
+            group.setdefault(name, []).append(line)
     for a, b in both:
-        name = a.kind if a.kind in shown else OTHER
         change = (a.score or 0.0) - (b.score or 0.0)
-        pair.setdefault(name, []).append((a.cluster, change))
-        shared.setdefault(name, []).append(a)
+        for name in _groups(a, shown):
+            pair.setdefault(name, []).append((a.cluster, change))
+            shared.setdefault(name, []).append(a)
     names = [name for name in (*shown, OTHER) if name in group]
+    names += sorted(group.keys() - {*names})
+    if not names:
+        return {}
     columns = [scorer.totals([(x.cluster, x.score) for x in group[name]]) for name in names]
     columns += [scorer.totals(pair.get(name, [])) for name in names]
     values = np.concatenate(columns, axis=1)  # [C, 4 * kinds]
@@ -286,3 +291,10 @@ def _kinds(
             else (float(point[other]), *scorer.ends(shared[name], draws[:, other])),
         }  # fmt: skip
     return found
+
+
+def _groups(line: Line, shown: Sequence[str]) -> list[str]:
+    """The kind of a question, where there are several, and its turn, where it has one."""
+    kinds = [line.kind if line.kind in shown else OTHER] if shown else []
+    turn = line.meta.get("turn")
+    return [*kinds, f"turn {turn}"] if isinstance(turn, int) else kinds

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Asker:
         self.cell, self.task, self.environment = cell, task, environment
         self.album = album or Album()
         self._blind = cell.method["method"] == NO_IMAGE
+        self._in_turn = "turns" in cell.generation
 
     def ask(self, answerer: Answerer, samples: Sequence[Sample]) -> list[Record]:
         """Ask a batch. A sample that fails becomes a record with its error; the others go on.
@@ -69,10 +71,15 @@ class Asker:
                 continue
             copy = None if shot is None else self.album.copy(shot)
             asked.append((place, request, request.digest, copy))
-        outputs, seconds = _answers(answerer, [request for _, request, _, _ in asked])
+        requests = [request for _, request, _, _ in asked]
+        outputs, seconds = _answers(answerer, requests, apart=not self._in_turn)
         for (place, request, digest, picture), output in zip(asked, outputs, strict=True):
             made[place] = self._record(request, digest, picture, output, seconds)
-        return [record for record in made if record is not None]
+        records = [record for record in made if record is not None]
+        if not self._in_turn:
+            return records
+        numbered = enumerate(records, start=1)
+        return [replace(record, meta={**record.meta, "turn": n}) for n, record in numbered]
 
     def _request(self, sample: Sample) -> tuple[Request | None, Shot | None, BaseException | None]:
         """The request of a sample and its picture, or why there is none."""
@@ -159,9 +166,9 @@ def _as_shown(sample: Sample, output: Output) -> Sample:
 
 
 def _answers(
-    answerer: Answerer, requests: list[Request]
+    answerer: Answerer, requests: list[Request], *, apart: bool = True
 ) -> tuple[list[Output | BaseException], float]:
-    """Ask together, and one by one where that fails; also seconds per sample."""
+    """Ask together, and one by one (``apart``) where that fails; also seconds per sample."""
     if not requests:
         return [], 0.0
     begin = time.perf_counter()
@@ -175,8 +182,8 @@ def _answers(
     except _SAMPLE_ERRORS as error:
         if _is_bug(error):
             raise
-        if len(requests) == 1:
-            return [error], 0.0
+        if len(requests) == 1 or not apart:
+            return [error] * len(requests), 0.0
         outputs = [_answers(answerer, [request])[0][0] for request in requests]
     return outputs, (time.perf_counter() - begin) / len(requests)
 

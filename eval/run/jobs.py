@@ -51,6 +51,10 @@ def jobs_of(study: Study, model: EvalModel) -> list[Job]:
         if study.batch_size > 1 and described.get("dtype", "float32") != "float32":
             # In half precision sums depend on the shape of the batch, and answers on sums.
             generation["batch_size"] = study.batch_size
+        if study.turns is not None:
+            if (why := model.no_turns()) is not None:
+                raise ConfigError(f"turns={study.turns}: {why}")
+            options["turns"] = generation["turns"] = study.turns
         for seed in study.seeds:
             seeded = task_at(task, seed)
             for variant in study.variants:
@@ -172,7 +176,7 @@ def _entry_key(
     """Hash of one cell of a study's grid (hex)."""
     model, parts = ({k: v for k, v in x.items() if k not in _NOT_IDENTITY} for x in (spec, method))
     asked = {**{k: v for k, v in task.items() if k != "limit"}, "seed": seed}
-    shared = {key: study[key] for key in ("prompt_style", "generation")}
+    shared = {key: study[key] for key in ("prompt_style", "generation", "turns") if key in study}
     return hashlib.sha256(canonical([model, asked, parts, seed, shared])).hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ from visprune.eval.run.ask import Asker
 from visprune.eval.run.claims import Claims, Done, asked_hash, lock_of, own_first
 from visprune.eval.run.jobs import Job
 from visprune.eval.run.progress import Silent
+from visprune.eval.run.turns import blocks_between, dialogues
 from visprune.eval.study.grid import Study
 from visprune.eval.tasks.base import Sample, SampleError
 
@@ -153,6 +154,8 @@ class _Walk:
         self.desk, self.model, self.jobs, self.samples = desk, model, list(jobs), samples
         self.album = Album(desk.folder if desk.study.pictures else None, tell.picture)
         self.tell = tell.records
+        self.turns = desk.study.turns
+        self.pictures = [] if self.turns is None else [x.cluster or x.id for x in samples]
         self.encodings = {job.cell.id: self._encoding(job) for job in jobs}
 
     def _encoding(self, job: Job) -> Hashable:
@@ -163,7 +166,7 @@ class _Walk:
         desk = self.desk
         desk.done.refresh()
         cells = [_Open(job, self._missing(job)) for job in self.jobs]
-        blocks = blocks_of(len(self.samples), desk.study.batch_size)
+        blocks = self._blocks()
         for number in own_first(len(blocks), rank, world):
             todo = [cell for cell in cells if cell.left(blocks[number])]
             if todo:
@@ -180,9 +183,7 @@ class _Walk:
     ) -> None:  # fmt: skip
         """Put a block to every cell; those that share an encoding follow each other."""
         block = [self.samples[number] for number in span]
-        batches = batches_of(
-            [self._length(cells[0].job, sample) for sample in block], self.desk.study.batch_size
-        )
+        batches = self._batches(cells[0].job, block, span)
         groups: dict[Hashable, list[_Open]] = {}
         for cell in cells:
             groups.setdefault(self.encodings[cell.job.cell.id], []).append(cell)
@@ -195,6 +196,22 @@ class _Walk:
         finally:
             self.model.forget()
             self.album.clear()
+
+    def _blocks(self) -> list[range]:
+        """Numbers of the samples, block by block."""
+        spans = blocks_of(len(self.samples), self.desk.study.batch_size)
+        return spans if self.turns is None else blocks_between(spans, self.pictures)
+
+    def _batches(self, job: Job, block: Sequence[Sample], span: range) -> list[list[int]]:
+        """Places in a block that are asked together: about the same length, or on one cache."""
+        if self.turns is None:
+            lengths = [self._length(job, sample) for sample in block]
+            return batches_of(lengths, self.desk.study.batch_size)
+        return [
+            [number - span.start for number in dialogue]
+            for dialogue in dialogues(self.pictures, self.turns)
+            if dialogue[0] in span
+        ]
 
     def _length(self, job: Job, sample: Sample) -> int:
         """Length of a sample's prompt, where it matters."""
@@ -271,7 +288,7 @@ class _Visit:
         self.walk, self.desk, self.cell = walk, walk.desk, cell
         self.span, self.block = span, block
         # Where the batch belongs to what a cell is, its answers depend on what is asked together.
-        self.whole = "batch_size" in cell.job.cell.generation
+        self.whole = not {"batch_size", "turns"}.isdisjoint(cell.job.cell.generation)
 
     def ask(self, batches: Sequence[Sequence[int]], *, patient: bool) -> None:
         """Ask what is missing of the block.

@@ -69,6 +69,9 @@ class Study:
         batch_size: samples that are asked together.
         prompt_style: ``None``: as each model likes it.
         generation: options of ``generate`` in place of greedy search.
+        turns: questions about one picture that share one cache: it is made by the prompt of the
+            first, and each of them, the first too, is then put to it as if it were the only one.
+            ``None``: every question is a prompt of its own.
         pictures: keep a small copy of every picture for the report.
         speed: how latency is measured; ``None``: not.
         published: numbers to compare with: ``source``, ``note``, ``rows``.
@@ -88,6 +91,7 @@ class Study:
     batch_size: int = 1
     prompt_style: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    turns: int | None = None
     pictures: bool = True
     speed: SpeedPlan | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
@@ -105,6 +109,8 @@ class Study:
             )
         if self.prompt_style is not None:
             check_style(self.prompt_style)
+        if self.turns is not None and (type(self.turns) is not int or self.turns < 1):
+            raise ConfigError(f"turns is a whole number of at least 1, got {self.turns!r}.")
         self._check_repetition()
         served = next((model.name for model in self.models if model.engine == "vllm"), None)
         if self.speed is not None and served is not None:
@@ -145,6 +151,7 @@ class Study:
             "batch_size": self.batch_size,
             "prompt_style": self.prompt_style,
             "generation": dict(self.generation),
+            **({} if self.turns is None else {"turns": self.turns}),
             "pictures": self.pictures,
             "speed": None if self.speed is None else dataclasses.asdict(self.speed),
             "published": dict(self.published),
@@ -224,7 +231,7 @@ def build_study(raw: Mapping[str, Any]) -> Study:
 _IN_FLIGHT = 64  # questions that an engine is given at once, which batches them itself
 
 # Options that are fields of a study as they are.
-_PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "pictures")
+_PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "turns", "pictures")
 
 
 def _check_generation(options: Mapping[str, Any]) -> None:

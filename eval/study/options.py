@@ -138,6 +138,17 @@ class Options:
             max_new_tokens=_flag(int, "Longest answer.", min=1, show_default="the task's")
         ),
     )
+    turns: int | None = field(
+        default=None,
+        metadata=_flags(
+            turns=_flag(
+                int,
+                "Questions of a picture on one cache, which the prompt of the first makes.",
+                min=1,
+                show_default="a prompt each",
+            )
+        ),
+    )
     pictures: bool = field(
         default=True,
         metadata=_flags(

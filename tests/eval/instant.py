@@ -106,6 +106,9 @@ class Instant:
     def forget(self) -> None:
         self.forgot += 1
 
+    def no_turns(self) -> str | None:
+        return None
+
     def prompt_length(self, prompt: str) -> int:
         return len(prompt)
 

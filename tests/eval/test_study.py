@@ -343,7 +343,7 @@ def test_every_flag_reaches_its_key() -> None:
         "method": ["tome,r=13", "todre"], "num_keep": [8], "keep_ratio": [0.5], "limit": 3,
         "seed": [1], "batch_size": 4, "controls": False, "speed": True, "device": "cpu",
         "attention": "eager", "prompt_style": "plain", "max_new_tokens": 5, "pictures": False,
-        "pad": True, "engine": "vllm", "engine_option": ["seed=1"],
+        "pad": True, "engine": "vllm", "engine_option": ["seed=1"], "turns": 3,
     }  # fmt: skip
     assert set(given) == set(FLAGS)
     options = {"dtype": "float32", "device": "cpu", "attention": "eager", "pad": True,
@@ -354,7 +354,7 @@ def test_every_flag_reaches_its_key() -> None:
         "methods": [{"method": "tome", "r": 13}, "todre"],
         "budgets": [8, 0.5], "limit": 3, "seeds": [1], "batch_size": 4, "controls": False,
         "speed": True, "prompt_style": "plain", "generation": {"max_new_tokens": 5},
-        "pictures": False,
+        "pictures": False, "turns": 3,
     }  # fmt: skip
 
 
