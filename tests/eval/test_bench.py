@@ -16,9 +16,17 @@ from visprune.catalog import get_method
 from visprune.cli import commands as cli
 from visprune.core import Selection
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval.speed import bench_decode, bench_eval, bench_methods, bench_prefill, ideal
+from visprune.eval.speed import (
+    bench_cache,
+    bench_decode,
+    bench_eval,
+    bench_methods,
+    bench_prefill,
+    ideal,
+)
 from visprune.eval.speed.bench_prefill import METHODS, agree, pair_up
 from visprune.eval.speed.ideal import ideal_of, prompt
+from visprune.eval.speed.memory import Peak
 from visprune.machine.run import prune
 
 
@@ -192,3 +200,37 @@ def test_what_choosing_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for wrong in ("snapkv", "todr"):
         with pytest.raises(ConfigError, match=f"'{wrong}' chooses nothing in a prefill"):
             bench_methods.main(["--quick", "--methods", wrong, "--out", str(tmp_path)])
+
+
+def test_what_long_prompts_take_at_the_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["snapkv", "adakv", "kvquant"]
+    bench_cache.main(["--quick", "--methods", *names, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "cache.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["none", *names] * 2
+    assert [row["prompt"] for row in rows[::4]] == ["picture", "clip"]
+    assert [row["tokens"] for row in rows[::4]] == [184, 53]
+    for row in rows:
+        assert row["method"] in said
+        assert row["ms_per_token"] > 0.0
+    # A tenth of 144 slots and 40 of text, of 184; whole at first.
+    dense, even, ragged, codes = rows[:4]
+    assert (dense["cache_share"], dense["form"]) == (1.0, "whole")
+    assert even["cache_share"] == pytest.approx((40 + 14) / 184)
+    assert (even["form"], codes["form"]) == ("even", "ragged+4 bit")
+    assert ragged["form"].startswith("ragged")  # heads of a layer may happen to keep as many
+    assert codes["allocated_bytes"] > codes["cache_bytes"]  # room to grow
+    with pytest.raises(ConfigError, match="'fastv' does not act at the cache"):
+        bench_cache.main(["--quick", "--methods", "fastv", "--out", str(tmp_path)])
+
+
+def test_the_peak_of_memory_is_what_was_held_on_top() -> None:
+    peak = Peak("cpu")
+    if peak.nbytes is None:
+        pytest.skip("the system does not tell")
+    held = torch.ones(64, 2**20)  # 256 MiB
+    del held
+    assert peak.nbytes > 200 * 2**20
+    assert Peak("cpu").nbytes < 64 * 2**20  # type: ignore[operator]

@@ -249,7 +249,7 @@ def bench(
     context: typer.Context,
     name: Annotated[
         str,
-        typer.Argument(help="prefill, decode, methods, vit, serving, eval, or a kernel's name."),
+        typer.Argument(help="prefill, decode, cache, methods, vit, serving, eval, or a kernel."),
     ],
     draw: Annotated[
         bool, typer.Option("--draw", help="Draw what the kernel computes instead of timing it.")
@@ -294,7 +294,7 @@ def _benchmarks() -> dict[str, str]:
     root = Path(__file__).parents[1]
     ours = {
         name: f"visprune.eval.speed.bench_{name}"
-        for name in ("decode", "eval", "methods", "prefill", "serving", "vit")
+        for name in ("cache", "decode", "eval", "methods", "prefill", "serving", "vit")
     }
     kernels = {
         path.parent.name: f"visprune.kernels.{path.parent.name}.bench"
