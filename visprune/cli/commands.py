@@ -172,9 +172,10 @@ def methods(
     from visprune.catalog import methods as registry
 
     if page:
+        from visprune.eval.report.methods import measured_columns
         from visprune.machine.facts import page as written
 
-        typer.echo(written(), nl=False)
+        typer.echo(written(measured_columns()), nl=False)
         return
     from visprune.catalog import labels
 

@@ -7,7 +7,7 @@ and 1,024 features, 4,096 features behind the projector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -54,6 +54,21 @@ class Facts:
     kernel: bool
     macs: int
     mean: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A column of the page that is no fact of the code.
+
+    Attributes:
+        head: its name.
+        cells: by method.
+        about: what it is, where it comes from, and what it must not be compared with.
+    """
+
+    head: str
+    cells: Mapping[str, str]
+    about: str
 
 
 def facts(name: str) -> Facts:
@@ -131,10 +146,16 @@ def mean_tokens(method: PruningMethod) -> float | None:
     return (total + (LAYERS - done) * left) / LAYERS
 
 
-def page() -> str:
-    """The page of methods, Markdown."""
-    columns = ("method", "what it is", "where", "is shown", "asks of a model", "tokens that stay",
-               "kernels", "multiply-adds", "tokens a layer")  # fmt: skip
+def page(measured: Sequence[Measured] = ()) -> str:
+    """The page of methods, Markdown.
+
+    Args:
+        measured: further columns.
+    """
+    columns = [
+        "method", "what it is", "where", "is shown", "asks of a model", "tokens that stay",
+        "kernels", "multiply-adds", "tokens a layer", *(more.head for more in measured),
+    ]  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name in methods.names():
         row = facts(name)
@@ -144,8 +165,10 @@ def page() -> str:
             f"{'its own number' if row.adaptive else 'a number'} | "
             f"{'as they are' if row.kernel else 'with a bias'} | {row.macs / 1e6:,.1f} M | "
             f"{'-' if row.mean is None else format(row.mean, '.1f')} |"
+            + "".join(f" {more.cells.get(name, '-')} |" for more in measured)
         )
-    return f"{_INTRO}\n{chr(10).join(rows)}\n{_OUTRO}"
+    about = "".join(f"- **{more.head}**: {more.about}\n" for more in measured)
+    return f"{_INTRO}\n{chr(10).join(rows)}\n{_OUTRO}{about}\n{_REST}"
 
 
 _INTRO = f"""# Methods
@@ -169,7 +192,9 @@ _OUTRO = """
   inside the decoder: compare methods by this column, or by `run.trace.mean_tokens` of a real run.
   What a paper calls its number of tokens may be neither: SparseVLM's 192, 128, 96 and 64 are 206.5,
   145.4, 114.1 and 82.2 on average, what it recycles included.
+"""
 
+_REST = """\
 Left out: IPCV (2026). It drops patches inside the encoder and brings all of them back: some layers
 attend over restored patches and spare their MLP alone, and the decoder sees every token. A stage
 here ends in fewer tokens, and none brings any back; and its encoders, Qwen2-VL's and InternVL's,
