@@ -8,6 +8,7 @@ import torch
 
 from visprune import ops
 from visprune.errors import BudgetError, ConfigError
+from visprune.ops.cluster import distances
 
 
 @pytest.mark.parametrize("cutoff", [0.0, 0.3, 0.8, 3.0])
@@ -55,3 +56,17 @@ def test_what_is_refused() -> None:
         ops.dpc_knn(torch.ones(6, 3), 1, 2)
     with pytest.raises(ConfigError, match="floating-point"):
         ops.dpc_knn(torch.ones(1, 6, 3, dtype=torch.int64), 1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distances_are_those_of_the_differences(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 50, 96, generator=generator, dtype=dtype)
+    x[1] += 30.0  # far from the origin, where products cancel
+    x[:, 11] = x[:, 4]
+    found = distances(x)
+    wide = x.double()
+    want = (wide[:, :, None] - wide[:, None]).square().sum(-1).sqrt()
+    torch.testing.assert_close(found.double(), want, rtol=2e-7, atol=0)
+    assert found.dtype == dtype
+    assert found[:, 11, 4].tolist() == found[0].diagonal()[:2].tolist() == [0.0, 0.0]

@@ -168,7 +168,8 @@ def tell_apart(x: Tensor, seen: Tensor, number: int) -> Tensor:
     unit = normalize(x, dim=-1)
     weight = seen * (x @ x.mean(dim=1).T).mean(dim=2)
     distance = (1.0 - unit @ unit.transpose(1, 2)) * weight[:, None]
-    near = distance.sort(dim=1).values[:, min(1, x.shape[1] - 1)]  # the nearest is itself
+    few = distance.topk(min(2, x.shape[1]), dim=1, largest=False).values
+    near = few[:, -1]  # the nearest is itself
     for step in range(number):
         best = near.masked_fill(chosen, float("-inf")).argmax(dim=1, keepdim=True)
         chosen = chosen.scatter(1, best, True)

@@ -33,7 +33,7 @@ def dpc_knn(x: Tensor, clusters: int, neighbors: int) -> tuple[Tensor, Tensor]:
     """
     count = _checked("dpc_knn", x, clusters)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    dist = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[2] ** 0.5
+    dist = distances(wide) / x.shape[2] ** 0.5
     near = dist.topk(min(max(1, neighbors), count), dim=-1, largest=False).values
     density = (-near.square().mean(-1)).exp()
     higher = density[:, None, :] > density[..., None]
@@ -44,6 +44,21 @@ def dpc_knn(x: Tensor, clusters: int, neighbors: int) -> tuple[Tensor, Tensor]:
     own = dist.gather(1, centers[..., None].expand(-1, -1, count)).min(1).indices
     ranks = torch.arange(clusters, device=x.device).expand_as(centers)
     return centers, own.scatter(1, centers, ranks)
+
+
+def distances(x: Tensor) -> Tensor:
+    """Euclidean distances of all rows ``[B, N, D]``, ``[B, N, N]``; 0 between equal ones.
+
+    On the CPU from products in float64, a tenth of the time of summing up differences: what is left
+    of them in float32 is the same, but rows that differ by less than a millionth are equal.
+    """
+    if x.device.type != "cpu":
+        return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    double = x.double()
+    norm = double.square().sum(-1)
+    both = norm[..., None] + norm[:, None]
+    squared = torch.baddbmm(both, double, double.transpose(1, 2), alpha=-2.0)
+    return squared.masked_fill_(squared <= 1e-12 * both, 0.0).sqrt_().to(x.dtype)
 
 
 def separated(dist: Tensor, density: Tensor, cutoff: float) -> Tensor:
