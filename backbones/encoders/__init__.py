@@ -27,6 +27,7 @@ TABLE = {
     "timm.VisionTransformer": "visprune.backbones.encoders.timm_vit:TimmViT",
     "timm.Beit": "visprune.backbones.encoders.timm_beit:TimmBeit",
     "timm.Eva": "visprune.backbones.encoders.timm_eva:TimmEva",
+    "timm.NaFlexVit": "visprune.backbones.encoders.timm_naflex:TimmNaFlex",
     "open_clip.VisionTransformer": "visprune.backbones.encoders.open_clip_vit:OpenClipViT",
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_vit:HfViT" for name in PLAIN},
 }
@@ -72,10 +73,6 @@ _FACTORS = "it attends within a frame and then along time, which needs a grid of
 
 # Looked at, and left out for a reason.
 REFUSED = {
-    "timm.NaFlexVit": (
-        "it packs pictures of many sizes into one padded batch, with a mask over the tokens of "
-        "each; a reduction would have to cut that mask too"
-    ),
     "timm.VisionTransformerRelPos": _PAIRS,
     "timm.VisionTransformerSAM": _WINDOWS,
     "timm.Xcit": "its attention is between channels, and its layers convolve over the grid",

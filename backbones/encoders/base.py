@@ -220,6 +220,33 @@ class EncoderAdapter:
         """
         raise NotImplementedError  # pragma: no cover - abstract
 
+    def shapes(self, args: Any, kwargs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """Rows and columns of each picture, where they come as lists of patches, padded behind.
+
+        Args:
+            args: what the embedding was given.
+            kwargs: the same by name.
+        """
+        return None
+
+    def take_mask(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """Take the mask of a padded batch out of what a layer is given.
+
+        Args:
+            args: positional arguments of the layer, the sequence first.
+            kwargs: keyword arguments.
+            lengths: patches of each picture, ``[B]``; what is behind is padding.
+
+        Returns:
+            Both without the mask, and the mask by name.
+
+        Raises:
+            UnsupportedModel: it hides something else than the padding.
+        """
+        raise NotImplementedError  # pragma: no cover - where `shapes` gives none
+
     def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """Show queries and keys ``[B, H, T, d]`` of a layer's attention, and the scale.
 
@@ -289,6 +316,31 @@ def no_mask(mask: Any, causal: Any) -> None:
             "An attention mask (attn_mask, is_causal) is over the encoder's whole sequence, and "
             "does not fit one that is reduced. Call the model without a mask, or remove the run."
         )
+
+
+def check_padding(mask: Tensor | None, lengths: Tensor, prefix: int) -> None:
+    """Compare a mask with the padding of a batch.
+
+    Args:
+        mask: ``[B, T]``, or ``[B, 1, Q, T]`` of which a patch's row is looked at; bool or additive.
+        lengths: patches of each picture, ``[B]``.
+        prefix: tokens before them.
+
+    Raises:
+        UnsupportedModel: it hides something else.
+    """
+    total = int(lengths.max())
+    if mask is not None:
+        row = mask if mask.dim() == 2 else mask[:, 0, 0]
+        seen = row.bool() if row.dtype in (torch.bool, torch.int64) else row == 0
+        there = torch.arange(row.shape[1], device=row.device) < (prefix + lengths)[:, None]
+        if bool((seen == there).all()):
+            return
+    raise UnsupportedModel(
+        f"The pictures of this batch have {lengths.tolist()} patches, and its mask does not hide "
+        f"exactly what is behind them, up to {total} and more. Give the mask and the sizes as the "
+        f"processor returns them, padding behind the patches, or pictures of one size."
+    )
 
 
 def places(table: Tensor, at: Tensor) -> Tensor:

@@ -92,10 +92,14 @@ def _weigh(
     tokens = output.last_hidden_state
     count = tokens.shape[1] - prefix
     size, mask = reduction.sizes(count), kwargs.get("pixel_attention_mask")
-    whole = count if mask is None else mask.shape[1]  # SigLIP 2's mean is over a mask of all
+    if mask is not None and size is None and mask.shape[1] == count:
+        return output  # nothing left, and its own mean is over its mask
+    whole = count if mask is None else mask.shape[1]
+    # SigLIP 2's mean is over its mask, of which each picture fills a part.
+    patches = count if mask is None else mask.sum(1, keepdim=True)
     if size is None:
         size = tokens.new_ones(len(tokens), count)
-    share = size * (whole / size.sum(1, keepdim=True))
+    share = size * (patches / size.sum(1, keepdim=True))
     share = nn.functional.pad(share, (prefix, 0), value=1.0)
     tokens = tokens * share[..., None].to(tokens.dtype)
     output.last_hidden_state = nn.functional.pad(tokens, (0, 0, 0, whole - count))

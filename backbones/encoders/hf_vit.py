@@ -11,13 +11,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.encoders.base import EncoderAdapter, Reduction, ShownQK, places
+from visprune.backbones.encoders.base import (
+    EncoderAdapter,
+    Reduction,
+    ShownQK,
+    check_padding,
+    places,
+)
 from visprune.backbones.encoders.hf_heads import head_macs, weigh_pooling, weigh_tokens
 from visprune.backbones.encoders.hf_layers import (
     Rows,
@@ -122,9 +128,9 @@ class HfViT(EncoderAdapter):
         if mask is not None:
             if _hides(mask):
                 raise UnsupportedModel(
-                    f"This call of {type(self.model).__name__} pads its pictures to one length, or "
-                    f"masks patches of them, and what a token of padding merges into is not known. "
-                    f"Give pictures of one size together (batch 1 takes any), without a mask."
+                    f"This call of {type(self.model).__name__} masks patches of its pictures, and "
+                    f"what a masked token merges into is not known. Give whole pictures, of one "
+                    f"size together (batch 1 takes any), without a mask."
                 )
             if mask.shape[-1] != args[0].shape[1] or bias is not None:
                 given["attention_mask"] = None
@@ -132,6 +138,22 @@ class HfViT(EncoderAdapter):
             tables = given["position_embeddings"]
             given["position_embeddings"] = type(tables)(self._placed(t, at) for t in tables)
         return args[:1], given
+
+    def shapes(self, args: Any, kwargs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """Of SigLIP 2, whose embedding is told the sizes of its pictures."""
+        given = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
+        if not hasattr(self.embed, "resize_positional_embeddings") or given is None:
+            return None
+        return [(int(height), int(width)) for height, width in torch.as_tensor(given).tolist()]
+
+    def take_mask(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+        """By whatever name and place the layer takes it."""
+        given = arguments(self._forward, args[1:], kwargs)
+        mask = given.get("attention_mask")
+        check_padding(mask, lengths, self.prefix)
+        return args[:1], {**given, "attention_mask": None}, {"attention_mask": mask}
 
     def _placed(self, table: Tensor, at: Tensor) -> Any:
         """Rows of a rotary table, which has some for the prefix tokens (MLCD) or has not."""

@@ -191,7 +191,7 @@ class TimmViT(EncoderAdapter):
         raster, given["output_fmt"] = given["output_fmt"] == "NCHW", "NLC"
         found = original(*call.args, **call.kwargs)
         taken, _ = feature_take_indices(len(self.layers), given["indices"])
-        grid = self.grid(given["x"])
+        grid = self.grid(given["x"]) if raster else ()
 
         def whole(number: int, y: Any) -> Any:
             if isinstance(y, tuple):

@@ -274,19 +274,19 @@ def test_half_precision(name: str) -> None:
 
 
 @torch.no_grad()
-def test_padding_is_refused_and_a_mask_of_ones_is_none() -> None:
+def test_masked_patches_are_refused_and_a_mask_of_ones_is_none() -> None:
     model, x = hf.shared("Siglip2VisionModel"), hf.inputs("Siglip2VisionModel")
     with visprune.prune(model, "tome", r=3):
         model(**x)
         x["pixel_attention_mask"][0, -4:] = 0
-        with pytest.raises(UnsupportedModel, match="pads its pictures"):
+        with pytest.raises(UnsupportedModel, match="masks patches"):
             model(**x)
     model, x = hf.shared("Idefics3VisionTransformer"), hf.inputs("Idefics3VisionTransformer")
     mask = torch.ones(2, 6, 6, dtype=torch.bool)
     mask[0, 5] = False
     with (
         visprune.prune(model, "tome", r=3),
-        pytest.raises(UnsupportedModel, match="pads its pictures"),
+        pytest.raises(UnsupportedModel, match="masks patches"),
     ):
         model(**x, patch_attention_mask=mask)
 

@@ -149,7 +149,10 @@ class Selection:
 
     @classmethod
     def stack(cls, rows: Sequence[Selection]) -> Selection:
-        """Selections of one image each as that of all, each with its own number of slots."""
+        """Selections of one image each as that of all, each with its own number of slots.
+
+        Images may have different numbers of tokens too: N is the largest.
+        """
         counts = torch.tensor([row.num_slots for row in rows], device=rows[0].index.device)
         ragged = len(set(counts.tolist())) > 1
         merges, owns = any(row.merges for row in rows), any(row.own is not None for row in rows)
@@ -160,10 +163,13 @@ class Selection:
             weight = _padded([e[2] for e in entries], 0.0)
         one = [torch.ones(row.index.shape, device=row.index.device) for row in rows]
         own = [x if row.own is None else row.own for row, x in zip(rows, one, strict=True)]
+        carried = [row.carried for row in rows if row.carried is not None]
         return cls(
-            _padded([row.index for row in rows], -1), rows[0].num_tokens,
+            _padded([row.index for row in rows], -1), max(row.num_tokens for row in rows),
             _padded(own, 0.0) if owns else None, source, slot, weight, gaps=merges,
             overlaps=any(row.overlaps for row in rows), count=counts if ragged else None,
+            carried=_padded(carried, 0.0) if len(carried) == len(rows) else None,
+            grows=_grown(rows) if any(row.grows is not None for row in rows) else None,
         )  # fmt: skip
 
     def _listed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,6 +297,8 @@ class Selection:
             source, slot, weight = self.entries()  # in one order of additions, which atomics lack
             return ops.reduce_tokens(x, self.num_slots, source, slot, weight)
         wide = torch.promote_types(x.dtype, torch.float32)  # many tokens may come to one slot
+        if self.summed is not None and wide == x.dtype:
+            return self._drawn(x, prefix)
         out = self._heads(x, prefix).to(wide)
         if self.own is not None:
             out[:, prefix:].mul_(self.own[..., None])
@@ -299,6 +307,19 @@ class Selection:
         if self.gaps:
             rows, slot = rows.masked_fill((slot < 0)[..., None], 0.0), slot.clamp(min=0)
         return ops.add_rows(out, slot + prefix, rows).to(x.dtype)
+
+    def _drawn(self, x: Tensor, prefix: int) -> Tensor:
+        """Means: each slot is drawn towards what comes to it, and no other is touched.
+
+        Weights of a slot sum to one, so `own * x + sum of w * came` is `x + sum of w * (came - x)`:
+        operations on the rows that merge alone, which are few, in place of all.
+        """
+        assert self.source is not None
+        assert self.slot is not None
+        assert self.weight is not None
+        out, slot = self._heads(x, prefix), self.slot + prefix
+        pull = ops.take_rows(x, self.source + prefix) - ops.take_rows(out, slot)
+        return ops.add_rows(out, slot, pull * self.weight[..., None])
 
     def _heads(self, x: Tensor, prefix: int) -> Tensor:
         """The prefix and the tokens that slots stand for; zeros where an image has no slot."""
@@ -360,6 +381,14 @@ def _padded(rows: Sequence[Tensor], fill: float) -> Tensor:
     width = max(row.shape[1] for row in rows)
     pad = torch.nn.functional.pad
     return torch.cat([pad(row, (0, width - row.shape[1]), value=fill) for row in rows])
+
+
+def _grown(rows: Sequence[Selection]) -> Tensor:
+    """What part of its size each of their sources brings, ``[B, E]``."""
+    each = [row._listed() for row in rows]
+    parts = [e[2].new_ones(e[2].shape) if row.grows is None else row.grows
+             for row, e in zip(rows, each, strict=True)]  # fmt: skip
+    return _padded(parts, 0.0)
 
 
 def _behind(index: Tensor, prefix: int) -> Tensor:

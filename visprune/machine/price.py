@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -209,7 +210,11 @@ def vit_cost(
     """Multiply-adds of a vision transformer's last forward, or of one picture of its own size."""
     if latest is None or not latest.layers:
         return encoder_cost(adapter, method, plan, adapter.default_grid())
-    return encoder_cost(adapter, method, plan, latest.grid, samples=latest.batch)
+    each = [
+        encoder_cost(adapter, method, plan, grid, samples=number)
+        for grid, number in Counter(latest.grids).items()
+    ]
+    return sum(each[1:], each[0])
 
 
 def _check_lengths(new_tokens: Sequence[int], samples: int) -> None:

@@ -25,6 +25,7 @@ from visprune.machine.choose import Observer
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.plan import step
+from visprune.machine.encoder.price import selection_macs
 from visprune.machine.encoder.reducer import EncoderReducer
 from visprune.machine.encoder.state import EncoderPass
 from visprune.machine.encoder.within_vlm import EncoderReduction
@@ -226,8 +227,9 @@ class Run:
         stages = self.plan.encoder
         sites = {(n, order): str(s.site) for n in range(layers) for order, s in stages.at(n)}
         trace = latest.trace(layers, self._alone().prefix, sites)
-        cost = self.cost()
-        trace.selection_per_row = [cost.selection // cost.samples] * cost.samples
+        trace.selection_per_row = [
+            selection_macs(self._alone(), self._inside, stages, grid) for grid in latest.grids
+        ]
         return trace
 
     @property

@@ -10,6 +10,7 @@ from visprune.errors import BudgetError, ConfigError
 from visprune.kernels.common.precision import outside_autocast
 from visprune.kernels.reduce_tokens.op import alternate_cosines
 from visprune.ops.check import floating
+from visprune.ops.reduce import take_rows
 
 
 def bipartite_pairs(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,18 +44,14 @@ def bipartite_pairs(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Te
     count = metric.shape[1]
     if not 0 <= r <= count // 2:
         raise BudgetError(f"{name}: r must be in 0..{count // 2} (half of {count}); got {r}.")
-    value, partner = _best_partners(metric.detach(), prefix % 2)
-    ranked = value.argsort(dim=1, descending=True, stable=True)
-    slot = partner.gather(1, ranked[:, :r])
+    with outside_autocast(metric.device.type):
+        scores = alternate_cosines(metric.detach(), prefix % 2)  # [B, evens, odds]
+    # A maximum with its place, of every row, is a parallel region on a CPU however few rows there
+    # are; the maximum alone is none, and places are asked of the rows that merge.
+    ranked = scores.amax(dim=-1).argsort(dim=1, descending=True, stable=True)
+    slot = take_rows(scores, ranked[:, :r]).argmax(dim=-1)
     shift = prefix % 2  # behind an odd prefix the even tokens are the odd patches
     patches = ranked * 2 + shift if shift else ranked * 2
     left = patches[:, r:].sort(dim=1).values if prefix else patches[:, r:]
     odd = torch.arange(1 - shift, count, 2, device=metric.device).expand(metric.shape[0], -1)
     return torch.cat([left, odd], dim=1), patches[:, :r], slot + left.shape[1]
-
-
-def _best_partners(metric: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-    """For each even token its best cosine to an odd one, and that one's rank -> [B, evens]."""
-    with outside_autocast(metric.device.type):
-        value, partner = alternate_cosines(metric, shift).max(dim=-1)
-    return value, partner

@@ -157,6 +157,11 @@ def bipartite_match(
     return dest, count - r
 
 
+# Numbers below which PyTorch adds rows one after the other on a CPU, by `index_put_`; `index_add_`
+# sorts first, in seven parallel regions. Above, `index_put_` would add in no fixed order.
+_SERIAL = 32768
+
+
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` ``[B, K]`` of ``x`` ``[B, N, D]``: ``[B, K, D]``.
 
@@ -165,16 +170,24 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """
     batch, count, width = x.shape
     if batch == 1:
-        return torch.nn.functional.embedding(index, x[0])
-    return torch.nn.functional.embedding(_flat(index, count), x.reshape(batch * count, width))
+        return torch.embedding(x[0], index)
+    return torch.embedding(x.reshape(batch * count, width), _flat(index, count))
 
 
 def add_rows(out: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     """Add ``rows`` ``[B, R, D]`` to rows ``at`` ``[B, R]`` of ``out`` ``[B, K, D]``, in place."""
     batch, count, width = out.shape
+    if out.device.type == "cpu" and batch == 1 and rows.numel() < _SERIAL and not _traced():
+        out[0].index_put_((at[0],), rows[0], accumulate=True)
+        return out
     at = at if batch == 1 else _flat(at, count)
     out.view(batch * count, width).index_add_(0, at.flatten(), rows.reshape(-1, width))
     return out
+
+
+def _traced() -> bool:
+    """Whether a compiler or an exporter looks on."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _flat(index: Tensor, count: int) -> Tensor:

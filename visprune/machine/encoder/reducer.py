@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from visprune.backbones.encoders.base import EncoderAdapter, Instead, Layer, Noticed
 from visprune.core.budget import Stage
 from visprune.core.method import Context, PruningMethod
+from visprune.core.selection import Selection
 from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
 from visprune.core.signals.pictures import PatchPositions
 from visprune.core.tokens import VisualTokens
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.choose import Observer, choose
+from visprune.machine.encoder import padded
 from visprune.machine.encoder.plan import EncoderPlan, step
 from visprune.machine.encoder.state import EncoderPass
 from visprune.machine.threads import PerThread
@@ -128,8 +131,11 @@ class EncoderReducer:
         """Patches that each of ``count`` final tokens stands for; ``None``: one each."""
         latest = self.current.latest
         final = None if latest is None else latest.final
-        if final is None or final.count != count:
+        if latest is None or final is None or final.count != count or latest.untouched:
             return None
+        if final.policy is None and final.size is None and final.counts is not None:
+            places = torch.arange(count, device=final.counts.device)
+            return (places < final.counts[:, None]).to(torch.float32)
         return final.size if final.policy is None else final.policy
 
     def expand(self, layer: int, y: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ class EncoderReducer:
     def key_bias(self) -> Tensor | None:
         """The bias of the layer that runs."""
         active = self.current.active
-        return None if active is None else active.state.bias
+        return None if active is None else active.key_bias()
 
     def places(self) -> Tensor | None:
         """Where the patches of the layer that runs come from."""
@@ -157,8 +163,15 @@ class EncoderReducer:
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """After the pixels became patches: a new pass."""
         pixels = args[0] if args else next(iter(kwargs.values()))
-        pictures = {s: s.of_batch(pixels) for s in self._of_pixels}
-        self.current.latest = self._last = EncoderPass(self.adapter.grid(pixels), pictures)
+        grid, shapes = self.adapter.grid(pixels), self.adapter.shapes(args, kwargs)
+        lengths = _lengths(shapes, grid)
+        if lengths is None:
+            pictures, groups = {s: s.of_batch(pixels) for s in self._of_pixels}, None
+        else:
+            pictures, groups = {}, padded.group(lengths, pixels, self._of_pixels)
+        self.current.latest = self._last = EncoderPass(
+            grid, pictures, shapes=shapes, lengths=lengths, groups=groups
+        )
 
     def pass_of(self, number: int, x: Tensor) -> EncoderPass:
         """The pass that a layer's input belongs to; a checkpoint runs layers of an earlier one."""
@@ -190,15 +203,23 @@ class EncoderReducer:
             return
         prefix, has_cls = self.adapter.prefix, self.adapter.has_cls
         seen = EncoderSeen(prefix, has_cls, query=query, key=key, scale=scale, bias=run.state.bias)
-        for _, stage in self.plan.at(number):
-            for signal in stage.signals:
-                if isinstance(signal, EncoderSignal):
-                    run.signals[signal] = signal.read(seen)
+        stages = [stage for _, stage in self.plan.at(number)]
+        wanted = [s for x in stages for s in x.signals if isinstance(s, EncoderSignal)]
+        if run.groups is not None and run.state.counts is not None:
+            run.by_group = padded.read(run.groups, run.state.counts, wanted, seen)
+            return
+        for signal in wanted:
+            run.signals[signal] = signal.read(seen)
 
     def decide(self, run: EncoderPass, order: int, stage: Stage, x: Tensor) -> None:
         """In training: let the method draw which patches later layers see; none leaves."""
         if self.learned is None:
             return
+        if run.groups is not None:
+            raise UnsupportedModel(
+                f"{self.method.name} learns from batches of pictures of one size: this one is "
+                f"padded. Train on such, or run it in eval mode (model.eval())."
+            )
         patches, before = x[:, self.adapter.prefix :], run.state.policy
         there = patches.new_ones(patches.shape[:2]) if before is None else before
         context = Context(
@@ -233,13 +254,20 @@ class EncoderReducer:
             learned=None if self.learned is None else self.learned[order],
             carried=state.carried,
         )
-        selection = choose(method, stage, tokens, context, self.observers)
-        if selection.count is not None and len(set(selection.counts)) > 1:
-            raise ConfigError(
-                f"{method.name} keeps {selection.counts} patches of the pictures of one batch; "
-                f"inside an encoder all keep the same number. Give one picture at a time."
-            )
+        if run.groups is None or state.counts is None:
+            selection = self._chosen(stage, tokens, context)
+        else:
+            ask = partial(self._chosen, stage)
+            groups, signals, counts = run.groups, run.by_group, state.counts
+            selection = padded.select(groups, signals, counts, tokens, context, ask)
         run.selections[number, order] = selection
+        if (
+            state.counts is not None
+            and not selection.merges
+            and selection.counts == (state.counts.tolist())
+        ):  # all stay where they are: the padding too
+            run.state = replace(state, carried=selection.carried)
+            return x
         run.state = state.reduced(
             selection,
             prefix=prefix,
@@ -255,6 +283,24 @@ class EncoderReducer:
         ):
             y = y.transpose(1, 2).contiguous().transpose(1, 2)
         return y
+
+    def _chosen(self, stage: Stage, tokens: VisualTokens, context: Context) -> Selection:
+        """What a stage chooses from pictures of one number of tokens."""
+        selection = choose(self.method, stage, tokens, context, self.observers)
+        if selection.count is not None and len(set(selection.counts)) > 1:
+            raise ConfigError(
+                f"{self.method.name} keeps {selection.counts} patches of the pictures of one "
+                f"batch; inside an encoder pictures of one size keep the same number. Give one "
+                f"picture at a time."
+            )
+        return selection
+
+
+def _lengths(shapes: list[tuple[int, int]] | None, grid: tuple[int, ...]) -> Tensor | None:
+    """Patches of each picture; ``None``: none is padded."""
+    counts = [height * width for height, width in shapes or ()]
+    padding = any(count != math.prod(grid) for count in counts)
+    return torch.tensor(counts) if padding else None
 
 
 class _ReducedLayer:
@@ -311,10 +357,14 @@ class _ReducedLayer:
         try:
             x = self._enter(run, args[0])
             adapter = reducer.adapter
-            args, kwargs = adapter.inputs((x, *args[1:]), kwargs, run.state.bias, run.state.origin)
+            args = (x, *args[1:])
+            masks: dict[str, Any] = {}
+            if run.lengths is not None:
+                args, kwargs, masks = adapter.take_mask(args, kwargs, run.lengths)
+            args, kwargs = adapter.inputs(args, kwargs, run.key_bias(), run.state.origin)
+            kwargs = {**kwargs, **masks} if run.untouched else kwargs
             if self._inside and self.layer.entry is not None:
-                # Added to the reduced branch, a placeholder of zeros changes nothing.
-                run.stream, args = args[0], (x.new_zeros(1, 1, 1), *args[1:])
+                run.stream, args = args[0], (_placeholder(x), *args[1:])
             output = self._original(*args, **kwargs)
             return self._leave(run, output)
         finally:
@@ -339,7 +389,7 @@ class _ReducedLayer:
                 reducer.decide(run, order, stage, x)
             else:
                 x = reducer.reduce(run, number, order, stage, x)
-        run.attended[number] = run.mapped[number] = run.state.count
+        run.attended[number] = run.mapped[number] = run.alive()
         return x
 
     def _read(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -358,7 +408,7 @@ class _ReducedLayer:
         x, run.stream = self.layer.added(run.stream, branch), None
         for order, stage in self.reducer.plan.inside[number]:
             x = self.reducer.reduce(run, number, order, stage, x)
-        run.mapped[number] = run.state.count
+        run.mapped[number] = run.alive()
         return x if rest is None else (x, *rest)
 
     def _leave(self, run: EncoderPass, output: Any) -> Any:
@@ -370,6 +420,25 @@ class _ReducedLayer:
         if number == len(reducer.adapter.layers) - 1:
             run.final = run.state
         return output
+
+
+class _Nothing:
+    """What a layer adds to the reduced branch in place of its input: nothing."""
+
+    def __add__(self, other: Tensor) -> Tensor:
+        return other
+
+    __radd__ = __add__
+
+
+_NOTHING = _Nothing()
+
+
+def _placeholder(x: Tensor) -> Any:
+    """In place of a layer's input: nothing, or zeros where a graph is made."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x.new_zeros(1, 1, 1)
+    return _NOTHING
 
 
 def _checkpoints_forward(block: Any) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from visprune.core.selection import Selection
 from visprune.core.trace import Trace
 from visprune.errors import UnsupportedModel
+from visprune.machine.encoder.padded import Group, hidden, refuse_dropout
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TokenState:
         policy: in the training of a method that learns: how much each counts as a key, 1 or 0
             with a gradient, ``[B, N]``; ``None``: 1.
         carried: what the method's last stage gave to each for the next, ``[B, N]``.
+        counts: how many each picture has, ``[B]``, where they differ; what is behind is padding.
     """
 
     count: int
@@ -36,6 +38,7 @@ class TokenState:
     bias: Tensor | None = None
     policy: Tensor | None = None
     carried: Tensor | None = None
+    counts: Tensor | None = None
 
     def reduced(
         self, selection: Selection, *, prefix: int, placed: bool, sized: bool, biased: bool
@@ -51,12 +54,22 @@ class TokenState:
         """
         index, origin, size, bias = selection.index, self.origin, self.size, self.bias
         if placed:
-            origin = index if origin is None else origin.gather(1, index)
+            first = index.clamp(min=0) if selection.count is not None else index
+            origin = first if origin is None else origin.gather(1, first)
         if sized and (selection.merges or size is not None):
             size = selection.size
             if biased:
-                bias = torch.nn.functional.pad(size.log(), (prefix, 0))
-        return TokenState(selection.num_slots, origin, size, bias, carried=selection.carried)
+                # MKL's logarithm starts threads for any length, this one does not.
+                bias = torch.nn.functional.pad((size - 1.0).log1p(), (prefix, 0))
+        counts = None
+        if self.counts is not None:
+            counts, ragged = selection.count, selection.count is not None
+            counts = torch.full_like(self.counts, selection.num_slots) if counts is None else counts
+            if bias is self.bias:
+                bias = hidden(counts, selection.num_slots, prefix) if ragged else None
+        return TokenState(
+            selection.num_slots, origin, size, bias, carried=selection.carried, counts=counts
+        )
 
 
 class EncoderPass:
@@ -65,15 +78,28 @@ class EncoderPass:
     Args:
         grid: patches along height and width, of clips along time first.
         pictures: what methods are shown of the pixels, by signal.
+        shapes: rows and columns of each picture, of an encoder that takes them as lists of patches.
+        lengths: patches of each picture ``[B]``, where they differ and padding is behind them.
+        groups: the pictures by their number of patches, in that case.
     """
 
-    def __init__(self, grid: tuple[int, ...], pictures: dict[Any, Any] | None = None) -> None:
+    def __init__(
+        self,
+        grid: tuple[int, ...],
+        pictures: dict[Any, Any] | None = None,
+        *,
+        shapes: list[tuple[int, int]] | None = None,
+        lengths: Tensor | None = None,
+        groups: list[Group] | None = None,
+    ) -> None:
         self.grid: tuple[int, int, int] = (*((1,) * (3 - len(grid))), *grid)  # type: ignore[assignment]
         self.pictures = pictures or {}
+        self.shapes, self.lengths, self.groups = shapes, lengths, groups
+        self.by_group: list[dict[Any, Tensor]] = []
         self.state = TokenState(0)
         self.layers: dict[int, TokenState] = {}
-        self.attended: dict[int, int] = {}
-        self.mapped: dict[int, int] = {}
+        self.attended: dict[int, int | Tensor] = {}
+        self.mapped: dict[int, int | Tensor] = {}
         self.selections: dict[tuple[int, int], Selection] = {}
         self.decisions: dict[int, Tensor] = {}
         self.final: TokenState | None = None
@@ -87,6 +113,11 @@ class EncoderPass:
             self.batch, self.total = x.shape[0], x.shape[1] - prefix
             self._refuse_more()
             self.state = TokenState(self.total)
+            if self.lengths is not None:
+                refuse_dropout(self.total, self.grid[1] * self.grid[2])
+                self.lengths = self.lengths.to(x.device)
+                bias = hidden(self.lengths, self.total, prefix)
+                self.state = TokenState(self.total, bias=bias, counts=self.lengths)
         self.state = self.layers.setdefault(layer, self.state)
 
     def _refuse_more(self) -> None:
@@ -100,14 +131,40 @@ class EncoderPass:
                 f"them in num_prefix_tokens, or remove the run."
             )
 
+    def key_bias(self) -> Tensor | None:
+        """What attention adds to the scores of each key; ``None``: what the model has done.
+
+        While nothing has left a padded batch, the model's own mask hides the padding.
+        """
+        return None if self.untouched else self.state.bias
+
+    @property
+    def untouched(self) -> bool:
+        """Whether this is a padded batch that every token is still in."""
+        return self.lengths is not None and self.state.counts is self.lengths
+
+    def alive(self) -> int | Tensor:
+        """Patches of each picture now; a tensor ``[B]`` where they differ."""
+        return self.state.count if self.state.counts is None else self.state.counts
+
     def pos(self, index: Tensor) -> Tensor:
         """(t, h, w) of patches ``[B, N]``: ``[B, N, 3]``."""
         frames, height, width = self.grid
+        if self.shapes is not None:
+            wide = torch.tensor([w for _, w in self.shapes], device=index.device)[:, None]
+            return torch.stack([torch.zeros_like(index), index // wide, index % wide], dim=-1)
         if frames * height * width != self.total:
             # Patch dropout in training took some, and does not say which.
             height, width = 1, self.total
         place = index % (height * width)
         return torch.stack([index // (height * width), place // width, place % width], dim=-1)
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """(t, h, w) in patches of each picture."""
+        if self.shapes is not None:
+            return [(1, height, width) for height, width in self.shapes]
+        return [self.grid] * self.batch
 
     def until(self, layer: int) -> list[Selection]:
         """The selections up to and in ``layer``, in the order in which they ran."""
@@ -123,25 +180,29 @@ class EncoderPass:
         """The patch that each token stands for which a stage is given, ``[B, N]``.
 
         A checkpoint runs a layer again when all selections are there; those from this stage on do
-        not count.
+        not count. 0 in padding.
         """
-        whole = Selection.identity(self.batch, self.total, self._device())
+        whole = self._everything()
         for key in sorted(self.selections):
             if key < (layer, stage):
                 whole = whole.then(self.selections[key])
-        return whole.index
+        return whole.index.clamp(min=0)
 
     def composed(self, layer: int) -> Selection:
         """All selections up to and in ``layer`` as one."""
-        whole = Selection.identity(self.batch, self.total, self._device())
+        whole = self._everything()
         for selection in self.until(layer):
             whole = whole.then(selection)
         return whole
 
-    def _device(self) -> torch.device:
-        for selection in self.selections.values():
-            return selection.index.device
-        return torch.device("cpu")
+    def _everything(self) -> Selection:
+        """What keeps every patch, and no padding."""
+        device = next((s.index.device for s in self.selections.values()), torch.device("cpu"))
+        if self.lengths is None:
+            return Selection.identity(self.batch, self.total, device)
+        index, lengths = torch.arange(self.total, device=device), self.lengths.to(device)
+        index = torch.where(index < lengths[:, None], index, -1)
+        return Selection(index, self.total, count=lengths)
 
     def trace(self, layers: int, prefix: int, sites: dict[tuple[int, int], str]) -> Trace:
         """The record of this call.
@@ -152,22 +213,23 @@ class EncoderPass:
             sites: name of the site of every stage, by layer and number.
         """
         whole = self.composed(layers)
-        entered = [self.attended[n] for n in sorted(self.attended)]
-        inner = [self.mapped[n] for n in sorted(self.mapped)]
-        everything = torch.arange(self.total, device=whole.index.device)[None]
+        totals = [self.total] * self.batch if self.lengths is None else self.lengths.tolist()
+        kept, pos = list(whole.index), list(self.pos(whole.index.clamp(min=0)))
+        sizes, counts = list(whole.size), whole.counts
+        everything = torch.arange(self.total, device=whole.index.device).expand(self.batch, -1)
         return Trace(
             model="vit",
-            tokens_per_layer=[list(entered) for _ in range(self.batch)],
-            mlp_tokens_per_layer=[list(inner) for _ in range(self.batch)],
-            kept=list(whole.index),
-            sizes=list(whole.size),
-            pos=list(self.pos(whole.index)),
-            all_pos=[self.pos(everything)[0]] * self.batch,
-            num_tokens=[self.total] * self.batch,
+            tokens_per_layer=self._per_picture(self.attended),
+            mlp_tokens_per_layer=self._per_picture(self.mapped),
+            kept=[x[:n] for x, n in zip(kept, counts, strict=True)],
+            sizes=[x[:n] for x, n in zip(sizes, counts, strict=True)],
+            pos=[x[:n] for x, n in zip(pos, counts, strict=True)],
+            all_pos=[x[:n] for x, n in zip(self.pos(everything), totals, strict=True)],
+            num_tokens=totals,
             image_rows=list(range(self.batch)),
-            chosen=[[whole.row(n)] for n in range(self.batch)],
+            chosen=[[replace(whole.row(b), num_tokens=n)] for b, n in enumerate(totals)],
             prefix=prefix,
-            grids=[(self.grid,)] * self.batch,
+            grids=[(grid,) for grid in self.grids],
             stages=[
                 {
                     "site": sites[key],
@@ -177,3 +239,9 @@ class EncoderPass:
                 for key, selection in sorted(self.selections.items())
             ],
         )
+
+    def _per_picture(self, found: dict[int, int | Tensor]) -> list[list[int]]:
+        """Tokens of each picture, layer by layer."""
+        layers = [found[number] for number in sorted(found)]
+        each = [x.tolist() if isinstance(x, Tensor) else [x] * self.batch for x in layers]
+        return [list(counts) for counts in zip(*each, strict=True)]
