@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.families import tiny
+from tests.families import claimed
 
 Models = Callable[..., Any]
 
@@ -20,7 +20,7 @@ def models() -> Models:
 
     def get(name: str, attn: str = "sdpa") -> Any:
         if (name, attn) not in built:
-            built[name, attn] = tiny.build(name, attn=attn)
+            built[name, attn] = claimed.build(name, attn=attn)
         return built[name, attn]
 
     return get

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.contract.oracle import error
-from tests.families.tiny import FAMILIES
+from tests.families.claimed import recurrent
 from visprune.machine.check import absent
 from visprune.machine.check.hide import hiding
 from visprune.machine.check.prompts import extended
@@ -63,8 +63,8 @@ def absent_logits(model: Any, inputs: Inputs, keep: list[Tensor]) -> Tensor:
 
 def gone_logits(family: str, model: Any, inputs: Inputs, keep: list[Tensor]) -> Tensor:
     """What a family must agree with: hidden keys, or where layers carry a state, their absence."""
-    recurrent = FAMILIES[family].recurrent
-    return (absent_logits if recurrent else hidden_logits)(model, inputs, keep)
+    oracle = absent_logits if recurrent(family) else hidden_logits
+    return oracle(model, inputs, keep)
 
 
 def two_kernels(family: str, eager: Any, inputs: dict[str, Any], plain: Any) -> float:

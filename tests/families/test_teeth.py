@@ -10,30 +10,30 @@ import torch
 
 import visprune
 from tests.contract.oracle import alive, error, forwards
-from tests.families import tiny
+from tests.families.claimed import CLAIMED, inputs
 from tests.families.oracle import gone_logits
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.find import find_adapter
 
-every_family = pytest.mark.parametrize("family", tuple(tiny.FAMILIES))
+every_family = pytest.mark.parametrize("family", CLAIMED)
 ROWS = [[3, "a", 6], [5, "b", 4, "C", 3]]
 
 
 @torch.no_grad()
 def missed(model: Any, eager: Any, family: str, method: str = "random") -> float:
     """How far a pruned forward is from hidden keys, or absent tokens."""
-    inputs = tiny.inputs(family, ROWS)
+    prompt = inputs(family, ROWS)
     params = {"num_keep": 3, "positions": "original"}
     with forwards() as seen, visprune.prune(model, method, **params):
-        logits = model(**inputs).logits
+        logits = model(**prompt).logits
     keep = alive(seen[0])
-    want = gone_logits(family, eager, inputs, keep)
-    there = keep[-1] & inputs["attention_mask"].bool()
+    want = gone_logits(family, eager, prompt, keep)
+    there = keep[-1] & prompt["attention_mask"].bool()
     return error(logits[there], want[there])
 
 
 # No layer of Nemotron-H is told positions.
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "nemotron_h_omni"])
+@pytest.mark.parametrize("family", [name for name in CLAIMED if name != "nemotron_h_omni"])
 def test_closed_up_positions_are_caught(
     family: str, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +64,7 @@ LATER = (
 
 
 def test_all_families_that_add_features_later_are_named(models: Any) -> None:
-    adding = {name for name in tiny.FAMILIES if find_adapter(models(name)).adds_later}
+    adding = {name for name in CLAIMED if find_adapter(models(name)).adds_later}
     assert adding == {*LATER, "granite4_vision"}
 
 
@@ -80,6 +80,15 @@ def test_features_of_other_tokens_are_caught(
         return hidden + added.roll(1, dims=1)
 
     monkeypatch.setattr(Forward, "with_later", rolled)
+    assert missed(models(family), models(family, "eager"), family, method) > 1e-3
+
+
+@pytest.mark.parametrize("family", [*LATER, "granite4_vision"])
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_forgotten_features_are_caught(
+    method: str, family: str, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forward, "with_later", lambda self, layer, hidden: hidden)
     assert missed(models(family), models(family, "eager"), family, method) > 1e-3
 
 

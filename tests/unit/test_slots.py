@@ -103,3 +103,15 @@ def test_gather_sequence_along_any_dimension() -> None:
     assert gather_sequence(axes, rel, -1)[1].tolist() == [[12, 10], [11, 11]]
     rotary = x[:1]  # [1, S, d]
     assert torch.equal(gather_sequence(rotary, rel, -2)[1], rotary[0, [1, 1]])
+
+
+def test_slots_in_another_order_are_put_back_where_nothing_is_gone() -> None:
+    # A recycled token stands behind those that were kept; a row may lose none to it.
+    table = SlotTable.identity(1, 4, None, CPU)
+    rel, real = torch.tensor([[0, 2, 3, 1]]), torch.ones(1, 4, dtype=torch.bool)
+    moved = table.gather(rel, real)
+    assert moved.shortened
+    assert moved.gather(torch.tensor([[0, 1, 2, 3]]), real).shortened
+    assert not table.gather(torch.tensor([[0, 1, 2, 3]]), real).shortened
+    x = torch.arange(4.0)[None, :, None]
+    assert torch.equal(grown(moved, gather_sequence(x, rel, 1)), x)

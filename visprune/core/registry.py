@@ -66,6 +66,11 @@ class Registry:
         """
         return _load(self.kind, name, self._target(name))
 
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Import and return everything, by name; other packages' rows are looked up once."""
+        for name, target in self._rows().items():
+            yield name, _load(self.kind, name, target)
+
     def check(self, name: str) -> None:
         """Raise what :meth:`get` raises of an unknown name, without importing anything."""
         self._target(name)

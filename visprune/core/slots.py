@@ -23,6 +23,8 @@ class SlotTable:
         length: S, the length of the input sequence.
         filled: whether any slot is padding that evens out rows (not real).
         bias: what attention adds to the scores of each slot, ``[B, P]``; ``None``: nothing.
+        moved: whether slots of a table as long as the input stand in another order: a token that a
+            choice recycles stands behind those it kept, also where nothing leaves.
     """
 
     index: Tensor
@@ -32,6 +34,7 @@ class SlotTable:
     length: int
     filled: bool = False
     bias: Tensor | None = None
+    moved: bool = False
 
     @classmethod
     def identity(
@@ -51,11 +54,11 @@ class SlotTable:
 
     @property
     def shortened(self) -> bool:
-        """Whether tokens of the input are missing.
+        """Whether tokens of the input are missing, or stand in other slots than their own.
 
         Not a matter of length alone: beside a long row, a pruned one is filled up to that length.
         """
-        return self.num_slots != self.length or self.filled
+        return self.num_slots != self.length or self.filled or self.moved
 
     def gather(self, rel: Tensor, real: Tensor) -> SlotTable:
         """Return the table of the slots ``rel`` ``[B, P']``; not ``real`` ones are padding."""
@@ -64,6 +67,7 @@ class SlotTable:
         padded = self.padded or filled
         if padded:
             padded = not bool(valid.all())
+        whole = rel.shape[1] == self.length and not filled
         return SlotTable(
             index=self.index.gather(1, rel),
             valid=valid,
@@ -72,6 +76,7 @@ class SlotTable:
             length=self.length,
             filled=self.filled or filled,
             bias=None if self.bias is None else self.bias.gather(1, rel),
+            moved=self.moved or (whole and bool((rel.diff(dim=1) < 0).any())),
         )
 
     def last_valid(self) -> Tensor:

@@ -106,7 +106,7 @@ def make_plan(method: PruningMethod, spec: ModelSpec) -> Plan:
 
 def fitting(spec: ModelSpec) -> list[str]:
     """Names of the methods that a model can be pruned by, in the registry's order."""
-    return [name for name in methods if why_not(methods.get(name), spec) is None]
+    return [name for name, kind in methods.items() if why_not(kind, spec) is None]
 
 
 def why_not(method: type[PruningMethod], spec: ModelSpec) -> str | None:
