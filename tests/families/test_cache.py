@@ -78,7 +78,7 @@ def test_dropping_equals_hiding_by_head(name: str, family: str, models: Any) -> 
     assert set(trace.form) - set(LEFT) == forms
     assert torch.equal(got.logits[0], plain.logits[0])
     new = got.sequences[:, inputs["input_ids"].shape[1] :]
-    forced = {**GENERATE, "prefix_allowed_tokens_fn": _forcing(new)}
+    forced = {**GENERATE, "prefix_allowed_tokens_fn": forcing(new)}
     with hiding(model, trace, inputs["attention_mask"].bool()):
         want = model.generate(**inputs, **forced)
     for mine, theirs in zip(got.logits, want.logits, strict=True):
@@ -86,7 +86,7 @@ def test_dropping_equals_hiding_by_head(name: str, family: str, models: Any) -> 
     assert error(plain.logits[1][:2], want.logits[1][:2]) > 1e-4  # teeth
 
 
-def _forcing(tokens: Tensor) -> Any:
+def forcing(tokens: Tensor) -> Any:
     """Say the tokens of each row, whatever the scores."""
     start: list[int] = []
 
