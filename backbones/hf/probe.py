@@ -179,10 +179,10 @@ def watch(attention: nn.Module, wanted: Callable[[], Wanted | None]) -> Watch:
     return Watch(attention, wanted)
 
 
-def capture(attention: nn.Module, **inputs: Any) -> None:
-    """Call a watched ``attention`` only as far as its queries and keys.
+def capture(call: Callable[..., Any], **inputs: Any) -> None:
+    """Call a watched attention, or a model around it, only as far as its queries and keys.
 
     Its ``wanted`` must ask for the call with ``stop``.
     """
     with contextlib.suppress(Captured):
-        attention(**inputs)
+        call(**inputs)

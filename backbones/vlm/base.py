@@ -65,6 +65,8 @@ class VLMAdapter(DecoderAdapter):
             recurrent=self.recurrent,
             deepest=self.deepest,
             decoder_width=int(self.text_config.hidden_size),
+            key_heads=self.key_heads,
+            key_width=2 * self.head_width,
         )
 
     @property

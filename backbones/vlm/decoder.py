@@ -235,10 +235,24 @@ class DecoderAdapter(Placeholders):
                 return norm(hidden)
         return hidden  # EXAONE 4 norms what leaves its attention
 
+    @property
+    def head_width(self) -> int:
+        """Features of a head."""
+        config = self.text_config
+        own = getattr(config, "head_dim", None)
+        return int(own or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def key_heads(self) -> int:
+        """Key heads of a layer; 0 where its cache holds one latent for all of them."""
+        config = self.text_config
+        if getattr(config, "kv_lora_rank", None) is not None:
+            return 0
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
     def qk_macs(self, layer: int) -> int:
         """Multiply-adds per token of a decoder layer's queries, keys and values."""
-        config = self.text_config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        config, head = self.text_config, self.head_width
         queries = config.num_attention_heads * head
         made = getattr(getattr(self.attention(layer), "q_proj", None), "out_features", queries)
         queries = made if made == 2 * queries else queries  # Qwen3.5 makes a gate with them

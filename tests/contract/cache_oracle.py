@@ -51,6 +51,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "think": {"ratio": 0.0},
 }
 FEW: dict[str, dict[str, Any]] = {
+    "streaming_llm": {"num_keep": 5, "positions": "original"},  # else: test_cache_positions.py
     "zipvl": {"tau": 0.3, "probe": 0.2},
     "zipcache": {"bits": 4, "low_bits": 2},
     "kvquant": {"bits": 4, "num_keep": 9},

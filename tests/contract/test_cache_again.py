@@ -24,7 +24,7 @@ from visprune.errors import ConfigError
 SIZE, NEW = 20, 6
 RULES: dict[str, dict[str, Any]] = {
     "tova": {},
-    "streaming_llm": {"sinks": 4},
+    "streaming_llm": {"sinks": 4, "positions": "original"},
     "h2o": {"recent": 7},
 }
 GENERATE = {

@@ -25,6 +25,7 @@ from visprune.core.signals import (
 from visprune.machine.plan import make_plan
 from visprune.methods.dart import DART, KeyNorms
 from visprune.methods.dynamic_llava import DynamicLLaVA, TextPredictor
+from visprune.methods.gemfilter import GemFilter
 from visprune.methods.ivc_prune import IVCPrune
 from visprune.methods.lightkv import LightKV, SpreadMass
 from visprune.methods.pact import cluster
@@ -268,3 +269,20 @@ def test_vitcop_shares(case: dict[str, Any]) -> None:
     # By default a merged token is a mean, as large as any other.
     rows = shared_out(norm, t["labels"], p["R"]).matrix()[0].sum(1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+@cases("gemfilter")
+def test_gemfilter(case: dict[str, Any]) -> None:
+    t, length = tensors("gemfilter", case), case["params"]["L"]
+    method = GemFilter(num_keep=case["params"]["topk"])
+    signal = method.signal(SPEC)
+    assert signal.at == 13  # of 32
+    query = torch.zeros(1, t["q_last"].shape[1], length, t["q_last"].shape[2])
+    query[:, :, -1] = t["q_last"]
+    there = torch.ones(1, length, dtype=torch.bool)
+    seen = DecoderSeen(
+        hidden=query[:, 0], last=torch.tensor([length - 1]), visual=there, valid=there,
+        prompt=there, query=query, key=t["k"],
+    )  # fmt: skip
+    ctx = Context(num_keep=method.budget.resolve(length), signals={signal: signal.read(seen)})
+    assert torch.equal(method.select(visual(torch.zeros(1, length, 4)), ctx).index[0], t["kept"])

@@ -41,6 +41,8 @@ class ModelSpec:
         recurrent: decoder layers that carry a state from token to token and have no attention.
         deepest: the last decoder layer at which tokens can leave, where it is not the last of all:
             layers behind it attend to keys of this one.
+        key_heads: of a decoder layer; 0 where its cache holds no keys of single heads.
+        key_width: features of a key and its value together.
     """
 
     family: str
@@ -55,6 +57,8 @@ class ModelSpec:
     recurrent: frozenset[int] = frozenset()
     deepest: int | None = None
     decoder_width: int = 0
+    key_heads: int = 0
+    key_width: int = 0
 
     @property
     def is_vit(self) -> bool:

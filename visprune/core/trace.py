@@ -58,6 +58,8 @@ class Trace:
             that thins answers).
         cache: what an eviction left of the cache, layer by layer and head by head; ``None``: there
             was none.
+        ahead: first passes that stages asked for before the decoder: the layers that each ran, and
+            the tokens of every sample in them.
         selection_seconds: time that scores, selection and shortening took behind the encoder, of a
             run that is observed (0 without an observer: it would have to wait for the device).
     """
@@ -84,6 +86,7 @@ class Trace:
     prefix: int = 0
     ignored_labels: int = 0
     selection_per_row: list[int] = field(default_factory=list)
+    ahead: list[tuple[int, list[int]]] = field(default_factory=list)
     selection_seconds: float = 0.0
     unstored: int = 0
     cache: CacheTrace | None = None

@@ -187,7 +187,8 @@ _OUTRO = """
 - **kernels**: `as they are`: FlashAttention stays possible. `with a bias`: attention, inside the
   encoder or behind the stage in the decoder, weighs a token by what it stands for.
 - **multiply-adds**: of the rule and of what it reads of the encoder, on one picture; queries and
-  keys that a decoder layer computes for a stage ahead of its run are counted by `run.cost()`.
+  keys that a decoder layer computes for a stage ahead of its run are counted by `run.cost()`, and
+  so is the first pass of `gemfilter`, which reads all tokens in 13 of 32 layers.
 - **tokens a layer**: what a decoder layer sees on average. It is not `num_keep` where tokens leave
   inside the decoder: compare methods by this column, or by `run.trace.mean_tokens` of a real run.
   What a paper calls its number of tokens may be neither: SparseVLM's 192, 128, 96 and 64 are 206.5,

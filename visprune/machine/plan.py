@@ -11,7 +11,9 @@ from visprune.core.budget import Budget, Stage, StepBudget
 from visprune.core.cache import CacheStage
 from visprune.core.chain import Act, Chain, acts
 from visprune.core.method import ModelSpec, PositionRule, PruningMethod
+from visprune.core.signals.ahead import AheadSignal
 from visprune.core.signals.base import DecoderSignal, EncoderSignal, PictureSignal, Signal
+from visprune.core.site import Site
 from visprune.errors import ConfigError, UnsupportedModel, VispruneError
 from visprune.machine.compose import composed
 from visprune.machine.encoder.plan import EncoderPlan, make_encoder_plan
@@ -35,6 +37,7 @@ class Plan:
         own: layers whose stage is shown queries and keys of the layer itself, ahead of its run.
         states: stages that are shown what entered a layer, by that layer.
         inputs: stages that are shown what enters the first.
+        ahead: the layer that a first pass goes to, by the number of the stage that asks for it.
         cache: the stage at the cache, with its number.
     """
 
@@ -49,6 +52,7 @@ class Plan:
     own: set[int] = field(default_factory=set)
     states: dict[int, list[Stage]] = field(default_factory=dict)
     inputs: list[Stage] = field(default_factory=list)
+    ahead: dict[int, int] = field(default_factory=dict)
     cache: tuple[int, CacheStage] | None = None
 
     @property
@@ -70,7 +74,7 @@ class Plan:
     @property
     def watched(self) -> list[int]:
         """Decoder layers whose attention is looked at."""
-        return sorted({*self.previous, *self.own})
+        return sorted({*self.previous, *self.own, *self.ahead.values()})
 
     @property
     def encoder_signals(self) -> list[EncoderSignal]:
@@ -239,14 +243,22 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
     if stage.site.kind == "pixels":
         _place_first(plan, method, number, stage)
         return
+    ahead = [s for s in decoder if isinstance(s, AheadSignal)]
     if stage.site.kind == "projector":
+        decoder = [s for s in decoder if s not in ahead]
         if decoder:
             raise ConfigError(
                 f"{method.name}: {decoder[0]} is not there yet at the projector: no layer of the "
                 f"decoder has run."
             )
         plan.projector_stages.append((number, stage))
+        _look_ahead(plan, method, spec, number, ahead)
         return
+    if ahead:
+        raise ConfigError(
+            f"{method.name} asks at {stage.site} for {ahead[0]}, for which a first pass is made "
+            f"before the decoder runs. Let the stage stand at Site.projector()."
+        )
     if isinstance(stage, CacheStage):
         if plan.cache is not None:
             raise ConfigError(
@@ -285,6 +297,20 @@ def _place_first(plan: Plan, method: PruningMethod, number: int, stage: Stage) -
             f"of them out."
         )
     plan.pixels = (number, stage), method
+
+
+def _look_ahead(
+    plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, signals: list[AheadSignal]
+) -> None:
+    """Note how far a first pass goes for a stage."""
+    layers = {Site.decoder(signal.at).resolve(spec.num_layers) for signal in signals}
+    if len(layers) > 1:
+        raise ConfigError(
+            f"{method.name} asks for layers {sorted(layers)} of a first pass, which ends at one."
+        )
+    for layer in layers:
+        _check_attends(method, spec, signals[0], layer, own=True)
+        plan.ahead[number] = layer
 
 
 def _watch(

@@ -15,7 +15,7 @@ from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
-from visprune.cost.cost import Causal, Cost, ModelShape, packed_macs, sample_cost
+from visprune.cost.cost import Causal, Cost, ModelShape, packed_macs, prefill_macs, sample_cost
 from visprune.errors import ConfigError
 from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.plan import EncoderPlan
@@ -107,6 +107,9 @@ def sample_costs(
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
         spent = trace.selection_per_row[row] if row < len(trace.selection_per_row) else 0
         sequence, cached = trace.sequence_per_layer[row], trace.cached_per_layer[row]
+        for layers, tokens in trace.ahead:
+            first = [tokens[row]] * layers + [0] * (len(sequence) - layers)
+            spent += prefill_macs(shape.decoder, first, causal=causal, cached=cached)
         stored = trace.stored_per_layer[row]
         if not padded:
             alone = [new + old for new, old in zip(sequence, cached, strict=True)]

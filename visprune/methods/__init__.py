@@ -48,6 +48,7 @@ TABLE = {
     "pact": "visprune.methods.pact:PACT",
     "vitcop": "visprune.methods.vitcop:ViTCoP",
     "dynamic_llava": "visprune.methods.dynamic_llava:DynamicLLaVA",
+    "gemfilter": "visprune.methods.gemfilter:GemFilter",
     # At the cache.
     "snapkv": "visprune.methods.snapkv:SnapKV",
     "pyramidkv": "visprune.methods.pyramidkv:PyramidKV",
@@ -71,6 +72,7 @@ TABLE = {
     "think": "visprune.methods.think:ThinK",
     "actqkv": "visprune.methods.actqkv:ActQKV",
     "tokenselect": "visprune.methods.tokenselect:TokenSelect",
+    "learned": "visprune.methods.learned:Learned",
 }
 
 # Methods whose number of tokens is not what a layer sees, read without importing them; a test
@@ -84,6 +86,7 @@ LABELS = {
     "dart": "num_keep=64 is 96.0; the official code keeps 132 where it is told 128",
     "vitcop": "num_keep=64 is 178.1",
     "dynamic_llava": "num_keep=64 is 96.0",
+    "gemfilter": "num_keep=64 is 64.0, and a first pass of 13 layers sees all 576",
     "sparsevlm": "settings 192, 128, 96 and 64 are 206.5, 145.4, 114.1 and 82.2 "
     "(version 2: 206.8, 144.1, 113.9 and 81.8)",
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visprune.core import ModelSpec
 from visprune.core.cache import CacheMethod, CacheSeen, Eviction, Scope, Score
+from visprune.core.cache.seen import turned
 from visprune.errors import UnsupportedModel
 
 
@@ -106,9 +107,3 @@ class ExpectedAttention(CacheMethod):
             )
         score = Expected(self.future, self.sinks, self.covariance, self.values)
         return Eviction(score, self.amount, scope=Scope(self.scope))
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding of ``[..., d]``, half against half."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin

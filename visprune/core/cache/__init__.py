@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a method at the cache is written with: its four parts, and the base that holds them."""
 
-from visprune.core.cache.actions import Compensate, MergeNearest, MergeNeighbours
+from visprune.core.cache.actions import CloseUp, Compensate, MergeNearest, MergeNeighbours
 from visprune.core.cache.budgets import Gated, JointHeads, Listed, Pyramid
 from visprune.core.cache.method import CacheMethod, CacheStage, Recurring
 from visprune.core.cache.parts import (
@@ -21,6 +21,7 @@ from visprune.core.cache.scores import (
     ColumnSums,
     KeyNorm,
     LastRow,
+    LearnedScore,
     ProbeSums,
     Recency,
     WindowAttention,
@@ -38,6 +39,7 @@ __all__ = [
     "CacheSeen",
     "CacheStage",
     "CacheTrace",
+    "CloseUp",
     "ColumnSums",
     "Compensate",
     "Counted",
@@ -49,6 +51,7 @@ __all__ = [
     "JointHeads",
     "KeyNorm",
     "LastRow",
+    "LearnedScore",
     "Listed",
     "Looked",
     "MergeNearest",

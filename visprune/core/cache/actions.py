@@ -4,13 +4,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from visprune.core.cache.parts import Action, HeadSlots, Looked
+from visprune.core.cache.seen import CacheSeen, turned
+from visprune.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class CloseUp(Action):
+    """Slots that stay move up over those that leave: their keys are turned on to their new places.
+
+    So a cache that is cut again and again never leaves the positions that a model was trained for.
+    It is the same as storing keys before their rotary embedding and giving each the place that it
+    has in the cache. Heads have to keep the same number of slots.
+    """
+
+    closes: ClassVar[bool] = True
+
+    def read(self, seen: CacheSeen) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """What turns keys."""
+        if seen.turn is None:
+            raise UnsupportedModel(
+                "Slots that stay take new places, for which keys are turned on: that is known of "
+                "decoders that turn whole heads, half against half, along a line. Use "
+                "positions='original', which leaves keys as they are."
+            )
+        return seen.turn
+
+    def apply(
+        self, key: Tensor, value: Tensor, kept: list[Tensor], looked: Looked
+    ) -> list[HeadSlots]:
+        """Turn each key by the places that it moves."""
+        found = super().apply(key, value, kept, looked)
+        for slots in found:
+            moves = torch.arange(len(slots.index), device=slots.index.device) - slots.index
+            cos, sin = looked.action(moves)
+            scaling = (cos.square() + sin.square()).sqrt()  # some families scale the embedding
+            slots.key = (turned(slots.key.float(), cos, sin) / scaling).to(key.dtype)
+        return found
 
 
 @dataclass(frozen=True)

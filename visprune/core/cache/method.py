@@ -43,6 +43,7 @@ class CacheMethod(PruningMethod):
     """
 
     decides: ClassVar[bool] = False  # the method knows itself how much stays
+    closes_up: ClassVar[bool] = False  # positions of what stays can close up over what left
 
     num_keep: int | None = None
     keep_ratio: float | None = None
@@ -59,7 +60,7 @@ class CacheMethod(PruningMethod):
                 f"scope is 'visual' or 'prompt', got {self.scope!r}."
                 + did_you_mean(str(self.scope), ("visual", "prompt"))
             )
-        if self.positions == "compact":
+        if self.positions == "compact" and not self.closes_up:
             raise ConfigError(
                 f"{self.name} takes no positions='compact': keys that are stored keep their phase. "
                 f"Use positions='original'."

@@ -233,7 +233,14 @@ class HeadSlots:
 
 @dataclass(frozen=True)
 class Action:
-    """What becomes of the slots that are not kept. This one: they are dropped."""
+    """What becomes of the slots that are not kept. This one: they are dropped.
+
+    Attributes:
+        closes: whether slots that stay take the places that they have in the cache, where the
+            positions of a run close up (``"compact"``).
+    """
+
+    closes: ClassVar[bool] = False
 
     @property
     def exact(self) -> bool:

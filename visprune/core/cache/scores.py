@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visprune.core.cache.parts import Score
 from visprune.core.cache.seen import CacheSeen, Group
+from visprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,23 @@ class LastRow(Score):
     def read(self, seen: CacheSeen) -> Tensor:
         """One row."""
         return seen.rows(seen.queries[-1:])[:, 0].mean(0, keepdim=True)
+
+
+@dataclass(frozen=True)
+class LearnedScore(Score):
+    """What the method's own module of a layer says of its keys and values."""
+
+    def read(self, seen: CacheSeen) -> Tensor:
+        """``[Hk, L]``."""
+        if seen.learned is None:
+            raise ConfigError(
+                f"There is no module to score the slots of decoder layer {seen.layer} with; "
+                f"build_learned of the method makes a ModuleList with one for each layer."
+            )
+        weights = sum(p.numel() for p in seen.learned.parameters())
+        seen.spent += seen.length * weights
+        scored: Tensor = seen.learned(seen.key, seen.value)
+        return scored.float()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visprune import ops
 
@@ -37,6 +37,7 @@ class CacheSeen:
         carried: the score of slots so far, of each key head, ``[Hk, L]``; 0 for new ones.
         layer: 0-based.
         num_layers: of the decoder.
+        learned: the method's own module of this layer, if it has one.
         spent: multiply-adds of what was read.
     """
 
@@ -55,6 +56,7 @@ class CacheSeen:
     carried: Tensor | None = None
     layer: int = 0
     num_layers: int = 1
+    learned: nn.Module | None = None
     spent: int = 0
     _memo: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
@@ -124,3 +126,9 @@ class CacheSeen:
         if how == "max":
             return parts.amax(1)
         return parts.sum(1) if how == "sum" else parts.mean(1)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding of ``[..., d]``, half against half."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin

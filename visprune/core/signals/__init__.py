@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from visprune.core.signals.ahead import AheadSignal, LastQueryLogits
 from visprune.core.signals.base import (
     DecoderSeen,
     DecoderSignal,
@@ -38,6 +39,7 @@ from visprune.core.signals.sample import RotaryTables, SampleKeysValues, Slots, 
 from visprune.core.signals.text import TextIds, TextStates
 
 __all__ = [
+    "AheadSignal",
     "AttentionRows",
     "ClsAttention",
     "DecoderReceivedAttention",
@@ -55,6 +57,7 @@ __all__ = [
     "HiddenStates",
     "KeysValues",
     "LastQueryAttention",
+    "LastQueryLogits",
     "PatchPositions",
     "PictureSignal",
     "QueriesKeys",

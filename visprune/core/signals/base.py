@@ -22,6 +22,7 @@ from visprune.core.tokens import VisualTokens
 
 EncoderLayer = int | float | Literal["last", "feature", "own"]
 DecoderLayer = Literal["previous", "own"]
+DecoderUse = Literal["attention", "states", "sequence", "input", "ahead"]
 
 
 class Capabilities(Protocol):
@@ -237,13 +238,14 @@ class DecoderSignal(Signal):
             ``"own"``: that layer, ahead of its run, from its own projections.
         uses: ``"attention"``: queries, keys and values of that layer; ``"states"``: what entered
             that layer; ``"sequence"``: what the stage itself is given (its layer does not matter,
-            and it is there at the projector too); ``"input"``: what enters the first layer.
+            and it is there at the projector too); ``"input"``: what enters the first layer;
+            ``"ahead"``: of a first pass (:class:`visprune.core.signals.AheadSignal`).
         token_dim: the axis of the result that counts slots, from the end; ``None``: it belongs to
             the sample as a whole.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("decoder",)
-    uses: ClassVar[Literal["attention", "states", "sequence", "input"]] = "attention"
+    uses: ClassVar[DecoderUse] = "attention"
     token_dim: ClassVar[int | None] = -1
 
     layer: DecoderLayer = "previous"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,8 @@ class CacheEviction:
         chained: whether other methods act before it; a share is then one of what these leave.
         observers: whom the time of it is counted for.
         current: the forward that is under way in this thread.
+        compact: whether positions close up.
+        learned: modules that the method brings, one for each decoder layer.
     """
 
     def __init__(
@@ -87,9 +89,14 @@ class CacheEviction:
         chained: bool,
         observers: Sequence[Observer],
         current: Callable[[], Forward | None],
+        compact: bool = False,
+        learned: Any = None,
     ) -> None:
+        self._learned = learned
         self._adapter, self._name, self._observers = adapter, name, observers
         self._eviction, self._current, self._chained = stage.eviction, current, chained
+        if stage.eviction.action.closes and not compact:
+            self._eviction = replace(stage.eviction, action=Drop())
         self._layers = [n for n in range(len(adapter.layers)) if evictable(adapter, n)]
         if not self._layers:
             raise UnsupportedModel(
@@ -97,7 +104,8 @@ class CacheEviction:
                 f"{adapter.config.model_type} has none: each sees a window or keeps a state."
             )
 
-        heads = isinstance(stage.eviction.budget, Gated) or type(stage.eviction.action) is not Drop
+        eviction = self._eviction
+        heads = isinstance(eviction.budget, Gated) or type(eviction.action) is not Drop
         if heads and any(stores_latents(adapter, n) for n in self._layers):
             raise UnsupportedModel(
                 f"{adapter.config.model_type} stores one latent for all heads, from which their "
@@ -201,8 +209,9 @@ class CacheEviction:
         eviction, entry = self._eviction, watched(fwd, layer)
         if entry is not None and eviction.score.running:
             seen.carried = received_of(entry, row, places)
-        if eviction.score.turns:
+        if eviction.score.turns or eviction.action.closes:
             _show_rotation(seen, fwd, layer, attended, row, places[places >= stored] - stored)
+        seen.learned = None if self._learned is None else self._learned[layer]
         seen.text_observes = eviction.scope.kind == "visual"
         seen.free = eviction.scope.free(seen.free, seen.prompt)
         if self._chained:
@@ -285,7 +294,8 @@ class CacheEviction:
                 found.append(RowSlots.whole(key, value, sample.places))
                 continue
             heads = action.apply(key, value, kept[number, row], sample.looked)
-            found.append(RowSlots(heads, sample.places, _tail(sample.looked)))
+            closed = len(sample.places) - len(heads[0].index) if action.closes else 0
+            found.append(RowSlots(heads, sample.places, _tail(sample.looked), closed))
         return found
 
 
@@ -354,9 +364,10 @@ def _show_rotation(
     seen: CacheSeen, fwd: Forward, layer: int, attended: Attended, row: int, new: Tensor
 ) -> None:
     """Positions of the new slots and what turns them, if they are a line and heads turn whole."""
-    adapter, query = fwd.adapter, attended.query
-    if adapter.multi_axis_rope or not turns_halves(adapter.attention(layer), query.shape[-1]):
+    adapter, width = fwd.adapter, attended.query.shape[-1]
+    if adapter.multi_axis_rope or not turns_halves(adapter.attention(layer), width):
         return
+    query = attended.query[:1, :1, :1].clone()  # of which device and dtype; it is kept for long
     positions = fwd.table_positions(fwd.table, layer)
 
     def turn(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,13 @@ class RowSlots:
         heads: of each head.
         places: the slots of the layer's cache that they chose from, ``[L]``.
         tail: slots at the end that all heads have, in one order.
+        closed: places that positions have closed up over.
     """
 
     heads: list[HeadSlots]
     places: Tensor
     tail: int
+    closed: int = 0
 
     @classmethod
     def whole(cls, key: Tensor, value: Tensor, places: Tensor) -> RowSlots:
@@ -92,7 +94,7 @@ def _even(
         keys[number, :, span] = torch.stack([head.key for head in row.heads])
         values[number, :, span] = torch.stack([head.value for head in row.heads])
     tails = tuple(row.tail for row in rows)
-    key = ("even", counts, tails, id(entry.ledger))
+    key = ("even", counts, tails, tuple(row.closed for row in rows), id(entry.ledger))
     if key not in shared:
         shared[key] = _ledger(entry.ledger, rows, fwd, counts, width, left)
     return SlotLayer(keys, values, shared[key])
@@ -163,7 +165,8 @@ def _ledger(
     if old.evicted is not None:
         there = torch.cat([old.evicted, there[:, old.evicted.shape[1] :]], dim=1)
     padded = min(counts) < width
-    return Ledger(old.owner, old.seen, index, valid, padded, old.shift, there)
+    closed = torch.tensor([row.closed for row in rows], device=old.shift.device)
+    return Ledger(old.owner, old.seen, index, valid, padded, old.shift + closed, there)
 
 
 # What is noted ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,19 @@ class Forward(Call):
         self.looks: Any = None  # what an eviction has seen so far
         self.stored: tuple[int, Tensor] | None = None
         self.ids: Tensor | None = None  # of the input, where the core was given them
+        self.ahead = False  # a pass that is made to look ahead: no stage runs in it
+
+    def first_pass(self) -> Forward:
+        """The call as it is now, to run its first layers before the call itself does.
+
+        It reads a copy of the cache, which is thrown away, and notes nothing.
+        """
+        first = copy.copy(self)
+        first._memo, first.trace, first.entered = {}, Trace(positions=self.trace.positions), {}
+        first.ahead = True
+        first.cache = copy.deepcopy(self.cache) if self.seen else None
+        first.start_layers()
+        return first
 
     # What a layer is given -------------------------------------------------------------------
 
@@ -106,6 +120,23 @@ class Forward(Call):
             return table.valid if self.images and self.cache is None else None
         unseen = self.seen + table.num_slots - valid.shape[1]
         return torch.nn.functional.pad(valid, (unseen, 0), value=False)
+
+    def arguments(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the decoder is called with for the sequence as it is now.
+
+        Args:
+            hidden: the embedded sequence, ``[B, P, D]``.
+            kwargs: what the call was given.
+        """
+        mask: Any = None if self.masks is not None else self.model_mask()
+        if self.masks is not None and self.adapter.takes_masks:
+            mask = dict.fromkeys(self.masks)  # layers get theirs one by one
+        new = dict(kwargs, inputs_embeds=hidden, attention_mask=mask)
+        by_token = {name: kwargs.get(name) for name in self.adapter.by_token}
+        new.update(self.by_token(by_token, self.table.index))
+        if self.images or (self.compact and self.ledger(0) is not None):
+            new["position_ids"] = self.table_positions(self.table, 0)
+        return new
 
     def layer_mask(self, layer: int, hidden: Tensor) -> Any:
         """The mask of a layer whose slots differ from the first layer's."""

@@ -119,6 +119,8 @@ class DecoderHooks:
                 plan.acts[number].member is not None,
                 observers,
                 self._under_way,
+                plan.positions == "compact",
+                self.learned.of(plan.acts[number]),
             )
 
     def _thinning(self, plan: Plan) -> tuple[int, PruningMethod] | None:
@@ -171,7 +173,7 @@ class DecoderHooks:
         add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
         add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
         everywhere = adapter.adds_later or adapter.windowed or bool(adapter.recurrent)
-        if self._in_layers or self._flash or everywhere:
+        if self._in_layers or self._flash or everywhere or self.plan.ahead:
             for number, layer in enumerate(adapter.layers):
                 hook = partial(self._layer, number)
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -215,7 +217,8 @@ class DecoderHooks:
         self.gate.leave()
 
     def _under_way(self) -> Forward | None:
-        return self._current.forward
+        fwd = self._current.forward
+        return None if fwd is None or fwd.ahead else fwd
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -319,6 +322,8 @@ class DecoderHooks:
                 hidden = step(hidden)
                 fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             for number, stage in self.plan.projector_stages:
+                if number in self.plan.ahead:
+                    self._look_ahead(number, stage, fwd, hidden, kwargs)
                 step, hidden = self._run(stage, number, fwd, hidden, self._shown(fwd, hidden))
                 fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
             fwd.start_layers()
@@ -326,19 +331,30 @@ class DecoderHooks:
             if not in_layers:
                 for number in range(len(self.adapter.layers)):
                     fwd.enter(number, [], {})
-        mask: Any = None if fwd.masks is not None else fwd.model_mask()
-        if fwd.masks is not None and self.adapter.takes_masks:
-            mask = dict.fromkeys(fwd.masks)  # layers get theirs one by one
-        new = dict(kwargs, inputs_embeds=hidden, attention_mask=mask)
-        new.update(fwd.by_token({n: kwargs.get(n) for n in self.adapter.by_token}, fwd.table.index))
-        ledger = fwd.ledger(0)
-        if fwd.images or (fwd.compact and ledger is not None):
-            new["position_ids"] = fwd.table_positions(fwd.table, 0)
+        new = fwd.arguments(hidden, kwargs)
         if in_layers:
             new[_FORWARD] = fwd
         if fwd.images and fwd.pad_side == "right" and "logits_to_keep" in new:
             new["logits_to_keep"] = 0  # the last slots of the rows are not their last tokens
         return args, new
+
+    def _look_ahead(
+        self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Run the decoder as far as a stage before it wants to look."""
+        first = fwd.first_pass()
+        given = first.arguments(hidden, kwargs)
+        given.update({CACHE_ARGUMENT: first.cache, _FORWARD: first})
+        if first.cache is None:
+            given["use_cache"] = False
+        # Not through the module itself, whose hooks are at work on the call.
+        run = partial(self.adapter.language_model.forward, **given)
+        self._current.forward = first
+        try:
+            with timed(fwd, self.observers):
+                self._reader.ahead(self.plan.ahead[number], stage, fwd, first, run)
+        finally:
+            self._current.forward = fwd
 
     @torch.compiler.disable
     def _layer(
@@ -370,7 +386,7 @@ class DecoderHooks:
         """Run the stages of a layer, and settle what it is given; returns its hidden states."""
         given = kwargs.get("position_embeddings")
         steps: list[Step] = []
-        if fwd.images:
+        if fwd.images and not fwd.ahead:
             for order, stage in self.plan.decoder_stages.get(number, ()):
                 self._reader.before(number, stage, layer, fwd, hidden, kwargs)
                 step, hidden = self._run(stage, order, fwd, hidden, self.adapter.shown(hidden))

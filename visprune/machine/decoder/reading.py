@@ -72,6 +72,34 @@ class LayerReader:
             with timed(fwd, self._observers):
                 self._read_own(number, stage, layer, fwd, hidden, kwargs)
 
+    def ahead(
+        self, number: int, stage: Stage, fwd: Forward, first: Forward, run: Callable[[], Any]
+    ) -> None:
+        """Read what a stage before the decoder asks of one of its layers, in a first pass.
+
+        Args:
+            number: the layer.
+            stage: whose signals.
+            fwd: the call.
+            first: its first pass.
+            run: runs that; it ends at the layer.
+        """
+
+        def record(attended: Attended) -> None:
+            seen = seen_by(first, attended.query[:, 0], number)
+            _show(seen, attended, attended.key.shape[2] - first.table.num_slots)
+            read_layer([stage], fwd, seen, "ahead")
+
+        self._ahead.own = (number, record)
+        try:
+            with torch.no_grad():
+                capture(run)
+        finally:
+            self._ahead.own = None
+        tokens = fwd.table.valid.sum(1).tolist()
+        fwd.trace.ahead.append((number, tokens))
+        self._spend_projections(number, fwd, tokens)
+
     def states(self, number: int, fwd: Forward, hidden: Tensor) -> None:
         """Read what later stages ask of the states that a layer works on."""
         if number in self._plan.states:
@@ -144,9 +172,13 @@ class LayerReader:
                     )
             finally:
                 self._ahead.own = None
-            each = self._adapter.qk_macs(number)
-            for row, tokens in enumerate(fwd.table.valid.sum(1).tolist()):
-                fwd.trace.spend(row, tokens * each)
+            self._spend_projections(number, fwd, fwd.table.valid.sum(1).tolist())
+
+    def _spend_projections(self, number: int, fwd: Forward, tokens: list[int]) -> None:
+        """Count queries, keys and values that a layer computed to be looked at."""
+        each = self._adapter.qk_macs(number)
+        for row, count in enumerate(tokens):
+            fwd.trace.spend(row, count * each)
 
     def _record_own(
         self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, attended: Attended
