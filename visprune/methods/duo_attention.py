@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from visprune.core import ModelSpec
 from visprune.core.cache import CacheMethod, Eviction, Gated, Recency, Scope
+from visprune.core.cache.gates import Gates, as_gates, check_layers
 from visprune.errors import ConfigError
 
 
@@ -21,10 +22,12 @@ class DuoAttention(CacheMethod):
 
     The paper trains the gates (``alpha``) of every key head, and offers them for a few language
     models; ``gates`` takes them. Without, they are measured on the prompt itself: the part of its
-    last queries' attention that falls on what a streaming head would drop.
+    last queries' attention that falls on what a streaming head would drop. ``visprune calibrate
+    heads MODEL --pictures FOLDER`` takes the mean of that over many pictures.
 
     Args:
-        gates: of every layer, of every key head.
+        gates: of every layer, of every key head; or the file that ``visprune calibrate heads``
+            wrote.
         sparsity: share of the heads that stream.
         sinks: first slots that a streaming head keeps.
         window: queries that gates are measured with.
@@ -32,7 +35,7 @@ class DuoAttention(CacheMethod):
 
     name: ClassVar[str] = "duo_attention"
 
-    gates: tuple[tuple[float, ...], ...] | None = None
+    gates: Gates | str | None = None
     sparsity: float = 0.5
     sinks: int = 4
     window: int = 32
@@ -40,16 +43,13 @@ class DuoAttention(CacheMethod):
     def __post_init__(self) -> None:
         """Check the share of heads."""
         super().__post_init__()
+        object.__setattr__(self, "gates", as_gates(self.name, self.gates))
         if not 0.0 <= self.sparsity <= 1.0:
             raise ConfigError(f"sparsity is a share of the heads, in [0, 1]; got {self.sparsity}.")
 
     def eviction(self, spec: ModelSpec) -> Eviction:
         """Places, by gates, drop."""
-        gates = None if self.gates is None else tuple(tuple(x) for x in self.gates)
-        if gates is not None and len(gates) != spec.num_layers:
-            raise ConfigError(
-                f"duo_attention: gates has {len(gates)} layers; {spec.family} has "
-                f"{spec.num_layers}. Give one row each."
-            )
+        gates = as_gates(self.name, self.gates)
+        check_layers(self.name, gates, spec)
         budget = Gated(self.sparsity, gates, self.window)
         return Eviction(Recency(self.sinks), self.amount, budget, scope=Scope(self.scope))

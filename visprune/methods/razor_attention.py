@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from visprune.core import ModelSpec
 from visprune.core.cache import CacheMethod, Compensate, Eviction, Gated, Recency, Scope
+from visprune.core.cache.gates import Gates, as_gates, check_layers
 from visprune.errors import ConfigError
 
 
@@ -26,7 +27,8 @@ class RazorAttention(CacheMethod):
     measured on the prompt itself as in ``duo_attention``.
 
     Args:
-        gates: of every layer, of every key head; large ones retrieve.
+        gates: of every layer, of every key head; large ones retrieve. Or the file that ``visprune
+            calibrate heads`` wrote.
         sparsity: share of the heads that do not.
         sinks: first slots that such a head keeps.
         window: queries that gates are measured with.
@@ -34,7 +36,7 @@ class RazorAttention(CacheMethod):
 
     name: ClassVar[str] = "razor_attention"
 
-    gates: tuple[tuple[float, ...], ...] | None = None
+    gates: Gates | str | None = None
     sparsity: float = 0.85
     sinks: int = 4
     window: int = 32
@@ -42,17 +44,14 @@ class RazorAttention(CacheMethod):
     def __post_init__(self) -> None:
         """Check the share of heads."""
         super().__post_init__()
+        object.__setattr__(self, "gates", as_gates(self.name, self.gates))
         if not 0.0 <= self.sparsity <= 1.0:
             raise ConfigError(f"sparsity is a share of the heads, in [0, 1]; got {self.sparsity}.")
 
     def eviction(self, spec: ModelSpec) -> Eviction:
         """Places, by gates, one mean."""
-        gates = None if self.gates is None else tuple(tuple(x) for x in self.gates)
-        if gates is not None and len(gates) != spec.num_layers:
-            raise ConfigError(
-                f"razor_attention: gates has {len(gates)} layers; {spec.family} has "
-                f"{spec.num_layers}. Give one row each."
-            )
+        gates = as_gates(self.name, self.gates)
+        check_layers(self.name, gates, spec)
         budget = Gated(self.sparsity, gates, self.window)
         scope = Scope(self.scope)
         return Eviction(Recency(self.sinks), self.amount, budget, Compensate(), scope)

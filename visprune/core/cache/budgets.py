@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visprune.core.cache.parts import CacheBudget, Looked
 from visprune.core.cache.seen import CacheSeen
+from visprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,14 @@ class Gated(CacheBudget):
     def read(self, seen: CacheSeen) -> Tensor:
         """The gates of a layer, or what its last queries give to each slot that may leave."""
         if self.gates is not None:
-            return torch.tensor(self.gates[seen.layer], device=seen.key.device)
+            given, heads = self.gates[seen.layer], seen.key.shape[0]
+            if len(given) != heads:
+                raise ConfigError(
+                    f"gates has {len(given)} numbers for decoder layer {seen.layer}, which has "
+                    f"{heads} key heads. Give one each, or measure them on this model: `visprune "
+                    f"calibrate heads`."
+                )
+            return torch.tensor(given, device=seen.key.device)
         rows = seen.grouped(seen.rows(seen.window(self.window)).mean(1))
         return rows.masked_fill(~seen.free, 0.0)
 
@@ -128,13 +136,14 @@ class Gated(CacheBudget):
 
     def share(self, layers: Sequence[Looked]) -> list[Tensor]:
         """All, or the amount."""
-        gates = torch.stack([self._gate(looked) for looked in layers]).float()
+        gates = torch.stack([self.gate(looked) for looked in layers]).float()
         return [
             torch.where(full, looked.num_free, looked.keep).long()
             for full, looked in zip(self.full(gates), layers, strict=True)
         ]
 
-    def _gate(self, looked: Looked) -> Tensor:
+    def gate(self, looked: Looked) -> Tensor:
+        """Gates of a layer, ``[Hk]``: as given, or the attention to what a stream would drop."""
         given: Tensor = looked.budget
         if self.gates is not None:
             return given
