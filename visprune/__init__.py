@@ -18,6 +18,7 @@ _LAZY = {
     "list_methods": "visprune.catalog",
     "list_models": "visprune.machine.listing",
     "check": "visprune.eval.check.run",
+    "cache_to": "visprune.backbones.hf.move",
     "encode_images": "visprune.machine.sharing",
     "evaluate": "visprune.eval.evaluate",
     "load_pretrained": "visprune.machine.saved",
