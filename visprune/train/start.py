@@ -15,7 +15,7 @@ __all__ = ["TASKS", "train"]
 
 TASKS = (
     *("embedded", "image_classification", "image_budgets", "image_probe"),
-    *("vlm_lora", "vlm_finetune"),
+    *("vlm_lora", "vlm_finetune", "cache_scorer"),
 )
 
 
@@ -31,7 +31,8 @@ def train(
     (:mod:`visprune.train.image`), ``image_budgets`` (nothing: it compares trained models,
     :mod:`visprune.train.image.budgets`), ``image_probe`` (heads on frozen encoders,
     :mod:`visprune.train.image.probe`), ``vlm_lora`` or ``vlm_finetune``
-    (:mod:`visprune.train.vlm`), or without it the embedded model
+    (:mod:`visprune.train.vlm`), ``cache_scorer`` (networks that score slots of a cache,
+    :mod:`visprune.train.vlm.scorer`), or without it the embedded model
     (:mod:`visprune.train.embedded.runner`).
 
     Args:
@@ -69,6 +70,10 @@ def train(
         from visprune.train.vlm import train as tune
 
         return tune(with_overrides(raw, overrides or {}), out, resume, str(config_path))
+    if task == "cache_scorer":
+        from visprune.train.vlm.scorer import train as train_scorer
+
+        return train_scorer(with_overrides(raw, overrides or {}), out, resume, str(config_path))
     raise ConfigError(
         f"{config_path}: task is {task!r}.{did_you_mean(str(task), TASKS)} "
         f"Allowed: {', '.join(TASKS)}."

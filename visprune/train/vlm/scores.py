@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from visprune.core.method import PruningMethod
 from visprune.eval.metrics.beside import floors
@@ -12,9 +12,16 @@ from visprune.eval.models.base import Request
 from visprune.eval.models.vlm import VLM
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 from visprune.eval.tasks.base import get_task
-from visprune.train.vlm.recipe import VLMRecipe
+from visprune.train.vlm.recipe import TaskSection, VLMRecipe
 
 __all__ = ["score", "summary"]
+
+
+class Tested(Protocol):
+    """What is read of a recipe: questions to learn from and to score."""
+
+    train: TaskSection
+    test: TaskSection
 
 
 def score(vlm: VLM, choice: PruningMethod | str, recipe: VLMRecipe) -> list[float]:
@@ -41,7 +48,7 @@ def score(vlm: VLM, choice: PruningMethod | str, recipe: VLMRecipe) -> list[floa
     return scores
 
 
-def summary(scores: dict[str, list[float]], recipe: VLMRecipe) -> dict[str, Any]:
+def summary(scores: dict[str, list[float]], recipe: Tested) -> dict[str, Any]:
     """Means, floors, what training changed, and the share of the loss that came back.
 
     Args:
