@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`visprune bench decode`: time per generated token, pruned against dense.
 
-Also against the ideal: the untouched model, generating after the short sequence from the start.
+Also against the ideal: the untouched model, generating after the short sequence from the start, or
+of a method at the cache, over a plain cache of as many slots.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from visprune.catalog import get_method
+from visprune.catalog import get_method, list_methods, methods
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, VispruneError
 from visprune.eval.environment import set_threads
+from visprune.eval.speed import decode_cache
 from visprune.eval.speed.bench_prefill import METHODS, agree, attached, parser, publish
 from visprune.eval.speed.ideal import build, ideal_of, prompt
 from visprune.eval.speed.latency import Case, Timings, interleaved
+from visprune.machine.plan import acts_on_cache
 from visprune.machine.run import prune
 
 __all__ = ["main", "measure"]
@@ -38,15 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_threads(options.threads)
         shape = "quick" if options.quick else options.shape
         model = build(shape, device=options.device, dtype=getattr(torch, options.dtype))
-        rows = measure(
-            model,
-            shape,
-            options.methods,
-            [48] if options.quick else options.budgets,
-            new_tokens=12 if options.quick else options.new_tokens,
-            rounds=2 if options.quick else options.rounds,
-            batch=options.batch,
-        )
+        sizes = {
+            "new_tokens": 12 if options.quick else options.new_tokens,
+            "rounds": 2 if options.quick else options.rounds,
+            "batch": options.batch,
+        }
+        budgets = [48] if options.quick else options.budgets
+        cached = [name for name in options.methods if name not in METHODS]
+        before_it = [name for name in options.methods if name in METHODS]
+        rows = measure(model, shape, before_it, budgets, **sizes) if before_it else []
+        rows += decode_cache.measure(model, shape, cached, budgets, **sizes) if cached else []
         _report(rows, options, shape)
     finally:
         torch.set_num_threads(before)
@@ -55,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     made = parser("decode")
     made.set_defaults(budgets=[64], methods=["todre stage 1"], rounds=3)
+    cached = [name for name in list_methods() if acts_on_cache(methods.get(name))]
+    for action in made._actions:
+        if action.dest == "methods":
+            action.choices = [*METHODS, *cached]
+            action.help = f"some of: {', '.join(METHODS)}; or at the cache: {', '.join(cached)}"
     made.add_argument("--new-tokens", type=int, default=512, help="tokens to generate")
     return made
 

@@ -91,7 +91,7 @@ def parser(name: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(f"visprune bench {name}", description=__doc__.split("\n")[0])
     add = made.add_argument
     add("--shape", choices=[s for s in SHAPES if s != "quick"], default="small",
-        help="7b: LLaVA-1.5-7B's sizes")  # fmt: skip
+        help="7b: LLaVA-1.5-7B's sizes; grouped: 2,916 visual tokens, 8 key heads")  # fmt: skip
     add("--budgets", type=int, nargs="+", default=[192, 128, 64], help="visual tokens kept")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help=f"some of: {', '.join(METHODS)}")  # fmt: skip

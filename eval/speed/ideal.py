@@ -41,6 +41,7 @@ class Shape:
         vocabulary: tokens.
         text_tokens: text tokens of the prompt, before and after the picture.
         fastv_layer: where FastV drops.
+        key_heads: of the decoder, where queries share them.
     """
 
     image: int
@@ -50,6 +51,7 @@ class Shape:
     vocabulary: int
     text_tokens: int = 40
     fastv_layer: int = 2
+    key_heads: int | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -60,6 +62,7 @@ class Shape:
 SHAPES = {
     "small": Shape(336, 14, (256, 6, 4, 1024), (1024, 12, 16, 2752), 32000),
     "wide": Shape(756, 14, (256, 6, 4, 1024), (1024, 12, 16, 2752), 32000),
+    "grouped": Shape(756, 14, (256, 2, 4, 1024), (2048, 8, 32, 8192), 32000, key_heads=8),
     "7b": Shape(336, 14, (1024, 24, 16, 4096), (4096, 32, 32, 11008), 32064),
     "quick": Shape(96, 8, (32, 3, 2, 64), (64, 8, 4, 128), 200),
 }
@@ -87,6 +90,7 @@ def build(
     text = LlamaConfig(
         **dict(zip(names, sizes.text, strict=True)), vocab_size=sizes.vocabulary,
         max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=sizes.key_heads,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=_IMAGE, vision_feature_layer=-2,
