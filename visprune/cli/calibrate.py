@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -44,3 +45,41 @@ def vtw(
     typer.echo(found)
     if found.layer is None:
         raise typer.Exit(1)
+
+
+@calibrate.command()
+def heads(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a model, its name on the Hub, or embedded.")
+    ],
+    pictures: Annotated[Path, typer.Option(help="Folder of picture files, at any depth.")],
+    out: Annotated[Path, typer.Option(help="File to write, for duo_attention's gates=.")] = Path(
+        "gates.json"
+    ),
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Asked of the pictures in turn; repeat it.", show_default="what is in it"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Pictures to read.", show_default="all")
+    ] = None,
+    keep_ratio: Annotated[
+        float, typer.Option(help="Visual tokens that a streaming head would keep, a share.")
+    ] = 0.1,
+    sinks: Annotated[int, typer.Option(min=0, help="First ones among them.")] = 4,
+    window: Annotated[int, typer.Option(min=1, help="Last queries that are looked at.")] = 32,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+) -> None:
+    """Measure which key heads look past sinks and recent tokens: gates for duo_attention."""
+    from visprune.eval.calibrate.heads import calibrate as measure
+
+    asked: dict[str, Any] = {"questions": question} if question else {}
+    found = measure(
+        model, pictures, limit=limit, keep_ratio=keep_ratio, sinks=sinks, window=window,
+        dtype=dtype, device=device, **asked,
+    )  # fmt: skip
+    typer.echo(found)
+    typer.echo(f"wrote {found.write(out)}; use it as duo_attention(gates={str(out)!r})")
