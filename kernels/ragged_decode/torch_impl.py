@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from visprune.kernels.common.precision import wide
 
@@ -19,6 +20,7 @@ from . import quantize
 # faster, the smaller wastes less of a short head.
 BLOCKS = (64, 32)
 MAX_SCORES = 1 << 24  # scores held at once (fp32: 64 MiB)
+FEW_HEADS = 8  # that one thread reads one by one in less time than their blocks together
 CHUNK = 4096  # slots of one head written out at once where they are not fp32 as they lie
 
 Rows = Callable[[int, int], Tensor]  # slots first..last -> [slots, d]
@@ -49,6 +51,10 @@ def ragged_decode(
     rows, dtype = _grouped(q, len(counts)), q.dtype
     bias = None if bias is None else bias.to(rows.dtype)
     block = _block(starts, rows.shape[1], q, k, v)
+    alone = bias is None and not (with_lse or softcap or causal) and all(counts)
+    if block and alone and len(counts) <= FEW_HEADS and torch.get_num_threads() == 1:
+        out = _one_by_one(rows, k, v, starts, counts, scale)
+        return out.reshape(*q.shape[:3], v.shape[1]), out.new_zeros(q.shape[:3])
     if block and not (with_lse or softcap or causal):
         out = _by_blocks(rows, k, v, starts, counts, scale, bias, block)
         # What lies in the room behind a segment has weight 0; where it was not finite, 0 * it is
@@ -127,6 +133,24 @@ def _block(starts: list[int], rows: int, q: Tensor, k: Tensor, v: Tensor) -> int
     if not same or not q.is_cpu or not 0 < starts[-1] * rows <= MAX_SCORES:
         return 0
     return next((b for b in BLOCKS if not any(s % b for s in starts)), 0)
+
+
+def _one_by_one(
+    rows: Tensor, k: Tensor, v: Tensor, starts: list[int], counts: list[int], scale: float
+) -> Tensor:
+    """[segments, rows, dv] by PyTorch's own attention, a call for each segment.
+
+    On one thread a call takes less than the steps between the products of all blocks. On several
+    each call wakes them all for too little work.
+    """
+    parts = [
+        scaled_dot_product_attention(
+            rows[n, None, None], k[None, None, a : a + size], v[None, None, a : a + size],
+            scale=scale,
+        )
+        for n, (a, size) in enumerate(zip(starts, counts, strict=False))
+    ]  # fmt: skip
+    return torch.cat(parts)[:, 0]
 
 
 @functools.lru_cache(maxsize=128)

@@ -103,7 +103,28 @@ def test_a_slot_that_is_not_finite_spoils_its_own_head_alone(align: int) -> None
     torch.testing.assert_close(got[0, [0, 2]], clean[0, [0, 2]])
 
 
+def test_one_thread_reads_few_heads_one_by_one(monkeypatch: Any) -> None:
+    lengths = torch.tensor([20, 70, 1, 9])
+    offsets = ops.ragged_offsets(lengths + 1)
+    q, k, v = seeded(1, 8, 1, 8), seeded(int(offsets[-1]), 8), seeded(int(offsets[-1]), 8)
+    want = reference.ragged_decode(q, k, v, offsets, lengths, 8**-0.5, None, False, 0.0)[0]
+    whole, called = torch_impl._by_blocks, []
+
+    def noted(*args: Any) -> Tensor:
+        called.append(threads)
+        return whole(*args)
+
+    monkeypatch.setattr(torch_impl, "_by_blocks", noted)
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        got = ops.ragged_decode(q, k, v, offsets, lengths)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert called == [2]
+
+
 def test_aligned_heads_take_the_path_of_all_heads_at_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch_impl, "FEW_HEADS", 0)
+
     def refuse(*args: Any) -> None:
         raise AssertionError("head by head")
 
