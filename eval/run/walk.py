@@ -360,20 +360,30 @@ def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Places in a block, cut into batches of about the same length.
 
     A batch whose prompts are all of one length needs no padding, and no mask: it is worth more than
-    a full one, and is closed where the next length begins, if it is at least half full.
+    a full one. Each length makes such batches as far as they are at least half full; what is left
+    of all lengths is asked together, in order of length.
 
     Args:
         lengths: of the block's prompts.
         batch_size: of a batch, at most.
     """
-    batches: list[list[int]] = [[]]
+    alike: dict[int, list[int]] = {}
     for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        batch = batches[-1]
-        even = bool(batch) and lengths[batch[0]] == lengths[batch[-1]] != lengths[place]
-        if len(batch) == batch_size or (even and 2 * len(batch) >= batch_size):
-            batches.append([])
-        batches[-1].append(place)
-    return batches
+        alike.setdefault(lengths[place], []).append(place)
+    batches: list[list[int]] = []
+    left: list[int] = []
+    for places in alike.values():
+        for part in _parts(places, batch_size):
+            if 2 * len(part) >= batch_size:
+                batches.append(part)
+            else:
+                left += part
+    return batches + _parts(left, batch_size)
+
+
+def _parts(places: list[int], size: int) -> list[list[int]]:
+    """Cut a list into parts of a size; the last is what remains."""
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _title(cell: Cell) -> str:

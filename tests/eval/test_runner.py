@@ -413,6 +413,9 @@ def test_batches_hold_questions_of_about_one_length() -> None:
     assert batches_of(lengths, 6) == [[0, 2, 5], [3, 6, 1, 4]]  # too few of 7 to stand alone
     assert batches_of([3, 1, 2, 5, 4], 3) == [[1, 2, 0], [4, 3]]
     assert batches_of(lengths, 1) == [[0], [2], [5], [3], [6], [1], [4]]
+    # Two short ones do not stand among the many of one length, which would all be padded.
+    assert batches_of([1, 1, *[2] * 8, 3], 4) == [[0, 1], [2, 3, 4, 5], [6, 7, 8, 9], [10]]
+    assert batches_of([1, *[2] * 8, 3], 4) == [[1, 2, 3, 4], [5, 6, 7, 8], [0, 9]]
     assert batches_of([0] * 5, 2) == [[0, 1], [2, 3], [4]]
 
 
