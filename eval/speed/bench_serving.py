@@ -29,7 +29,7 @@ from rich.table import Table
 from visprune.backbones.vlm.embedded import WEIGHTS, build_processor
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, VispruneError
-from visprune.eval.environment import set_threads
+from visprune.eval.environment import quiet_loading, set_threads
 from visprune.eval.speed.bench_prefill import publish
 from visprune.eval.speed.ideal import SHAPES, build
 from visprune.eval.speed.latency import Case, Timings, interleaved
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows = measure(
                     stream, Asking(folder), options.methods, options.clients,
                     keep_ratio=options.keep_ratio, requests=options.requests,
-                    new_tokens=options.new_tokens, rounds=options.rounds,
+                    new_tokens=options.new_tokens, rounds=options.rounds, warmup=options.warmup,
                 )  # fmt: skip
         _report(rows, options)
     finally:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=2, help="of each client in a round")
     add("--new-tokens", type=int, default=16, help="of an answer")
     add("--rounds", type=int, default=3, help="timed runs of each case")
+    add("--warmup", type=int, default=1, help="runs of each case before them")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         default="bfloat16" if cuda else "float32")  # fmt: skip
     add("--out", type=Path, default=Path("bench-out"), help="folder for CSV and JSON")
@@ -91,7 +92,7 @@ def _engine(options: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"max_num_seqs": max(options.clients)}
     # On a CPU vLLM takes nearly all of the memory unless it is told, and compiles for minutes.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     return {"max_num_seqs": max(options.clients), "enforce_eager": True}
 
 
@@ -109,7 +110,8 @@ def write(shape: str, folder: Path, dtype: str) -> Path:
     processor = build_processor((), image=SHAPES[shape].image, patch=SHAPES[shape].patch)
     model = build(shape, dtype=getattr(torch, dtype))
     model.config.image_token_id = processor.image_token_id
-    model.save_pretrained(folder)
+    with quiet_loading():
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -199,7 +201,7 @@ class Answers:
 
 def measure(
     stream: Any, asking: Asking, methods: Sequence[str], clients: Sequence[int], *,
-    keep_ratio: float, requests: int, new_tokens: int, rounds: int,
+    keep_ratio: float, requests: int, new_tokens: int, rounds: int, warmup: int = 1,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Time the dense model, every method and prompts of words alone, side by side.
 
@@ -212,6 +214,7 @@ def measure(
         requests: of each client in a round.
         new_tokens: of an answer.
         rounds: timed runs of each case.
+        warmup: runs of each case before them.
 
     Returns:
         See :func:`row`; one per number of clients and method, the dense model among them.
@@ -236,12 +239,12 @@ def measure(
     }
     rows = []
     with Progress(transient=True) as bars:
-        bar = bars.add_task("taking turns", total=len(clients) * len(kinds) * (rounds + 1))
+        bar = bars.add_task("taking turns", total=len(clients) * len(kinds) * (rounds + warmup))
         for number in clients:
             cases = [_case(stream, name, Burst(make, number * requests, number), new_tokens)
                      for name, make in kinds.items()]  # fmt: skip
             answers = Answers({name: [] for name in kinds}, lambda: bars.advance(bar))
-            timings = interleaved(cases, rounds=rounds, after=answers.add)
+            timings = interleaved(cases, rounds=rounds, warmup=warmup, after=answers.add)
             rows += [row(name, number, number * requests, timings, answers.rounds)
                      for name in settings]  # fmt: skip
     return rows

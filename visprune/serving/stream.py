@@ -99,6 +99,8 @@ class Stream:
     def close(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
+        # It would shut down again when it goes, which may be when half of Python is gone.
+        del self._llm
         self._runner.close()
 
     async def _answered(self, prompts: Sequence[Prompt], clients: int, how: Any) -> list[Arrived]:

@@ -12,6 +12,7 @@ import pytest
 
 import visprune
 from tests.serving.vllm.asking import TOKENS, Clip, Transformers, picture, request, sampling
+from visprune.backbones.vlm import embedded
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing left": ({"visprune": "todre", "visprune_num_keep": 0}, "at least 1, got 0"),
@@ -50,23 +51,6 @@ def test_each_is_a_sentence_and_the_engine_answers_after_it(engines: Callable[..
     assert len(output[0].prompt_token_ids) == 585 - 576 + 8
 
 
-def test_a_saved_method_is_the_default_and_requests_stand_above_it(
-    engines: Callable[..., Any], folders: Callable[[str], Path], tmp_path: Path
-) -> None:
-    oracle = Transformers("llava", folders("llava"))
-    with visprune.prune(oracle.model, "divprune", num_keep=20) as run:
-        visprune.save_pretrained(run, tmp_path / "saved", processor=oracle.processor)
-    engine, own = engines("llava", model=tmp_path / "saved"), [picture(200, 200)]
-    lengths = {}
-    for name, settings in {
-        "default": {}, "other budget": {"visprune_num_keep": 30}, "whole": {"visprune": None},
-        "other method": {"visprune": "uniform", "visprune_keep_ratio": 0.5},
-    }.items():  # fmt: skip
-        output = engine.generate([request("llava", own, settings)], sampling(), use_tqdm=False)
-        lengths[name] = len(output[0].prompt_token_ids) - (585 - 576)
-    assert lengths == {"default": 20, "other budget": 30, "whole": 576, "other method": 288}
-
-
 @pytest.mark.parametrize(
     ("family", "words"),
     [
@@ -84,3 +68,51 @@ def test_clips_with_words_between_frames_are_not_pruned_in_silence(
         engine.generate([request(family, own, wanted)], sampling(), use_tqdm=False)
     (whole,) = engine.generate([request(family, own, {})], sampling(), use_tqdm=False)
     assert len(whole.outputs[0].token_ids) == TOKENS
+
+
+def test_requests_beside_the_servers_own_pruning_of_clips(
+    engines: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, own = engines("qwen3_vl"), [picture(140, 140)]
+    asked = request("qwen3_vl", own, {"visprune": "divprune", "visprune_num_keep": 4})
+    info = engine.llm_engine.renderer.get_mm_processor().info
+    config = info.ctx.model_config.get_multimodal_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "video_pruning_rate", 0.5)
+        with pytest.raises(ValueError, match="both prune"):
+            engine.generate([asked], sampling(), use_tqdm=False)
+    (found,) = engine.generate([asked], sampling(), use_tqdm=False)
+    assert len(found.outputs[0].token_ids) == TOKENS
+
+
+def test_a_saved_method_is_the_default_and_requests_stand_above_it(
+    engines: Callable[..., Any], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    oracle = Transformers("llava", folders("llava"))
+    with visprune.prune(oracle.model, "divprune", num_keep=20) as run:
+        visprune.save_pretrained(run, tmp_path / "saved", processor=oracle.processor)
+    engine, own = engines("llava", model=tmp_path / "saved"), [picture(200, 200)]
+    lengths = {}
+    for name, settings in {
+        "default": {}, "other budget": {"visprune_num_keep": 30}, "whole": {"visprune": None},
+        "other method": {"visprune": "uniform", "visprune_keep_ratio": 0.5},
+    }.items():  # fmt: skip
+        output = engine.generate([request("llava", own, settings)], sampling(), use_tqdm=False)
+        lengths[name] = len(output[0].prompt_token_ids) - (585 - 576)
+    assert lengths == {"default": 20, "other budget": 30, "whole": 576, "other method": 288}
+
+
+def test_a_default_that_cannot_be_served_does_not_start(
+    engines: Callable[..., Any], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Named by hand, or by the folder; or beside vLLM's own pruning of clips."""
+    own = {"visprune": "divprune", "visprune_keep_ratio": 0.5}
+    with pytest.raises(ValueError, match="Did you mean 'divprune'"):
+        engines("llava", mm_processor_kwargs={**own, "visprune": "divprun"})
+    with pytest.raises(ValueError, match="both prune; start the server without the latter"):
+        engines("qwen2_5_vl", video_pruning_rate=0.5, mm_processor_kwargs=own)
+    model, processor = embedded.load()
+    with visprune.prune(model, "fastv", num_keep=20) as run:
+        visprune.save_pretrained(run, tmp_path / "saved", processor=processor)
+    with pytest.raises(ValueError, match="fastv cannot prune llava in a server: it acts inside"):
+        engines("llava", model=tmp_path / "saved")

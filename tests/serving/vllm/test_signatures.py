@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.models import (
     clip,
     interns1,
@@ -28,6 +30,8 @@ from vllm.multimodal.processing import (
     PromptReplacement,
     PromptUpdateDetails,
 )
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from visprune.serving.vllm import ARCHITECTURES, TESTED
 
@@ -120,3 +124,18 @@ def test_the_encoder_whose_attention_is_read() -> None:
 
 def test_a_placeholder_with_what_is_around_it() -> None:
     assert {"full", "is_embed"} == {f.name for f in dataclasses.fields(PromptUpdateDetails)}
+
+
+def test_an_engine_in_a_program() -> None:
+    """What studies and the benchmark call."""
+    wanted = {"model", "dtype", "limit_mm_per_prompt", "mm_processor_kwargs", "disable_log_stats"}
+    assert wanted | {"mm_processor_cache_gb", "enable_prefix_caching"} <= {
+        f.name for f in dataclasses.fields(AsyncEngineArgs)
+    }
+    assert names(AsyncLLM.generate)[:4] == ["self", "prompt", "sampling_params", "request_id"]
+    assert "engine_args" in names(AsyncLLM.from_engine_args)
+    assert callable(AsyncLLM.shutdown)
+    assert {"temperature", "max_tokens", "min_tokens", "ignore_eos", "detokenize", "output_kind",
+            "stop_token_ids", "repetition_penalty"} <= set(names(SamplingParams))  # fmt: skip
+    assert RequestOutputKind.DELTA
+    assert {"prompts", "sampling_params", "use_tqdm"} <= set(names(LLM.generate))
