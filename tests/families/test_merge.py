@@ -15,7 +15,8 @@ from torch import Tensor
 import visprune
 from tests.contract.oracle import assert_close, error
 from tests.families import tiny
-from tests.families.oracle import decoder_call, last_states, masks_of
+from tests.families.oracle import decoder_call, extended, last_states, masks_of
+from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.find import find_adapter
@@ -107,3 +108,32 @@ def test_pooling_equals_the_decoder_on_the_means(
     assert_close(pooled[0, stands], want)
     untouched = last_states(model, inputs)
     assert error(pooled[0, -1], untouched[0, -1]) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gemma3", "cohere2_vision", "aya_vision", "smolvlm"])
+@torch.no_grad()
+def test_sizes_weigh_in_windows_and_for_generated_tokens(family: str, models: Any) -> None:
+    models(family)
+    inputs, new = tiny.inputs(family, [PROMPT]), torch.tensor([[5, 6, 7]])
+    found = []
+    for attention in ("sdpa", "eager"):
+        model = models(family, attention)
+        with visprune.prune(model, "pact", layer=1, cutoff=0.7) as run:
+            longer = extended(inputs, new)
+            whole = model(**longer, use_cache=False).logits
+            assert max(float(size.max()) for size in run.trace.sizes) > 1
+            output = model(**inputs, use_cache=True)
+            given = inputs
+            for number in range(new.shape[1]):
+                token = new[:, number : number + 1]
+                given = extended(given, token)
+                ids = {} if "position_ids" not in given else {"position_ids": given["position_ids"]}
+                output = model(
+                    input_ids=token, attention_mask=given["attention_mask"], use_cache=True,
+                    **{CACHE_ARGUMENT: cache_of(output)}, **ids,
+                )  # fmt: skip
+                assert_close(output.logits[:, -1], whole[:, inputs["input_ids"].shape[1] + number])
+        with visprune.prune(model, "pact", layer=1, cutoff=0.7, prop_attn=False):
+            assert error(model(**longer, use_cache=False).logits[:, -1], whole[:, -1]) > 1e-3
+        found.append(whole)
+    assert_close(found[0], found[1])
