@@ -14,8 +14,14 @@ _RECURRENT = (
 )
 _INDEXER = "its attention looks up keys by an index of their own, which counts every token"
 _CROSS = "its decoder looks at pictures by cross-attention: none of its tokens is visual"
-_QUERIES = "32 queries stand for a picture already, as a prefix of another decoder"
-_INSIDE = "its decoder puts pictures into the text by itself, behind every place of a hook"
+_QUERIES = (
+    "its generate passes its own forward by and gives another model embeddings, in which 32 "
+    "queries stand for a picture already"
+)
+_INSIDE = (
+    "its decoder puts pictures into the text by itself, and counts the places of its tokens by "
+    "what is stored"
+)
 _ENCODED = (
     "its visual tokens stand in a text encoder, at which its decoder looks by cross-attention"
 )
@@ -60,6 +66,8 @@ TABLE = {
     "qianfan_ocr": "visprune.backbones.vlm.generic:TilesAdapter",
     "apertus1p5": _GENERIC,
     "emu3": "visprune.backbones.vlm.marked:CodesAdapter",
+    "chameleon": "visprune.backbones.vlm.inside:ChameleonAdapter",
+    "phi4_multimodal": "visprune.backbones.vlm.inside:Phi4Adapter",
     "llava_onevision": "visprune.backbones.vlm.packed:OneVisionAdapter",
     "llava_next_video": "visprune.backbones.vlm.packed:NextVideoAdapter",
     "granite4_vision": "visprune.backbones.vlm.packed:GraniteAdapter",
@@ -105,7 +113,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
     **dict.fromkeys(("blip", "pix2struct", "pp_formulanet", "vision-encoder-decoder"), _CROSS),
     **dict.fromkeys(("florence2", "t5gemma2", "udop"), _ENCODED),
-    **dict.fromkeys(("chameleon", "phi4_multimodal", "git", "kosmos-2", "kosmos-2.5"), _INSIDE),
+    **dict.fromkeys(("git", "kosmos-2", "kosmos-2.5"), _INSIDE),
     "pi0": "it writes the actions of a robot and no text",
     "diffusion_gemma": "it writes a block of tokens at once, over and over, and not one by one",
     "evolla": "it reads proteins and no pictures",

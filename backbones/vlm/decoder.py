@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -39,6 +40,24 @@ class DecoderAdapter(Placeholders):
     def find_decoder(self) -> Any:
         """The decoder inside of :attr:`core`."""
         return self.core.language_model
+
+    merges_inside: ClassVar[bool] = False
+    """Whether the decoder is :attr:`core` itself and puts pictures into the text in its forward."""
+
+    def embedded(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], note: Callable[..., None]
+    ) -> dict[str, Any]:
+        """The arguments of a call of the decoder, with embeddings in place of ids.
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            note: to be told ``(kind, pictures)`` of what was encoded here.
+        """
+        given = dict(kwargs)
+        ids = given.pop("input_ids", None)
+        ids = args[0] if ids is None else ids
+        return {**given, "inputs_embeds": self.language_model.get_input_embeddings()(ids)}
 
     def _check_layers(self) -> None:
         kinds = [self.kind_of(layer) for layer in range(len(self.layers))]

@@ -51,7 +51,7 @@ class GenericAdapter(ReadAdapter):
     """
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(self.find_core(model), "get_image_features"):
+        if not (self.merges_inside or hasattr(self.find_core(model), "get_image_features")):
             raise UnsupportedModel(
                 f"{type(model).__name__} has no inner model with get_image_features: where its "
                 f"pictures are encoded is not known."

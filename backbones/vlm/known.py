@@ -47,6 +47,8 @@ KNOWN: dict[str, tuple[str, str]] = {
     "qianfan_ocr": ("Qianfan-OCR", TILES),
     "apertus1p5": ("Apertus 1.5", PICTURES),
     "emu3": ("Emu3-Chat", PICTURES),
+    "chameleon": ("Chameleon", PICTURES),
+    "phi4_multimodal": ("Phi-4 multimodal", TILES),
     "llava_onevision": ("LLaVA-OneVision", TILES_AND_CLIPS),
     "llava_next_video": ("LLaVA-NeXT-Video", TILES_AND_CLIPS),
     "granite4_vision": ("Granite 4 Vision", TILES),

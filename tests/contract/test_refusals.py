@@ -181,15 +181,8 @@ def test_a_text_only_model() -> None:
 _SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
           "num_attention_heads": 2}  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_CODES = {"base_channels": 32, "embed_dim": 4, "channel_multiplier": [1], "num_res_blocks": 1}
 _WHISPER = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1,
             "decoder_attention_heads": 1, "decoder_start_token_id": 1}  # fmt: skip
-
-
-def _chameleon() -> Any:
-    codes = {**_CODES, "num_embeddings": 4, "resolution": 8, "latent_channels": 4}
-    config = tf.ChameleonConfig(**_SIZES, **_TOKENS, vq_config=codes, vocabulary_map={"<image>": 3})
-    return tf.ChameleonForConditionalGeneration(config)
 
 
 def _colqwen2() -> Any:
@@ -213,7 +206,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tf.FuyuForCausalLM(tf.FuyuConfig(text_config=tf.PersimmonConfig(**_SIZES))),
         r"FuyuForCausalLM \(fuyu\) is not pruned: it has no image encoder",
     ),
-    "chameleon": (_chameleon, r"\(chameleon\) is not pruned: its decoder puts"),
     "colqwen2": (_colqwen2, r"\(colqwen2\) is not pruned: it retrieves pages"),
     "git": (
         lambda: _git(tf.GitConfig), r"GitForCausalLM \(git\) is not pruned: its decoder puts"

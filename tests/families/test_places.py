@@ -15,8 +15,9 @@ from visprune.backbones.hf.features import entries
 from visprune.backbones.vlm.picture import Picture
 from visprune.machine.find import find_adapter
 
-CODES = ("apertus1p5", "emu3")  # codes of two pictures may be equal
-FAMILIES = tuple(name for name in tiny.FAMILIES if name not in CODES)
+CODES = ("apertus1p5", "emu3", "chameleon", "chameleon_swin")  # codes may be equal
+INSIDE = ("phi4_multimodal",)  # encodes where nothing can be asked
+FAMILIES = tuple(name for name in tiny.FAMILIES if name not in (*CODES, *INSIDE))
 CLIPS = tuple(name for name in FAMILIES if tiny.FAMILIES[name].clip)
 PACKED = ("llava_onevision", "llava_onevision_shrunk", "llava_next_video")
 
@@ -136,3 +137,38 @@ def test_rows_of_codes_end_in_a_newline(picture: str, models: Any) -> None:
     at = output.image_tokens[0][known.pos[:, 1], known.pos[:, 2]]
     wanted = model.get_input_embeddings()(10 + at)
     assert torch.equal(features[known.free], wanted)
+
+
+def _inside(model: Any, picture: str) -> tuple[Tensor, Picture]:
+    """What stands in place of a picture's placeholders, and what is known of it."""
+    adapter, known = find_adapter(model), []
+    inputs = tiny.inputs("phi4_multimodal", [[3, picture, 2]])
+    with torch.no_grad():
+        call = adapter.embedded((), inputs, lambda kind, pictures: known.extend(pictures))
+    places = inputs["input_ids"][0] == tiny.IMAGE
+    return call["inputs_embeds"][0, places], known[0]
+
+
+def test_marks_of_a_picture_that_is_merged_inside(models: Any) -> None:
+    model = models("phi4_multimodal")
+    for one, two in ("ab", "AB"):
+        (first, known), (second, _) = _inside(model, one), _inside(model, two)
+        assert torch.equal((first == second).all(-1), ~known.free)
+
+
+def test_places_of_crops_that_are_merged_inside() -> None:
+    model = tiny.build("phi4_multimodal")
+    embed = model.model.embed_tokens_extend.image_embed
+    cells = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1)
+    starts = torch.tensor([(0, 0), (0, 0), (0, 4)])  # the whole, and two crops side by side
+    told = (cells.view(1, -1, 2) + starts[:, None]).float()
+    told = torch.nn.functional.pad(told, (0, embed.image_dim_out - 2))
+    embed.get_img_features = lambda pixels, attention_mask: told
+    embed.img_projection_up.forward = lambda x: torch.nn.functional.pad(x, (0, 8))
+    embed.img_projection_down.forward = lambda x: x
+    features, picture = _inside(model, "A")
+    whole = picture.pos[:, 0] == 1
+    assert whole.sum() == 16
+    assert picture.pos[~whole].amax(0).tolist() == [0, 3, 5]  # two columns are padding
+    wanted = torch.nn.functional.gelu(picture.pos[:, 1:].float())
+    assert torch.equal(features[picture.free][:, :2], wanted)

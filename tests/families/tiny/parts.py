@@ -41,6 +41,7 @@ class Family:
         recurrent: whether layers carry a state: what is dropped cannot be hidden, it is absent.
         scale: what the weights are multiplied by, so that a dropped token matters. States sum up
             over all tokens, and large weights let their rounding grow.
+        count: tokens of a picture by its name, where no encoder can be asked.
     """
 
     make: Callable[[int], Any]
@@ -57,6 +58,7 @@ class Family:
     packed: Mapping[str, int] = field(default_factory=dict)
     recurrent: bool = False
     scale: float = 8.0
+    count: Callable[[str], int] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
@@ -218,6 +220,8 @@ def build(name: str, *, attn: str = "sdpa", seed: int = 0) -> Any:
 def _count(spec: Family, model: Any, letter: str) -> int:
     """Tokens of a picture, by asking the encoder."""
     clip = letter == "v"
+    if spec.count is not None:
+        return spec.count(letter)
     given = _pixels(spec, letter)
     core = getattr(model, "model", model)
     encode = getattr(core, "get_video_features" if clip else "get_image_features", None)

@@ -33,7 +33,8 @@ def decoder_call(adapter: VLMAdapter, inputs: Inputs) -> tuple[Inputs, list[Tens
         masks.append(mask if isinstance(mask, Tensor) and mask.dim() == 4 else None)
 
     def decoder(module: Any, args: Any, kwargs: Inputs) -> None:
-        seen.update(kwargs)
+        merged = adapter.embedded(args, kwargs, _unheard) if adapter.merges_inside else kwargs
+        seen.update(merged)
 
     handle = adapter.language_model.register_forward_pre_hook(decoder, with_kwargs=True)
     try:
@@ -42,6 +43,10 @@ def decoder_call(adapter: VLMAdapter, inputs: Inputs) -> tuple[Inputs, list[Tens
     finally:
         handle.remove()
     return seen, masks
+
+
+def _unheard(kind: str, pictures: object) -> None:
+    """Who is told of pictures of an untouched model."""
 
 
 @contextmanager

@@ -169,9 +169,9 @@ class DecoderHooks:
         add(adapter.model.register_forward_pre_hook(self._told, with_kwargs=True))
         add(adapter.model.register_forward_hook(self._over, always_call=True))
         add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
-        add(adapter.core.register_forward_hook(self._end, always_call=True))
         add(adapter.language_model.register_forward_pre_hook(self._enter, with_kwargs=True))
         add(adapter.language_model.register_forward_hook(self._leave, with_kwargs=True))
+        add(adapter.core.register_forward_hook(self._end, always_call=True))  # may be one module
         everywhere = adapter.adds_later or adapter.windowed or bool(adapter.recurrent)
         if self._in_layers or self._flash or everywhere or self.plan.ahead:
             for number, layer in enumerate(adapter.layers):
@@ -292,10 +292,8 @@ class DecoderHooks:
     @torch.compiler.disable
     def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the decoder: projector stages, and the arguments of the shorter sequence."""
-        if kwargs.get("inputs_embeds") is None:
-            ids = kwargs.pop("input_ids", None)
-            ids = args[0] if ids is None else ids
-            args, kwargs = (), {**kwargs, "inputs_embeds": module.get_input_embeddings()(ids)}
+        if self.adapter.merges_inside or kwargs.get("inputs_embeds") is None:
+            args, kwargs = (), self.adapter.embedded(args, kwargs, self._tap.note)
         check_cache(cache_of(kwargs), windows=self.adapter.windowed)
         fwd = self._open(kwargs)
         if self.adapter.windowed and fwd.masks is None:

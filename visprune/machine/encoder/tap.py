@@ -116,6 +116,12 @@ class EncoderTap:
             current.byhand = None
         return found
 
+    def note(self, kind: Literal["image", "video"], pictures: list[Picture]) -> None:
+        """The call under way encodes pictures where nothing is wrapped."""
+        for picture in pictures:
+            self._finish(picture, {})
+        self._current.latest = {**(self._current.latest or {}), kind: pictures}
+
     def found(self, call: dict[str, Any]) -> list[ImageLayout]:
         """Pictures that were encoded by hand and whose features stand in ``inputs_embeds``."""
         embeds, current = call.get("inputs_embeds"), self._current
