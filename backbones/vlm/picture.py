@@ -57,6 +57,13 @@ class Picture:
         """Largest t, h and w."""
         return tuple(self.pos.amax(0).tolist())
 
+    @cached_property
+    def frames(self) -> tuple[int, ...]:
+        """Free tokens of each frame of a clip; none of a picture."""
+        if self.kind == "image":
+            return ()
+        return tuple(self.pos[:, 0].unique(return_counts=True)[1].tolist())
+
 
 @dataclass
 class ImageLayout:

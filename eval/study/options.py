@@ -100,6 +100,9 @@ class Options:
         metadata=_flags(
             num_keep=_flag(list[int], "Visual tokens to keep; repeat.", min=1),
             keep_ratio=_flag(list[float], "Fraction of tokens to keep; repeat."),
+            num_keep_per_frame=_flag(
+                list[int], "Visual tokens to keep for each frame of a clip; repeat.", min=1
+            ),
         ),
     )
     limit: int | None = field(

@@ -20,7 +20,7 @@ __all__ = ["CONTROLS", "Variant", "expand", "listed"]
 CONTROLS = (NONE, "keep_all", "random", "uniform", "pool", NO_IMAGE)
 _BASELINES = (NONE, NO_IMAGE)
 _NEED_BUDGET = ("random", "uniform", "pool")
-_BUDGETS = ("num_keep", "keep_ratio", "r")
+_BUDGETS = ("num_keep", "keep_ratio", "r", "num_keep_per_frame")
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,14 @@ def _own_budget(variant: Variant) -> dict[str, Any]:
 
 
 def _budget_text(method: PruningMethod) -> str:
-    """``"64"``, ``"25 %"``, ``"r=13"``, or nothing."""
+    """``"64"``, ``"25 %"``, ``"r=13"``, ``"8 a frame"``, or nothing."""
     values = [getattr(method, name, None) for name in _BUDGETS]
     if values[0] is not None:
         return str(values[0])
     if values[1] is not None:
         return f"{100 * float(values[1]):g} %"
+    if values[3] is not None:
+        return f"{values[3]} a frame"
     return "" if values[2] is None else f"r={values[2]}"
 
 

@@ -340,7 +340,8 @@ def test_flags_keys_and_arguments_are_the_options_of_a_study() -> None:
 def test_every_flag_reaches_its_key() -> None:
     given = {
         "model": ["a", "b"], "dtype": "float32", "task": ["pope"], "task_option": ["split=test"],
-        "method": ["tome,r=13", "todre"], "num_keep": [8], "keep_ratio": [0.5], "limit": 3,
+        "method": ["tome,r=13", "todre"], "num_keep": [8], "keep_ratio": [0.5],
+        "num_keep_per_frame": [2], "limit": 3,
         "seed": [1], "batch_size": 4, "controls": False, "speed": True, "device": "cpu",
         "attention": "eager", "prompt_style": "plain", "max_new_tokens": 5, "pictures": False,
         "pad": True, "engine": "vllm", "engine_option": ["seed=1"], "turns": 3,
@@ -352,7 +353,8 @@ def test_every_flag_reaches_its_key() -> None:
         "models": [{"name": "a", **options}, {"name": "b", **options}],
         "tasks": [{"task": "pope", "split": "test"}],
         "methods": [{"method": "tome", "r": 13}, "todre"],
-        "budgets": [8, 0.5], "limit": 3, "seeds": [1], "batch_size": 4, "controls": False,
+        "budgets": [8, 0.5, {"num_keep_per_frame": 2}], "limit": 3,
+        "seeds": [1], "batch_size": 4, "controls": False,
         "speed": True, "prompt_style": "plain", "generation": {"max_new_tokens": 5},
         "pictures": False, "turns": 3,
     }  # fmt: skip

@@ -119,12 +119,19 @@ def _method(text: str) -> str | dict[str, Any]:
     return {"method": name, **overrides_of(pairs)} if pairs else name
 
 
+def _budgets(given: dict[str, list[Any]]) -> dict[str, Any]:
+    """Numbers and fractions as they are, others by name."""
+    plain = ("num_keep", "keep_ratio")
+    found = [x if name in plain else {name: x} for name, values in given.items() for x in values]
+    return {"budgets": found}
+
+
 # Where flags are not simply the value of their key.
 _READ = {
     "models": _models,
     "tasks": _tasks,
     "methods": _methods,
-    "budgets": lambda given: {"budgets": [x for values in given.values() for x in values]},
+    "budgets": _budgets,
     "generation": lambda given: {"generation": given},
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,44 +14,51 @@ from visprune.core.site import Site
 from visprune.errors import BudgetError
 
 Rounding = Literal["round", "floor"]
+_WORDS = ("num_keep", "keep_ratio", "num_keep_per_frame")
 
 
 @dataclass(frozen=True)
 class Budget:
     """The number of visual tokens of one image that are **kept**.
 
-    Exactly one of the two is given. ``keep_ratio`` refers to the image's own original count.
+    Exactly one of the three is given. ``keep_ratio`` refers to the image's own original count.
 
     Attributes:
         num_keep: tokens kept, at least 1.
         keep_ratio: fraction kept, in (0, 1].
+        num_keep_per_frame: tokens kept for each frame of a clip, at least 1: a number once the clip
+            is known (:func:`per_clip`).
         rounding: how ``keep_ratio * n`` becomes a count; Python's ``round`` takes halves to even.
     """
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
     rounding: Rounding = "round"
 
     def __post_init__(self) -> None:
         """Reject a budget that is missing, double or out of range."""
-        if (self.num_keep is None) == (self.keep_ratio is None):
-            given = "both" if self.num_keep is not None else "neither"
+        given = {name: getattr(self, name) for name in _WORDS if getattr(self, name) is not None}
+        if len(given) != 1:
+            told = ", ".join(f"{name}={value}" for name, value in given.items())
             raise BudgetError(
                 f"A budget is num_keep (tokens of one image that stay) or keep_ratio (the fraction "
-                f"that stays); got {given}: num_keep={self.num_keep}, "
-                f"keep_ratio={self.keep_ratio}. Give exactly one."
+                f"that stays), or of a clip num_keep_per_frame (tokens of each frame); got "
+                f"{'both: ' + told if given else 'neither'}. Give exactly one."
             )
-        if self.num_keep is not None and not is_whole(self.num_keep):
-            raise BudgetError(f"num_keep is a whole number of tokens, got {self.num_keep!r}.")
-        if self.num_keep is not None and self.num_keep < 1:
-            raise BudgetError(f"num_keep must be at least 1, got {self.num_keep}.")
+        for name in ("num_keep", "num_keep_per_frame"):
+            count = getattr(self, name)
+            if count is not None and not is_whole(count):
+                raise BudgetError(f"{name} is a whole number of tokens, got {count!r}.")
+            if count is not None and count < 1:
+                raise BudgetError(f"{name} must be at least 1, got {count}.")
+            object.__setattr__(self, name, plain(count))
         ratio = self.keep_ratio
         if ratio is not None and not (is_number(ratio) and 0.0 < ratio <= 1.0):
             raise BudgetError(
                 f"keep_ratio is the fraction of tokens that stays, in (0, 1]; got {ratio!r}. "
                 f"To keep a number of tokens, use num_keep."
             )
-        object.__setattr__(self, "num_keep", plain(self.num_keep))
         object.__setattr__(self, "keep_ratio", plain(ratio))
 
     def slots(self, entering: int, original: int | None = None) -> int:
@@ -82,7 +90,10 @@ class Budget:
             wanted = round(exact) if self.rounding == "round" else math.floor(exact + 1e-9)
             return min(max(wanted, 1), num_tokens)
         if self.num_keep is None:
-            raise BudgetError("A budget holds neither num_keep nor keep_ratio.")
+            raise BudgetError(
+                f"num_keep_per_frame={self.num_keep_per_frame} counts the frames of a clip, which "
+                f"are not known here. Use num_keep or keep_ratio."
+            )
         if strict and self.num_keep > num_tokens:
             raise BudgetError(
                 f"num_keep={self.num_keep} exceeds the {num_tokens} visual tokens of an image. Use "
@@ -92,9 +103,38 @@ class Budget:
 
     def scaled(self, factor: float, rounding: Rounding) -> Budget:
         """Return the budget times ``factor`` (earlier stages of a pyramid keep more)."""
-        if self.num_keep is not None:
-            return Budget(num_keep=max(1, round(self.num_keep * factor)), rounding=rounding)
+        for name in ("num_keep", "num_keep_per_frame"):
+            count = getattr(self, name)
+            if count is not None:
+                return Budget(**{name: max(1, round(count * factor))}, rounding=rounding)
         return Budget(keep_ratio=min(1.0, (self.keep_ratio or 0.0) * factor), rounding=rounding)
+
+
+def per_clip(num_keep_per_frame: int, frames: Sequence[int]) -> int:
+    """Tokens that a clip keeps, of so many for each of its frames.
+
+    Which of the clip's tokens these are is the method's choice: a frame may keep more than another.
+
+    Args:
+        num_keep_per_frame: tokens.
+        frames: tokens that each frame of the clip has; none of a picture.
+
+    Raises:
+        BudgetError: it is no clip, or its frames differ in their tokens.
+    """
+    if not frames:
+        raise BudgetError(
+            f"num_keep_per_frame={num_keep_per_frame} counts tokens of each frame of a clip, and "
+            f"this is a picture. Use num_keep or keep_ratio; pictures that are frames of a clip "
+            f"are told by clip_frames=... beside the model's inputs."
+        )
+    if len(set(frames)) > 1:
+        raise BudgetError(
+            f"num_keep_per_frame={num_keep_per_frame} counts tokens of frames that are alike; "
+            f"those of this clip have {min(frames)} to {max(frames)} tokens. Use num_keep (of the "
+            f"whole clip) or keep_ratio."
+        )
+    return num_keep_per_frame * len(frames)
 
 
 @dataclass(frozen=True)

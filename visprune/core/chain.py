@@ -20,7 +20,7 @@ from visprune.core.selection import Selection
 from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
 
-_BUDGETS = ("num_keep", "keep_ratio")
+_BUDGETS = ("num_keep", "keep_ratio", "num_keep_per_frame")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,22 @@ class Act:
     def weighs(self) -> bool:
         """Whether decoder layers, from the stage on, add the logarithm of sizes to their scores."""
         return self.method.size_bias and self.stage.site.kind == "decoder"
+
+    def of_clip(self, frames: Sequence[int], spec: ModelSpec) -> Act:
+        """The act on one picture or clip: itself, unless its budget counts frames.
+
+        Args:
+            frames: tokens that each frame of the clip has; none of a picture.
+            spec: the model.
+
+        Raises:
+            BudgetError: it counts frames, and there are none, or none that are alike.
+        """
+        method = self.method.of_clip(frames)
+        if method is self.method:
+            return self
+        budget = method.schedule(spec)[self.number].budget
+        return replace(self, method=method, stage=replace(self.stage, budget=budget))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +152,8 @@ def split_options(
 
     ``"a.option"`` is for ``a``; ``positions`` and ``strict`` are for the chain; any other belongs
     to the one member that has it. A budget without a name is what is left in the end: of
-    ``num_keep`` each member with a budget keeps twice as many as the next one, of ``keep_ratio``
-    each keeps the same part of what it is given.
+    ``num_keep`` (or ``num_keep_per_frame``) each member with a budget keeps twice as many as the
+    next one, of ``keep_ratio`` each keeps the same part of what it is given.
 
     Args:
         kinds: the members' classes.
@@ -181,7 +197,9 @@ def split_options(
 def _share_budget(own: list[dict[str, Any]], known: list[set[str]], budget: dict[str, Any]) -> None:
     """Give a budget of the whole to the members that take one and have none."""
     takes = [
-        n for n, each in enumerate(known) if {*_BUDGETS} <= each and not {*own[n]} & {*_BUDGETS}
+        n
+        for n, each in enumerate(known)
+        if {"num_keep", "keep_ratio", *budget} <= each and not {*own[n]} & {*_BUDGETS}
     ]
     if not budget:
         return
@@ -189,7 +207,7 @@ def _share_budget(own: list[dict[str, Any]], known: list[set[str]], budget: dict
         raise ConfigError(f"No member takes a budget that is left open; got {budget}.")
     for rank, n in enumerate(reversed(takes)):
         for key, value in budget.items():
-            if key == "num_keep" and isinstance(value, int) and not isinstance(value, bool):
+            if key != "keep_ratio" and isinstance(value, int) and not isinstance(value, bool):
                 value = value * 2**rank
             elif isinstance(value, float) and value > 0:
                 value = value ** (1 / len(takes))

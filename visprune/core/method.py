@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from visprune.core.budget import Budget, Schedule
+from visprune.core.budget import Budget, Rounding, Schedule, per_clip
 from visprune.core.selection import Selection
 from visprune.core.signals.base import Signal
 from visprune.core.site import Site
@@ -174,6 +174,21 @@ class PruningMethod:
         """
         return keep
 
+    def of_clip(self, frames: Sequence[int]) -> PruningMethod:
+        """Return the method for one picture or clip: itself, unless its budget counts frames.
+
+        Args:
+            frames: tokens that each frame of the clip has; none of a picture.
+
+        Raises:
+            BudgetError: it counts frames, and there are none, or none that are alike.
+        """
+        by_frame = getattr(self, "num_keep_per_frame", None)
+        if by_frame is None:
+            return self
+        count = per_clip(by_frame, frames)
+        return dataclasses.replace(self, num_keep=count, num_keep_per_frame=None)  # type: ignore[call-arg]
+
     def known_ahead(self, places: Sequence[tuple[int, int, int]], kind: str) -> int | None:
         """Tokens that a stage without a budget leaves of an image, where its places alone tell.
 
@@ -236,7 +251,10 @@ class PruningMethod:
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": name, **parameters}``, enough to build the method again."""
-        return {"method": self.name, **dataclasses.asdict(self)}
+        found = {"method": self.name, **dataclasses.asdict(self)}
+        if found.get("num_keep_per_frame", 0) is None:  # records of other budgets do not name it
+            del found["num_keep_per_frame"]
+        return found
 
     @classmethod
     def example(cls) -> Self:
@@ -285,11 +303,18 @@ class BudgetedMethod(PruningMethod):
 
     Args:
         num_keep: tokens of one image that survive the last selection stage.
-        keep_ratio: the same as a fraction of the image's own tokens; one of the two is given.
+        keep_ratio: the same as a fraction of the image's own tokens.
+        num_keep_per_frame: of a clip, tokens for each of its frames, as the model has frames (some
+            make one of two): ``T`` times as many for the whole clip, which the method chooses
+            among all of its tokens. Pictures are refused. One of the three is given.
     """
+
+    # How a fraction of the tokens becomes a number.
+    rounding: ClassVar[Rounding] = "round"
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
 
     def __post_init__(self) -> None:
         """Check the budget."""
@@ -299,7 +324,12 @@ class BudgetedMethod(PruningMethod):
     @property
     def budget(self) -> Budget:
         """The budget of the last selection stage."""
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
+        return Budget(
+            num_keep=self.num_keep,
+            keep_ratio=self.keep_ratio,
+            num_keep_per_frame=self.num_keep_per_frame,
+            rounding=self.rounding,
+        )
 
 
 def _is_scalar(value: object) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from visprune.catalog import methods
@@ -61,15 +61,24 @@ class Plan:
         numbered = [*self.projector_stages, *(s for x in self.decoder_stages.values() for s in x)]
         return [stage for _, stage in numbered]
 
-    def check_count(self, num_tokens: int) -> None:
-        """Refuse a picture that has too few tokens for a budget of a strict method.
+    def check_count(self, num_tokens: int, frames: Sequence[int], spec: ModelSpec) -> None:
+        """Refuse a picture that a budget does not fit.
+
+        Args:
+            num_tokens: of the picture or clip.
+            frames: tokens that each frame of a clip has; none of a picture.
+            spec: the model.
 
         Raises:
-            BudgetError: a strict method's budget exceeds ``num_tokens``.
+            BudgetError: a strict method's budget exceeds ``num_tokens``, or it counts frames that
+                there are not.
         """
         for act in self.acts:
-            if act.stage.site.kind != "encoder" and isinstance(act.stage.budget, Budget):
-                act.stage.budget.resolve(num_tokens, strict=act.method.strict)
+            if act.stage.site.kind == "encoder":
+                continue
+            own = act.of_clip(frames, spec)
+            if isinstance(own.stage.budget, Budget):
+                own.stage.budget.resolve(num_tokens, strict=own.method.strict)
 
     @property
     def watched(self) -> list[int]:

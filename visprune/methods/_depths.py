@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from visprune.core import Budget, ModelSpec, Schedule, Signal, Site, Stage, StepBudget
-from visprune.errors import ConfigError
+from visprune.errors import BudgetError, ConfigError
 
 # Layers 3, 6 and 9 of 12: DynamicViT, EViT and "Which Tokens to Use?" (arXiv:2308.04657) alike.
 DEPTHS = (0.25, 0.5, 0.75)
@@ -47,7 +47,15 @@ def geometric(
         spec: the model.
         needs: what the method is shown.
         after_attention: between attention and MLP, or on entering the layer.
+
+    Raises:
+        BudgetError: the budget counts frames, which an encoder sees one by one.
     """
+    if budget.num_keep_per_frame is not None:
+        raise BudgetError(
+            f"num_keep_per_frame={budget.num_keep_per_frame} counts the frames of a clip, and "
+            f"inside an encoder every picture is by itself. Use num_keep or keep_ratio."
+        )
     numbers, stages = resolved(layers, spec), []
     for done, layer in enumerate(numbers, start=1):
         if budget.num_keep is not None:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from visprune.core import (
-    Budget,
     BudgetedMethod,
     Context,
     ModelSpec,
@@ -91,7 +90,7 @@ class DART(BudgetedMethod):
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage inside the decoder."""
         rounding: Rounding = "floor" if self.official else "round"
-        budget = Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding=rounding)
+        budget = replace(self.budget, rounding=rounding)
         return (Stage(Site.decoder(self.layer), budget, _NEEDS),)
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from visprune.core import (
-    Budget,
     BudgetedMethod,
     Context,
     ModelSpec,
+    Rounding,
     Schedule,
     Selection,
     Site,
@@ -181,6 +181,7 @@ class DynamicLLaVA(BudgetedMethod):
     """
 
     name: ClassVar[str] = "dynamic_llava"
+    rounding: ClassVar[Rounding] = "floor"
 
     layer: int | float = 2
     width: int = 512
@@ -200,11 +201,6 @@ class DynamicLLaVA(BudgetedMethod):
                 f"of 4 and of heads; got width={self.width!r}, heads={self.heads!r}, "
                 f"hidden={self.hidden!r}."
             )
-
-    @property
-    def budget(self) -> Budget:
-        """A fraction is rounded down, as in the official code."""
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding="floor")
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage inside the decoder."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from visprune.core import (
-    Budget,
     BudgetedMethod,
     Context,
     ModelSpec,
+    Rounding,
     Schedule,
     Selection,
     Site,
@@ -42,11 +42,7 @@ class EVS(BudgetedMethod):
     """
 
     name: ClassVar[str] = "evs"
-
-    @property
-    def budget(self) -> Budget:
-        """A fraction is rounded down."""
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding="floor")
+    rounding: ClassVar[Rounding] = "floor"
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector; pictures and first frames stay whatever the budget says."""

@@ -12,11 +12,11 @@ from torch.nn.functional import normalize
 
 from visprune import ops
 from visprune.core import (
-    Budget,
     BudgetedMethod,
     Context,
     ModelSpec,
     PositionRule,
+    Rounding,
     Schedule,
     Selection,
     Site,
@@ -45,16 +45,12 @@ class GPrune(BudgetedMethod):
     """
 
     name: ClassVar[str] = "gprune"
+    rounding: ClassVar[Rounding] = "floor"
     default_positions: ClassVar[PositionRule] = "compact"
 
     similarity: float = 0.5
     temperature: float = 0.03
     power: int = 5
-
-    @property
-    def budget(self) -> Budget:
-        """A fraction is rounded down."""
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding="floor")
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector."""

@@ -43,7 +43,8 @@ class ToDRE(PruningMethod):
 
     Args:
         num_keep: tokens of one image that stage 1 keeps.
-        keep_ratio: the same as a fraction; one of the two, if ``stage1``.
+        keep_ratio: the same as a fraction.
+        num_keep_per_frame: the same of each frame of a clip; one of the three, if ``stage1``.
         objective: of stage 1.
         stage1: whether stage 1 is on.
         stage2: whether stage 2 is on.
@@ -56,6 +57,7 @@ class ToDRE(PruningMethod):
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
     objective: Literal["k_center", "max_sum"] = "k_center"
     stage1: bool = True
     stage2: bool = True
@@ -69,19 +71,28 @@ class ToDRE(PruningMethod):
             raise ConfigError(f"objective is 'k_center' or 'max_sum', got {self.objective!r}.")
         if not self.stage1 and not self.stage2:
             raise ConfigError("Both stages of todre are off; use keep_all to prune nothing.")
+        given = (self.num_keep, self.keep_ratio, self.num_keep_per_frame)
         if self.stage1:
-            Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
-        elif self.num_keep is not None or self.keep_ratio is not None:
+            _ = self.budget
+        elif given != (None, None, None):
             raise BudgetError("Stage 2 of todre has no budget: leave it out with stage1=False.")
         if not self.tau >= 0.0:
             raise ConfigError(f"tau is a share of attention, at least 0; got {self.tau}.")
+
+    @property
+    def budget(self) -> Budget:
+        """Of stage 1."""
+        return Budget(
+            num_keep=self.num_keep,
+            keep_ratio=self.keep_ratio,
+            num_keep_per_frame=self.num_keep_per_frame,
+        )
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """The stages that are on."""
         stages = []
         if self.stage1:
-            budget = Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
-            stages.append(Stage(Site.projector(), budget, wants=(ClsAttention("last"),)))
+            stages.append(Stage(Site.projector(), self.budget, wants=(ClsAttention("last"),)))
         if self.stage2:
             stages.append(Stage(Site.decoder(self.depth), None, needs=(VisualShare(),)))
         return tuple(stages)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,6 @@ from visprune.core import (
     BudgetedMethod,
     Context,
     ModelSpec,
-    Rounding,
     Schedule,
     Selection,
     Site,
@@ -59,8 +58,7 @@ class VidCom2(BudgetedMethod):
     @property
     def budget(self) -> Budget:
         """A fraction is rounded down, where it is kept to."""
-        rounding: Rounding = "floor" if self.exact else "round"
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding=rounding)
+        return replace(super().budget, rounding="floor" if self.exact else "round")
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector; every frame has a share of its own."""

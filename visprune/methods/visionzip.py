@@ -52,7 +52,7 @@ class VisionZip(BudgetedMethod):
     def __post_init__(self) -> None:
         """Check the split."""
         super().__post_init__()
-        limit = self.num_keep
+        limit = self.num_keep  # of frames, it is known with the clip
         if self.contextual is not None and (
             self.contextual < 0 or (limit and self.contextual >= limit)
         ):

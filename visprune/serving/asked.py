@@ -183,6 +183,8 @@ def why_not(method: PruningMethod, spec: ModelSpec, shows: frozenset[str]) -> st
         schedule = method.schedule(spec)
     except VispruneError as error:
         return str(error)
+    if getattr(method, "num_keep_per_frame", None) is not None:
+        return "num_keep_per_frame counts frames, which a server is not told of; give num_keep"
     if not schedule:  # a stage in each layer of an encoder
         return _INSIDE
     for stage in schedule:

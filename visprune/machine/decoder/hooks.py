@@ -21,6 +21,7 @@ from visprune.core.trace import Trace
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.cache.evict import CacheEviction
 from visprune.machine.choose import Observer
+from visprune.machine.decoder.clips import ClipFrames
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
 from visprune.machine.decoder.learned import LearnedModules
@@ -108,6 +109,7 @@ class DecoderHooks:
         self._warned: set[str] = set()
         everything = method.asks_the_last_token
         self._prompt = PromptEnd(adapter, plan, method.name, everything, self._warn)
+        self._clips = ClipFrames(adapter)
         self._reader = LayerReader(adapter, plan, observers, self._under_way)
         self._eviction: CacheEviction | None = None
         if plan.cache is not None:
@@ -184,6 +186,7 @@ class DecoderHooks:
         add(Noticed(adapter.core))
         add(Noticed(adapter.language_model))
         add(self._prompt.install())
+        add(self._clips.install())
         self.learned.attach()
 
     def remove(self) -> None:
@@ -208,12 +211,14 @@ class DecoderHooks:
             )
         kwargs = dict(kwargs)
         self._prompt.model_begins(kwargs)
+        self._clips.begins(kwargs)
         return args, kwargs
 
     @torch.compiler.disable
     def _over(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the model, head and loss included; also after an error."""
         self._prompt.model_ends()
+        self._clips.ends()
         self.gate.leave()
 
     def _under_way(self) -> Forward | None:
@@ -232,6 +237,7 @@ class DecoderHooks:
         """Before pictures are encoded: refuse what cannot work."""
         self.gate.enter()
         self._prompt.core_begins(kwargs)
+        self._clips.begins(kwargs)
         call = self.adapter.bind(args, kwargs)
         check_cache(cache_of(call), windows=self.adapter.windowed)
         self._tap.begin(call)
@@ -243,6 +249,7 @@ class DecoderHooks:
         """After the core, also after an error."""
         current = self._current
         current.call = current.forward = None
+        self._clips.ends()
         self.gate.leave()
 
     def _layouts(self) -> list[ImageLayout]:
@@ -264,10 +271,12 @@ class DecoderHooks:
                         "there. Pass the features unchanged, or input_ids and pixels.",
                     )
             layouts += self.adapter.layouts(call, pictures)
+            layouts = self._clips.joined(layouts)
         if layouts and self.unproved is not None:
             raise UnsupportedModel(self.unproved)
         for layout in layouts:
-            self.plan.check_count(len(layout.picture.pos))
+            picture = layout.picture
+            self.plan.check_count(len(picture.pos), picture.frames, self.adapter.spec)
             check_signals(self.plan, self.method.name, layout)
         return layouts
 

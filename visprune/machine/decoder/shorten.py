@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def run_stage(
         observers: see :func:`visprune.machine.choose.choose`.
         learned: the stage's own module, of a method that has parameters.
     """
+    acts = [_of_clip(act, stage, image, fwd) for image in fwd.images]
     before = [len(image.tokens) for image in fwd.images]
     chosen: list[tuple[ImageState, Selection]] = []
     evidence: dict[str, dict[int, float]] = {}
@@ -47,13 +49,14 @@ def run_stage(
         _sequence_signals(stage, fwd, hidden)
         for group in _groups(fwd, act):
             tokens = _visual_tokens([image for _, image in group], hidden)
+            own = acts[group[0][0]]
             context = Context(
                 stage=act.number,
                 signals=_signals(stage, fwd, [image for _, image in group], tokens),
                 original=_original(group[0][1], act),
                 learned=learned,
             )
-            selection = choose(act.method, stage, tokens, context, observers)
+            selection = choose(own.method, own.stage, tokens, context, observers)
             for place, (order, image) in enumerate(group):
                 fwd.trace.spend(image.layout.row, selection.macs)
                 row = selection.row(place)
@@ -62,13 +65,12 @@ def run_stage(
                     evidence.setdefault(name, {})[order] = round(float(value), 6)
     totals = [_original(image, act) for image in fwd.images]
     step = fwd.take(chosen, weigh=act.weighs)
-    budget = stage.budget
     fwd.trace.stages.append(
         {
             "site": str(stage.site),
             **({} if act.member is None else {"method": act.method.name}),
             "before": before,
-            "clamped": [n for n, x in enumerate(totals) if budget is not None and budget.clamps(x)],
+            "clamped": [n for n, x in enumerate(totals) if _clamps(acts[n].stage, x)],
             "after": [len(image.tokens) for image in fwd.images],
             **{
                 name: [values.get(n) for n in range(len(fwd.images))]
@@ -129,6 +131,16 @@ def _sequence_signals(stage: Stage, fwd: Forward, hidden: Tensor) -> None:
         read_layer([stage], fwd, seen_by(fwd, hidden, 0), "sequence")
 
 
+def _of_clip(act: Act, stage: Stage, image: ImageState, fwd: Forward) -> Act:
+    """The act on an image, with the stage as it is shown what the model has."""
+    return replace(act, stage=stage).of_clip(image.layout.picture.frames, fwd.adapter.spec)
+
+
+def _clamps(stage: Stage, total: int) -> bool:
+    """Whether a budget is more than an image has."""
+    return stage.budget is not None and stage.budget.clamps(total)
+
+
 def _original(image: ImageState, act: Act) -> int:
     """Tokens that an image had before a method; of a chain, when the member's first stage began."""
     if act.member is None:
@@ -143,7 +155,8 @@ def _groups(fwd: Forward, act: Act) -> list[list[tuple[int, ImageState]]]:
         picture = image.layout.picture
         if len(image.tokens):
             original = _original(image, act)
-            key = (len(image.tokens), picture.kind, original, len(picture.pos), picture.extent)
+            count = (len(image.tokens), original, len(picture.pos))
+            key = (count, picture.kind, picture.frames, picture.extent)
             groups.setdefault(key, []).append((order, image))
     return list(groups.values())
 

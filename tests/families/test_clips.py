@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A clip is one pool: also where it is written as pictures; budgets that count its frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import visprune
+from tests.contract.oracle import TOLERANCE, alive, error, forwards, grown
+from tests.families import tiny
+from tests.families.oracle import extended, hidden_logits, two_kernels
+from tests.families.test_contract import GENERATE
+from tests.families.tiny import parts
+from visprune.backbones.hf.cache import cache_of
+from visprune.catalog import get_method
+from visprune.errors import BudgetError, ConfigError
+from visprune.machine.find import find_adapter
+
+# Whose processors, or users, write clips as pictures.
+FAMILIES = ("internvl", "smolvlm", "gemma3")
+ROWS = [[3, "a", 2, "b", 2, "c", 4], [2, "d", 3]]
+TOLD = [3, 1]
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def whole(family: str, rows: list[list[Any]]) -> dict[str, Any]:
+    """Prompts whose pictures are one tile each, as frames are."""
+    spec = replace(tiny.FAMILIES[family], picture=parts.square(1, 3, 24, 24))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.FAMILIES, family, spec)
+        patch.setitem(parts._COUNTS, (family, "a"), 9)
+        return tiny.inputs(family, rows)
+
+
+@each_family
+@torch.no_grad()
+def test_pictures_that_are_frames_are_one_pool(family: str, models: Any) -> None:
+    model, inputs = models(family), whole(family, ROWS)
+    with visprune.prune(model, "random", num_keep=4) as run:
+        model(**inputs)
+        assert [len(kept) for kept in run.trace.kept] == [4, 4, 4, 4]  # pictures of a text
+    few = {"num_keep": 4, "positions": "original"}
+    with forwards() as seen, visprune.prune(model, "random", **few) as run:
+        logits = model(**inputs, clip_frames=TOLD).logits
+        trace = run.trace
+        made = model.generate(**inputs, clip_frames=TOLD, **GENERATE)
+        again = run.trace
+    assert trace.image_rows == again.image_rows == [0, 1]
+    assert [len(kept) for kept in trace.kept] == [4, 4]
+    assert trace.num_tokens == [27, 9]
+    assert trace.all_pos[0][:, 0].tolist() == sorted([0, 1, 2] * 9)
+    eager, valid = models(family, "eager"), inputs["attention_mask"].bool()
+    plain = model(**inputs, use_cache=False).logits
+    bound = TOLERANCE + 2 * two_kernels(family, eager, inputs, plain)
+    keep = alive(seen[0])
+    there = keep[-1] & valid
+    want = hidden_logits(eager, inputs, keep)
+    assert error(logits[there], want[there]) <= bound < 1e-4
+    new = made.sequences[:, inputs["input_ids"].shape[1] :]
+    longer = extended(inputs, new[:, :-1], find_adapter(model).answer_types)
+    want = hidden_logits(eager, longer, grown(alive(seen[1]), longer["input_ids"].shape[1]))
+    for number, got in enumerate(made.logits):
+        at = inputs["input_ids"].shape[1] - 1 + number
+        assert error(got, want[:, at]) <= bound
+
+
+@each_family
+@torch.no_grad()
+def test_nothing_dropped_changes_no_bit(family: str, models: Any) -> None:
+    model, inputs = models(family), whole(family, ROWS)
+    plain, answer = model(**inputs).logits, model.generate(**inputs, **GENERATE).sequences
+    with visprune.prune(model, "divprune", keep_ratio=1.0):
+        assert torch.equal(model(**inputs, clip_frames=TOLD).logits, plain)
+        made = model.generate(**inputs, clip_frames=TOLD, **GENERATE).sequences
+    assert torch.equal(made, answer)
+
+
+@each_family
+@torch.no_grad()
+def test_methods_for_clips_see_the_frames(family: str, models: Any) -> None:
+    model, inputs = models(family), whole(family, ROWS)
+    with visprune.prune(model, "evs", keep_ratio=0.5) as run:
+        model(**inputs)
+        assert [len(kept) for kept in run.trace.kept] == [9, 9, 9, 9]  # pictures stay whole
+        model(**inputs, clip_frames=TOLD)
+        assert [len(kept) for kept in run.trace.kept] == [13, 9]
+
+
+@torch.no_grad()
+def test_beams_and_equal_clips(models: Any) -> None:
+    model, inputs = models("gemma3"), whole("gemma3", ROWS)
+    options = {**GENERATE, "num_beams": 2, "max_new_tokens": 2}
+    with visprune.prune(model, "random", num_keep=4) as run:
+        model.generate(**inputs, clip_frames=TOLD, **options)
+        assert run.trace.image_rows == [0, 1, 2, 3]
+        assert run.trace.num_tokens == [27, 27, 9, 9]
+        rows = [[3, "a", 2, "b", 3, "c", 2, "d", 2]]
+        model(**whole("gemma3", rows), clip_frames=2)
+        assert run.trace.num_tokens == [18, 18]
+
+
+@pytest.mark.parametrize("told", [2, [2, 1], [3, 2], [4], [3], "eight", [0, 4], []])
+def test_frames_that_do_not_fit_are_refused(told: Any, models: Any) -> None:
+    model, inputs = models("gemma3"), whole("gemma3", ROWS)
+    with visprune.prune(model, "random", num_keep=4):
+        with pytest.raises(ConfigError, match="clip_frames"):
+            model(**inputs, clip_frames=told)
+        model(**inputs)  # it was told of that call alone
+
+
+def test_tiles_are_no_frames(models: Any) -> None:
+    model, inputs = models("internvl"), tiny.inputs("internvl", [[3, "a", 2, "b", 2]])
+    with (
+        visprune.prune(model, "random", num_keep=4),
+        pytest.raises(ConfigError, match="frame 0 of a clip is cut into 2 tiles"),
+    ):
+        model(**inputs, clip_frames=2)
+
+
+@torch.no_grad()
+def test_a_clip_of_a_later_turn(models: Any) -> None:
+    model = models("internvl")
+    first, second = whole("internvl", [[3, "a", 2, "b", 2]]), whole("internvl", [[2, "c", 2, "d"]])
+    with visprune.prune(model, "random", num_keep=4) as run:
+        cache = cache_of(model(**first, clip_frames=2, use_cache=True))
+        length = first["input_ids"].shape[1] + second["input_ids"].shape[1]
+        second["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+        model(**second, clip_frames=2, past_key_values=cache)
+    assert run.trace.num_tokens == [18]
+    assert [len(kept) for kept in run.trace.kept] == [4]
+
+
+# Budgets that count frames -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["random", "divprune", "fastv", "todre", "evs", "vidcom2"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "internvl"])
+@torch.no_grad()
+def test_tokens_of_each_frame_are_so_many_of_the_clip(name: str, family: str, models: Any) -> None:
+    model, told = models(family), {}
+    inputs = tiny.inputs(family, [[3, "v", 4]]) if family != "internvl" else whole(family, ROWS[:1])
+    if family == "internvl":
+        told = {"clip_frames": 3}
+    more = {"tau": 0.0} if name == "todre" else {}
+    with visprune.prune(model, name, num_keep_per_frame=3, **more) as run:
+        by_frame = model(**inputs, **told).logits
+        kept, frames = run.trace.kept[0], len(run.trace.all_pos[0][:, 0].unique())
+    assert frames > 1
+    with visprune.prune(model, name, num_keep=3 * frames, **more) as run:
+        assert torch.equal(model(**inputs, **told).logits, by_frame)
+        assert torch.equal(run.trace.kept[0], kept)
+    if name in ("random", "divprune", "fastv", "todre"):
+        assert len(kept) == 3 * frames
+
+
+def test_a_picture_has_no_frames(models: Any) -> None:
+    model = models("qwen3_vl")
+    with visprune.prune(model, "fastv", num_keep_per_frame=3):
+        for rows in ([[3, "a", 4]], [[3, "a", 2, "v", 4]]):
+            with pytest.raises(BudgetError, match=r"this is a picture\. Use num_keep"):
+                model(**tiny.inputs("qwen3_vl", rows))
+        model(**tiny.inputs("qwen3_vl", [[3, "v", 4], [5]]))
+
+
+def test_an_encoder_has_no_clips(models: Any) -> None:
+    from timm.models import VisionTransformer
+
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=4, num_heads=2)
+    with pytest.raises(BudgetError, match="inside an encoder every picture is by itself"):
+        visprune.prune(model, "random", num_keep_per_frame=3)
+
+
+def test_one_budget_is_given() -> None:
+    with pytest.raises(BudgetError, match="got both: num_keep=4, num_keep_per_frame=2"):
+        get_method("divprune", num_keep=4, num_keep_per_frame=2)
+    with pytest.raises(BudgetError, match="num_keep_per_frame must be at least 1, got 0"):
+        get_method("divprune", num_keep_per_frame=0)
+    with pytest.raises(BudgetError, match=r"whole number of tokens, got 2\.5"):
+        get_method("todre", num_keep_per_frame=2.5)
+    with pytest.raises(ConfigError, match="no parameter 'num_keep_per_frame'"):
+        get_method("tome", num_keep_per_frame=2)
+    frames = (4, 4, 3)
+    with pytest.raises(BudgetError, match="3 to 4 tokens"):
+        get_method("divprune", num_keep_per_frame=2).of_clip(frames)
+
+
+def test_it_is_shared_out_and_written_down_as_others() -> None:
+    chain = get_method("divprune+fastv", num_keep_per_frame=2)
+    assert [member.num_keep_per_frame for member in chain.members] == [4, 2]
+    method = get_method("divprune", num_keep_per_frame=2)
+    saved = method.to_dict()
+    assert saved["num_keep_per_frame"] == 2
+    assert get_method(saved.pop("method"), **saved) == method
+    assert "num_keep_per_frame" not in get_method("divprune", num_keep=2).to_dict()
