@@ -71,4 +71,5 @@ def _of_all(signal: Any, values: list[Any]) -> Any:
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:
     there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None
+    alike = len({part.shape[1:] for part in there}) == 1
+    return torch.cat(there) if len(there) == len(parts) and alike else None

@@ -94,10 +94,13 @@ COUNTED: tuple[str, ...] = (
 
 # Whose image encoder can be read, with a class token or without: shown by tests that change one
 # patch and look which token changes.
-CLASS_TOKEN: tuple[str, ...] = ("llava", "llava_next", "internvl", "qianfan_ocr", "vipllava")
+CLASS_TOKEN: tuple[str, ...] = (
+    *("llava", "llava_next", "internvl", "qianfan_ocr", "vipllava", "llava_next_video"),
+)
 READ: tuple[str, ...] = (
     *CLASS_TOKEN,
     *("deepseek_vl", "janus", "gemma3", "idefics3", "smolvlm", "aya_vision", "cohere2_vision"),
+    *("llava_onevision", "paligemma", "ovis2", "granite_docling"),
 )
 # Whose positions are (t, h, w).
 THREE_AXES: tuple[str, ...] = (

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+)
 
 from visprune.backbones.hf.features import lengths
 from visprune.backbones.vlm.deepstack import take_before
 from visprune.backbones.vlm.generic import GenericAdapter, Kind
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
+from visprune.backbones.vlm.shown import blocks
 
 
 def packed_places(free: Tensor, side: int) -> Tensor:
@@ -40,11 +46,55 @@ def packed_places(free: Tensor, side: int) -> Tensor:
     return torch.stack([rest.long(), height, column], dim=-1)[free]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a picture come from.
+
+    Attributes:
+        told: of every token its region (0: thumbnail, 1: grid of crops, -1: a newline), row and
+            column in patches, between two of them where the grid was interpolated, ``[n, 3]``.
+        across: crops in a row of the grid.
+    """
+
+    told: Tensor
+    across: int = 1
+
+    @property
+    def free(self) -> Tensor:
+        """Which of the tokens are no newlines, ``[n]`` bool."""
+        return self.told[:, 0] >= 0
+
+    def sources(self, side: int, first: int) -> tuple[Tensor, Tensor | None]:
+        """The patches that each free token is made of, and how much each of them counts.
+
+        Args:
+            side: patches along one side of a crop.
+            first: crops of the call before this picture's.
+
+        Returns:
+            ``[N]`` and ``None``, or ``[N, 4]`` each where tokens lie between patches.
+        """
+        region, row, column = self.told[self.free].unbind(-1)
+        found, parts = [], []
+        down, right = row - row.floor(), column - column.floor()
+        for y, by_row in ((row.floor(), 1 - down), (row.ceil(), down)):
+            for x, by_column in ((column.floor(), 1 - right), (column.ceil(), right)):
+                crop = (y // side) * self.across + x // side
+                crop = torch.where(region == 0, 0, crop + 1)
+                found.append((first + crop) * side**2 + (y % side) * side + x % side)
+                parts.append(by_row * by_column)
+        source, weight = torch.stack(found, -1).long(), torch.stack(parts, -1)
+        if bool((weight[:, 0] == 1).all()):
+            return source[:, 0], None
+        return source, weight.float()
+
+
 class PackedAdapter(GenericAdapter):
     """A family that packs crops as LLaVA-NeXT does.
 
-    Newlines are protected and outside the budget. Their places are those that the model's own
-    packing gives them. A picture of one crop has one newline, at its end.
+    Newlines are protected and outside the budget. Their places, and the patches that the other
+    tokens are made of, are those that the model's own packing gives to the coordinates of patches.
+    A picture of one crop has one newline, at its end.
 
     Attributes:
         strategy: whether the packing is told how features of the encoder are selected.
@@ -75,15 +125,17 @@ class PackedAdapter(GenericAdapter):
         counts = self._crops_of(sizes, call.get("batch_num_images"))
         aside = self.patches_aside
         out, first = [], 0
-        for number, (count, free) in enumerate(
+        for number, (count, packing) in enumerate(
             zip(counts, self._packed(call, counts, sizes), strict=True)
         ):
             own = pixels[number, :count] if pixels.dim() == 5 else pixels[first : first + count]
+            source, weight = self._sources(packing, first)
             first += count
             picture = Picture(
-                free=free,
-                pos=packed_places(free, self.side),
-                source=None,
+                free=packing.free,
+                pos=packed_places(packing.free, self.side),
+                source=source,
+                weight=weight,
                 pixels=own,
                 grids=((1, aside, aside),) * count,
             )
@@ -106,27 +158,63 @@ class PackedAdapter(GenericAdapter):
             for size, own in zip(torch.as_tensor(sizes), cut, strict=True)
         ]
 
-    def _packed(self, call: dict[str, Any], counts: list[int], sizes: Tensor) -> list[Tensor]:
-        """Which tokens are no newlines, by packing nothing with newlines as the model packs."""
+    def _packed(self, call: dict[str, Any], counts: list[int], sizes: Tensor) -> list[Packing]:
+        """What the model's own packing makes of the coordinates of patches."""
         options: dict[str, Any] = {}
         if self.strategy:
             options["vision_feature_select_strategy"] = "full"
         ratio = call.get("vision_aspect_ratio") or getattr(self.config, "vision_aspect_ratio", None)
         if ratio is not None:
             options["vision_aspect_ratio"] = ratio
-        nothing = [torch.zeros(count, self.side**2, 1) for count in counts]
+        each = zip(counts, torch.as_tensor(sizes), strict=True)
+        grids = [self._grid(size) if count > 1 else (0, 1) for count, size in each]
+        newline = torch.full((3,), -1.0, dtype=torch.float64)
         packed = self.core.pack_image_features(
-            nothing, sizes, image_newline=torch.ones(1), **options
+            [self._cells(*grid) for grid in grids], sizes, image_newline=newline, **options
         )
         if isinstance(packed, tuple):  # with the length of each
             packed = packed[0]
-        return [tokens[:, 0] == 0 for tokens in packed]
+        return [Packing(told, grid[1]) for told, grid in zip(packed, grids, strict=True)]
+
+    def _grid(self, size: Tensor) -> tuple[int, int]:
+        """Rows and columns of crops that a picture is cut into."""
+        vision = self.config.vision_config
+        down, across = get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, vision.image_size
+        )
+        return int(down), int(across)
+
+    def _cells(self, down: int, across: int) -> Tensor:
+        """Region, row and column of each patch of a thumbnail and its crops, ``[crops, P, 3]``.
+
+        In float64, which holds them exactly, also where they are interpolated to between two.
+        """
+        side = self.side
+        within = grid(1, side, side)
+        starts = grid(1, down, across) * side + torch.tensor([1, 0, 0])
+        return torch.cat([within[None], starts[:, None] + within]).double()
+
+    def _sources(self, packing: Packing, first: int) -> tuple[Tensor | None, Tensor | None]:
+        """What tokens are made of, where the encoder can be read."""
+        if self.read_encoder is None:
+            return None, None
+        return packing.sources(self.side, first)
+
+    def find_sources(self, pictures: list[Picture]) -> None:
+        """They are said where pictures are made."""
 
     def clips(self, call: dict[str, Any], output: Any) -> list[list[Picture]]:
         """Clips."""
         raise NotImplementedError  # pragma: no cover - abstract
 
-    def clip(self, pixels: Tensor, side: int, marks: int) -> list[Picture]:
+    def clip(
+        self,
+        pixels: Tensor,
+        side: int,
+        marks: int,
+        source: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> list[Picture]:
         """A clip of frames of ``side`` squared tokens, and of marks behind them."""
         frames, aside = len(pixels), self.patches_aside
         count = frames * side * side
@@ -134,12 +222,19 @@ class PackedAdapter(GenericAdapter):
             Picture(
                 free=torch.arange(count + marks) < count,
                 pos=grid(frames, side, side),
-                source=None,
+                source=source,
+                weight=weight,
                 pixels=pixels,
                 kind="video",
                 grids=((frames, aside, aside),),
             )
         ]
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """What is known of all frames, one behind the other."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 class OneVisionAdapter(PackedAdapter):
@@ -149,8 +244,15 @@ class OneVisionAdapter(PackedAdapter):
 
     def clips(self, call: dict[str, Any], output: Any) -> list[list[Picture]]:
         """Clips, every frame at half the resolution."""
-        side = math.ceil(self.patches_aside / 2)
-        return [self.clip(pixels, side, 1) for pixels in call["pixel_values_videos"]]
+        side, clips = math.ceil(self.patches_aside / 2), call["pixel_values_videos"]
+        frame = Packing(self.core.apply_pooling(self._cells(0, 1))[0])
+        found = []
+        for number, pixels in enumerate(clips):
+            frames = range(number * len(pixels), (number + 1) * len(pixels))
+            each = [self._sources(frame, first) for first in frames]
+            parts = (_stacked(column) for column in zip(*each, strict=True))
+            found.append(self.clip(pixels, side, 1, *parts))
+        return found
 
 
 class NextVideoAdapter(PackedAdapter):
@@ -158,8 +260,16 @@ class NextVideoAdapter(PackedAdapter):
 
     def clips(self, call: dict[str, Any], output: Any) -> list[list[Picture]]:
         """Clips, every frame pooled."""
-        side = self.patches_aside // self.config.spatial_pool_stride
-        return [self.clip(pixels, side, 0) for pixels in call["pixel_values_videos"]]
+        stride, clips = self.config.spatial_pool_stride, call["pixel_values_videos"]
+        aside, found = self.patches_aside, []
+        for number, pixels in enumerate(clips):
+            source = None
+            if self.read_encoder is not None:
+                frames = torch.arange(number * len(pixels), (number + 1) * len(pixels))
+                source = blocks((aside, aside), stride) + frames[:, None, None] * aside**2
+                source = source.flatten(0, 1)
+            found.append(self.clip(pixels, aside // stride, 0, source))
+        return found
 
 
 class GraniteAdapter(PackedAdapter):

@@ -23,6 +23,7 @@ class Picture:
         source: encoder patch of each free token, counted over all encoder pictures of the call,
             ``[N]``, or of a token made of several, ``[N, m]``; ``None`` where the encoder offers no
             signals.
+        weight: what part of a token each of several is, ``[N, m]``; ``None``: all the same.
         pixels: what the encoder saw; dropped once methods' signals are read from them.
         kind: image or video.
         grids: (t, h, w) in patches of everything that the encoder saw of it.
@@ -51,6 +52,7 @@ class Picture:
     encoded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     spent: int = 0
     placed: Literal["grid", "guessed", "queries"] = "grid"
+    weight: Tensor | None = None
 
     @cached_property
     def extent(self) -> tuple[int, ...]:

@@ -59,17 +59,25 @@ class ShownEncoder:
         return [watch(attention, functools.partial(_wanted, record))]
 
     def blocks(self) -> Tensor:
-        """The patches that each token of a picture is made of, ``[N, merge * merge]``.
+        """The patches that each token of a picture is made of, ``[N, merge * merge]``."""
+        return blocks(self._grid, self._merge)
 
-        Tokens and the patches of a block are in raster order.
-        """
-        height, width = self._grid
-        side = self._merge
-        raster = torch.arange(height * width).view(height, width)
-        rows, columns = height // side, width // side
-        whole = raster[: rows * side, : columns * side]
-        parts = whole.view(rows, side, columns, side).transpose(1, 2)
-        return parts.reshape(rows * columns, side * side)
+
+def blocks(grid: tuple[int, int], side: int) -> Tensor:
+    """The patches in each square block of a grid, ``[N, side * side]``.
+
+    Blocks and the patches of a block are in raster order; patches beyond whole blocks are in none.
+
+    Args:
+        grid: patches along height and width.
+        side: of a block.
+    """
+    height, width = grid
+    raster = torch.arange(height * width).view(height, width)
+    rows, columns = height // side, width // side
+    whole = raster[: rows * side, : columns * side]
+    parts = whole.view(rows, side, columns, side).transpose(1, 2)
+    return parts.reshape(rows * columns, side * side)
 
 
 class ReadAdapter(VLMAdapter):
@@ -140,11 +148,11 @@ class ReadAdapter(VLMAdapter):
         if encoder is None:
             return
         for picture in pictures:
-            blocks = encoder.blocks()
-            count = int(picture.free.sum()) // len(blocks)
-            if count * len(blocks) != len(picture.free):
+            own = encoder.blocks()
+            count = int(picture.free.sum()) // len(own)
+            if count * len(own) != len(picture.free):
                 return  # not one grid for each tile
-            parts = [blocks + (first + n) * encoder.patches for n in range(count)]
+            parts = [own + (first + n) * encoder.patches for n in range(count)]
             source = torch.cat(parts)
             picture.source = source[:, 0] if source.shape[1] == 1 else source
             first += count

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import visprune
+from tests.contract.oracle import error
 from tests.contract.test_signals import looked
 from tests.families import tiny
 from visprune.backbones.cost.attention import find_attention
@@ -23,7 +24,9 @@ from visprune.errors import UnsupportedModel
 from visprune.machine.encoder.tap import listening
 from visprune.machine.find import find_adapter
 
-SHOWN = tuple(name for name in READ if name not in FIRST)  # those have tests of their own
+PACKED = ("llava_onevision", "llava_next_video")
+# The first families have tests of their own.
+SHOWN = tuple(name for name in READ if name not in (*FIRST, *PACKED))
 ROWS = [[3, "a", 6], [2, "B", 4]]
 every_shown = pytest.mark.parametrize("family", SHOWN)
 
@@ -177,3 +180,80 @@ def test_a_refusal_says_why_and_names_what_needs_none(family: str, models: Any) 
 def test_tokens_do_not_leave_inside_an_encoder_that_is_only_read(models: Any) -> None:
     with pytest.raises(UnsupportedModel, match="was not proved on fewer patches"):
         visprune.prune(models("internvl"), "tome", r=2)
+
+
+@contextmanager
+def features_of_a_layer(model: Any) -> Iterator[list[Tensor]]:
+    """What the encoder's layer that is read gives, patches alone, ``[P, N, D]``."""
+    adapter, found = find_adapter(model), []
+    block, prefix = adapter.encoder_block(adapter.encoder_end), adapter.encoder_prefix
+
+    def left(module: Any, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        found.append(hidden[:, prefix:])
+
+    handle = block.register_forward_hook(left)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("picture", "aB")
+@pytest.mark.parametrize("family", [*PACKED, "llava_onevision_shrunk"])
+@torch.no_grad()
+def test_signals_of_packed_crops_are_packed_as_features_are(
+    family: str, picture: str, models: Any
+) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, picture, 6]])
+    got = looked(model, inputs, EncoderFeatures("feature"), Site.projector())
+    with features_of_a_layer(model) as found, listening(find_adapter(model)) as heard:
+        model(**inputs)
+    options: dict[str, Any] = {"vision_feature_select_strategy": "full"}
+    if family != "llava_next_video":
+        options = {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+    newline = torch.zeros(found[0].shape[-1])
+    packed = model.model.pack_image_features(
+        [found[0]], inputs["image_sizes"], image_newline=newline, **options
+    )[0]
+    assert error(got[0], packed[0][heard[0].free]) < 1e-5
+    assert (heard[0].weight is not None) == family.endswith("_shrunk")
+
+
+@pytest.mark.parametrize("family", PACKED)
+@torch.no_grad()
+def test_signals_of_clips_are_pooled_as_features_are(family: str, models: Any) -> None:
+    model, core = models(family), models(family).model
+    inputs = tiny.inputs(family, [[3, "v", 6], [2, "v", 4]])
+    got = looked(model, inputs, EncoderFeatures("feature"), Site.projector())
+    with features_of_a_layer(model) as found:
+        model(**inputs)
+    pool = core.apply_pooling if family == "llava_onevision" else core.vision_resampler
+    want = pool(found[0]).reshape(2, -1, found[0].shape[-1])
+    assert torch.allclose(torch.cat(list(got)).reshape(want.shape), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*PACKED, "llava_onevision_shrunk"])
+@torch.no_grad()
+def test_a_patch_changes_the_tokens_that_are_packed_of_it(family: str, models: Any) -> None:
+    model, inputs = models(family), tiny.inputs(family, [[3, "a", 6], [2, "B", 4]])
+    adapter = find_adapter(model)
+    with listening(adapter) as heard:
+        before = encoded(model, inputs)
+    free = torch.cat([picture.free for picture in heard])
+    rows = [_weights(picture) for picture in heard]
+    block, patches = adapter.encoder_block(adapter.encoder_end), adapter.read_encoder.patches
+    for patch in (0, 20, 40, 80, 130, 200, 280):
+        number, place = divmod(patch, patches)
+        with changed(block, number, adapter.encoder_prefix + place):
+            after = encoded(model, inputs)
+        moved = (after - before).abs().amax(-1)[free] > 1e-6
+        want = torch.cat([((source == patch) & (part > 1e-6)).any(-1) for source, part in rows])
+        assert torch.equal(moved, want)
+
+
+def _weights(picture: Any) -> tuple[Tensor, Tensor]:
+    """The patches of each free token, and how much each of them counts."""
+    source = picture.source.reshape(len(picture.pos), -1)
+    weight = picture.weight
+    return source, torch.ones(source.shape) if weight is None else weight

@@ -232,8 +232,13 @@ class EncoderTap:
         for signal, value in heard.items():
             patches = value.movedim(signal.token_dim, 1).flatten(0, 1)  # [P * N, ...]
             own = patches[picture.source.to(patches.device)]
-            # Of a token that is made of several patches, their mean.
-            picture.signals[signal] = own if picture.source.dim() == 1 else own.mean(1)
+            if picture.source.dim() == 1:
+                picture.signals[signal] = own
+            elif picture.weight is None:  # of a token that is made of several patches, their mean
+                picture.signals[signal] = own.mean(1)
+            else:
+                part = picture.weight.to(own).view(*own.shape[:2], *[1] * (own.dim() - 2))
+                picture.signals[signal] = (own * part).sum(1)
 
 
 @contextmanager
