@@ -35,9 +35,8 @@ def measured_columns(folder: Path = _FOLDER) -> list[Measured]:
     found = []
     if (rows := _rows(folder / "methods_speed.csv")) is not None:
         found.append(_speed(rows))
-    ours = [_rows(folder / name) for name in ("embedded_methods.csv", "embedded_cache.csv")]
-    if ours[0] is not None and ours[1] is not None:
-        found.append(_ours(ours[0], ours[1]))
+    if (rows := _rows(folder / "embedded_methods.csv")) is not None:
+        found.append(_ours(rows, _rows(folder / "embedded_cache.csv") or []))
     return [*found, _published()] if found else []
 
 
@@ -93,13 +92,17 @@ def _ours(pruning: Iterable[Row], cache: Iterable[Row]) -> Measured:
         cells[name] = f"{_score(row)}, {row['label']}: {share}"
     untouched = next((row for row in pruning if row["method"] == "none"), None)
     about = "" if untouched is None else f" (untouched {float(untouched['score']):.1f})"
+    asked = (
+        "; methods at the cache with three questions in turn on one cache, other questions "
+        "([rows](eval/measured/embedded_cache.csv)): compare within a group"
+        if whole else ""
+    )  # fmt: skip
     return Measured(
         "our own results, embedded model", cells,
         f"accuracy in % of the embedded model{about}, and the paired change with its 95 % "
         f"interval, at `num_keep={KEEP}` or the setting with the nearest number of tokens "
-        f"([rows](eval/measured/embedded_methods.csv)); methods at the cache with three questions "
-        f"in turn on one cache ([rows](eval/measured/embedded_cache.csv), another draw of turns: "
-        f"compare within a group). A small model on drawn pictures, see "
+        f"([rows](eval/measured/embedded_methods.csv)){asked}. A small model on few drawn "
+        f"pictures: most neighbours cannot be told apart, see "
         f"[eval/measured](eval/measured/README.md).",
     )  # fmt: skip
 
