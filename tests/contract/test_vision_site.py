@@ -14,7 +14,7 @@ from torch import Tensor
 import visprune
 from tests import tiny
 from tests.contract import oracle
-from tests.contract.cases import CACHE, EVERY, FAMILIES, INSIDE, batch, places
+from tests.contract.cases import BEFORE, CACHE, EVERY, FAMILIES, INSIDE, batch, places
 from tests.encoders.oracle import matched_by_hand
 from visprune.errors import ConfigError, UnsupportedModel
 
@@ -41,7 +41,7 @@ every_tower = pytest.mark.parametrize("family", TOWERS)
 
 def test_every_method_has_a_contract() -> None:
     assert set(INSIDE) == set(FEW)
-    assert {*INSIDE, *EVERY, *CACHE} == set(visprune.list_methods())
+    assert {*INSIDE, *EVERY, *CACHE, *BEFORE} == set(visprune.list_methods())
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
