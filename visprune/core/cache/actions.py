@@ -27,20 +27,24 @@ class CloseUp(Action):
 
     closes: ClassVar[bool] = True
 
-    def read(self, seen: CacheSeen) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """What turns keys."""
-        if seen.turn is None:
-            raise UnsupportedModel(
-                "Slots that stay take new places, for which keys are turned on: that is known of "
-                "decoders that turn whole heads, half against half, along a line. Use "
-                "positions='original', which leaves keys as they are."
-            )
+    def read(self, seen: CacheSeen) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """What turns keys; ``None``: that is not known."""
         return seen.turn
 
     def apply(
         self, key: Tensor, value: Tensor, kept: list[Tensor], looked: Looked
     ) -> list[HeadSlots]:
-        """Turn each key by the places that it moves."""
+        """Turn each key by the places that it moves.
+
+        Raises:
+            UnsupportedModel: how keys are turned is not known.
+        """
+        if looked.action is None:
+            raise UnsupportedModel(
+                "Slots that stay take new places, for which keys are turned on: that is known of "
+                "decoders that turn whole heads, half against half, along a line. Use "
+                "positions='original', which leaves keys as they are."
+            )
         found = super().apply(key, value, kept, looked)
         for slots in found:
             moves = torch.arange(len(slots.index), device=slots.index.device) - slots.index
