@@ -88,7 +88,7 @@ COUNTED: tuple[str, ...] = (
     *("deepseek_vl", "janus", "vipllava", "llava_onevision", "llava_next_video", "video_llava"),
     *("mistral3", "lighton_ocr", "kimi_k25", "hyperclovax_vision_v2", "gemma3", "exaone4_5"),
     *("aya_vision", "cohere2_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
-    *("video_llama_3", "paligemma", "ovis2", "hunyuan_vl"),
+    *("video_llama_3", "paligemma", "ovis2", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
 )
 
 

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
+from tests.contract.oracle import error
 from tests.families import tiny
 from visprune.backbones.vlm.known import COUNTED
 from visprune.errors import UnsupportedModel
@@ -21,7 +27,63 @@ from visprune.machine.find import find_adapter
 # Their encoders take all pictures as one sequence and hide them from each other: a counter of
 # matrix products sees the whole square, and the padding of smaller pictures.
 PACKED = ("mistral3", "lighton_ocr", "hyperclovax_vision_v2", "video_llama_3")
-EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25", "qwen3_omni_moe_thinker")
+EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25", "qwen3_omni_moe_thinker", "qwen3_5_moe")
+
+
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **more: Any
+) -> tuple[Tensor, None]:
+    """The gated delta rule token by token, of products that a counter sees, ``[B, S, H, d]``."""
+    shared = value.shape[2] // key.shape[2]
+    query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
+    query, key = (x.repeat_interleave(shared, 2) for x in (query, key))
+    query = query * query.shape[-1] ** -0.5
+    state = value.new_zeros(len(value), value.shape[2], key.shape[-1], value.shape[-1])
+    out = torch.empty_like(value)
+    for token in range(value.shape[1]):
+        state = state * g[:, token].exp()[..., None, None]
+        known = (key[:, token, :, None] @ state)[..., 0, :]
+        missing = (value[:, token] - known) * beta[:, token][..., None]
+        state = state + key[:, token, ..., None] @ missing[..., None, :]
+        out[:, token] = (query[:, token, :, None] @ state)[..., 0, :]
+    return out, None
+
+
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **more: Any,
+) -> Tensor:
+    """A causal convolution of each channel, of the tokens there are and none behind them."""
+    x = F.pad(x, (weight.shape[-1] - 1, 0))
+    out = F.conv1d(x, weight[:, None], bias, groups=len(weight))
+    return out if activation is None else F.silu(out)
+
+
+@contextmanager
+def countable(model: Any) -> Iterator[None]:
+    """Recurrent layers by their definition, in place of kernels that work in chunks."""
+    own = {"torch_chunk_gated_delta_rule": delta_rule, "causal_conv1d_fn": convolved}
+    layers = find_adapter(model).layers
+    with pytest.MonkeyPatch.context() as patch:
+        for module in {sys.modules[type(layer).__module__] for layer in layers}:
+            for name, made in own.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, made)
+        yield
+
+
+@pytest.mark.parametrize("family", [name for name in COUNTED if tiny.FAMILIES[name].recurrent])
+@torch.no_grad()
+def test_recurrent_layers_by_their_definition_are_those_of_the_model(family: str) -> None:
+    model, inputs = tiny.build(family, attn="eager"), tiny.inputs(family, [[3, "A", 6]])
+    plain = model(**inputs, use_cache=False).logits
+    with countable(model):
+        made = model(**inputs, use_cache=False).logits
+    assert not torch.equal(made, plain)  # others ran
+    assert error(made, plain) < 1e-4
 
 
 @pytest.mark.parametrize("family", COUNTED)
@@ -31,8 +93,8 @@ def test_operations_are_those_that_run(family: str) -> None:
     inputs = tiny.inputs(family, [[3, "A", 6, *([] if family in PACKED else ["B", 2])]])
     if family in EXPERTS:
         model.set_experts_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        last = {} if find_adapter(model).heads_all else {"logits_to_keep": 1}
+    last = {} if find_adapter(model).heads_all else {"logits_to_keep": 1}
+    with countable(model), FlopCounterMode(display=False) as counter:
         model(**inputs, **last, use_cache=False)
     with visprune.prune(model, "keep_all") as run:
         model(**inputs)
@@ -41,7 +103,7 @@ def test_operations_are_those_that_run(family: str) -> None:
     assert cost.vision > 0
     assert cost.projector > 0
     with visprune.prune(model, "random", num_keep=3) as run:
-        with FlopCounterMode(display=False) as counter:
+        with countable(model), FlopCounterMode(display=False) as counter:
             model(**inputs, **last, use_cache=False)
         pruned = run.cost(causal="dense")
     # Of the random order of tokens nothing is a product of matrices.
