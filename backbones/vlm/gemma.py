@@ -35,6 +35,18 @@ class Gemma4Adapter(PerLayerInputsAdapter):
     """Patches come with their (x, y), padded by (-1, -1); a clip is one entry."""
 
     @property
+    def head_width(self) -> int:
+        """Features of a head; 0 where layers that see all have wider ones than the others."""
+        layers: Any = self.layers
+        widths = {int(layer.self_attn.head_dim) for layer in layers}
+        return widths.pop() if len(widths) == 1 else 0
+
+    @property
+    def key_heads(self) -> int:
+        """Key heads of a layer; 0 where layers differ."""
+        return super().key_heads if self.head_width else 0
+
+    @property
     def projector(self) -> nn.Module:
         """What maps the encoder's tokens to the decoder's."""
         return self.core.embed_vision
