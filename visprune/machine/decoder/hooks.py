@@ -250,6 +250,7 @@ class DecoderHooks:
         current = self._current
         current.call = current.forward = None
         self._clips.ends()
+        self._tap.end()
         self.gate.leave()
 
     def _layouts(self) -> list[ImageLayout]:

@@ -108,6 +108,10 @@ class EncoderTap:
         """A call of the core begins."""
         self._current.latest, self._current.call = {}, call
 
+    def end(self) -> None:
+        """It is over, also after an error: what is encoded next is for another call."""
+        self._current.call = None
+
     def pictures(self) -> dict[str, list[Picture]]:
         """What the call under way has encoded, by kind."""
         current = self._current
