@@ -234,3 +234,16 @@ def test_the_peak_of_memory_is_what_was_held_on_top() -> None:
     del held
     assert peak.nbytes > 200 * 2**20
     assert Peak("cpu").nbytes < 64 * 2**20  # type: ignore[operator]
+
+
+def test_decode_over_caches_says_what_was_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--quick", "--threads", "1", "--out", str(tmp_path)]
+    _run(monkeypatch, "bench", "decode", "--methods", "snapkv", "adakv", *options)
+    rows = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["snapkv (even)", "adakv (ragged)"]
+    assert all(row["share"] > 0 for row in rows)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the ideal's slots are random numbers" in said
+    assert "Same logits as the ideal" not in said
