@@ -48,11 +48,13 @@ def server(*words: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert process.poll() is None, "the server did not start"
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
                 break
             time.sleep(0.5)
+        else:
+            raise AssertionError("the server was not up in ten minutes")
         yield address, process
     finally:
         with contextlib.suppress(ProcessLookupError):
