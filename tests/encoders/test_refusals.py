@@ -91,7 +91,6 @@ def test_no_class_token(method: str, kind: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("naflexvit_base_patch16_gap", "packs pictures of many sizes"),
         ("swin_tiny_patch4_window7_224", "windows need the whole grid"),
         ("vit_relpos_small_patch16_224", "a bias per pair of grid places"),
         ("samvit_base_patch16", "windows need the whole grid"),

@@ -88,7 +88,7 @@ def test_sites_that_are_not_offered() -> None:
     with pytest.raises(UnsupportedModel) as caught:
         make_plan(Made(stages=(Stage(Site.cache(), HALF),)), LLAVA)
     assert "cache" in str(caught.value)
-    assert "Sites: projector, decoder(layer)" in str(caught.value)
+    assert "encoder(layer) inside some, projector, decoder(layer), cache" in str(caught.value)
     closed = dataclasses.replace(LLAVA, encoder_refusal="its windows need every patch")
     with pytest.raises(UnsupportedModel, match=r"its windows need every patch. Methods that fit"):
         make_plan(Made(stages=(Stage(Site.encoder(3), HALF),)), closed)
