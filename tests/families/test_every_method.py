@@ -184,13 +184,17 @@ def test_merging_equals_the_layers_with_the_maps_between(
     found: list[Any] = []
     plain = DecoderHooks._layouts
     monkeypatch.setattr(DecoderHooks, "_layouts", lambda self: found.extend(plain(self)) or found)
-    with visprune.prune(model, name, **few(name, family)) as run:
+    wide = {"cutoff": 0.6} if name == "pact" else {}  # so that clusters form in every family
+    with visprune.prune(model, name, **{**few(name, family), **wide}) as run:
         run.observe(note)
         logits, trace = model(**inputs).logits[0], run.trace
     (layout,) = found
     assert any(s.merges for _, s in stages) or (name, family) == ("vscan", "gemma3")
     free = set(layout.positions[layout.picture.free].tolist())
-    want, stands = replayed(models(family, "eager"), inputs, free, stages)
+    weighs = any(act.weighs for act in run.plan.acts)
+    want, stands = replayed(models(family, "eager"), inputs, free, stages, weighs=weighs)
+    assert weighs == (name == "pact")
+    assert not weighs or float(trace.sizes[0].max()) > 1
     assert trace.index is not None
     assert sorted(stands.tolist()) == (trace.index[0] >= 0).nonzero()[:, 0].tolist()
     assert error(logits[stands], want) <= TOLERANCE

@@ -16,7 +16,7 @@ from visprune.eval.tasks.embedded import (
     KINDS,
     PATCH,
     SHAPES,
-    Picture,
+    Scene,
     SceneObject,
     draw_picture,
     words,
@@ -84,7 +84,7 @@ class QuestionBatch:
         return QuestionBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def encode_questions(pictures: Sequence[Picture]) -> QuestionBatch:
+def encode_questions(pictures: Sequence[Scene]) -> QuestionBatch:
     """Tokens of all questions of each picture, as the processor would encode each one alone.
 
     Args:

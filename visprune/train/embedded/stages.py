@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from visprune.eval.tasks.embedded import KINDS, Picture, make_sample
+from visprune.eval.tasks.embedded import KINDS, Scene, make_sample
 from visprune.train.embedded.data import (
     IGNORE,
     TOKENS,
@@ -62,7 +62,7 @@ class TrainingStage(ABC):
         """The random numbers of a step, different in each process."""
         return np.random.default_rng([self.seed, step, rank_and_size()[0]])
 
-    def pictures(self, step: int) -> list[Picture]:
+    def pictures(self, step: int) -> list[Scene]:
         """The pictures of a step; validation steps take those of the validation split."""
         config, (rank, size) = self.config, rank_and_size()
         first = (self.seed % 1000) * 10_000_000 + (step * size + rank) * config.batch
@@ -233,7 +233,7 @@ def answer_loss(
 
 
 def symbolic_loss(
-    parts: Parts, pictures: Sequence[Picture], rng: np.random.Generator, patches: int, drop: float
+    parts: Parts, pictures: Sequence[Scene], rng: np.random.Generator, patches: int, drop: float
 ) -> tuple[torch.Tensor, Stats]:
     """Answer loss on the oracle's tokens, with noise, since a tower's will not be perfect.
 
