@@ -109,15 +109,6 @@ def _cost(
 
 
 @lru_cache(maxsize=256)
-def price(layout: Layout, batch: int, heads: int, count: int) -> float:
-    """Of so many bands without a bias, or of tiles (0)."""
-    if not count:
-        return tile_cost(layout, batch, heads)
-    width = product(a.length for a in layout[1:])
-    return _cost(_rows(layout[0], count), width, batch, heads, False)
-
-
-@lru_cache(maxsize=256)
 def chosen(layout: Layout, batch: int, heads: int, biased: bool, grad: bool = False) -> int:
     """The number of bands that is cheapest; 0 where tiles are cheaper, or masks too large.
 

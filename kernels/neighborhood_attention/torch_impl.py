@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visprune.kernels.common.precision import wide
 
-from . import bands, gathered, strips, tiles
+from . import bands, gathered, tiles
 from .axis import Layout, product
 from .tiles import Part, Scratch
 
@@ -76,16 +76,6 @@ def band_count(q: Tensor, v: Tensor, layout: Layout, biased: bool) -> int:
     return bands.chosen(layout, q.shape[0], q.shape[-2], biased)
 
 
-def by_strips(q: Tensor, v: Tensor, layout: Layout, count: int) -> bool:
-    """Whether the path of middle sizes (:mod:`.strips`) is the way, beside so many bands."""
-    if q.device.type != "cpu" or q.shape[-1] != v.shape[-1] or q.numel() == 0 or count == 1:
-        return False
-    batch, heads = q.shape[0], q.shape[-2]
-    mine = strips.price(layout, batch, heads)
-    other = bands.price(layout, batch, heads, count)
-    return mine is not None and mine <= strips.CLOSE * other
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, layout: Layout, scale: float,
     out_dtype: torch.dtype, with_lse: bool,
@@ -105,8 +95,6 @@ def _forward(
     out_dtype: torch.dtype, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     count = band_count(q, v, layout, rpb is not None)
-    if rpb is None and by_strips(q, v, layout, count):
-        return strips.forward(q, k, v, layout, scale)
     if count:
         out, lse = bands.forward(q, k, v, rpb, layout, scale, count)
         return out, lse

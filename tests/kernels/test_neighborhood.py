@@ -16,16 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visprune import ops
 from visprune.errors import ConfigError, UnsupportedKernel
-from visprune.kernels.neighborhood_attention import (
-    axis,
-    bands,
-    gathered,
-    op,
-    reference,
-    strips,
-    tiles,
-    torch_impl,
-)
+from visprune.kernels.neighborhood_attention import axis, bands, op, reference, tiles, torch_impl
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -443,28 +434,3 @@ def test_why_not_lists_every_reason() -> None:
     reasons = op.why_not(wide, wide, wide, None)
     assert len(reasons) == 3
     assert any("head dim 130 is above 128" in r for r in reasons)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(
-    ("space", "kernel"),
-    [((12, 9), (5, 5)), ((11, 8), (4, 3)), ((16, 10), (3, 7)), ((9, 9), (9, 3))],
-)
-def test_strips_of_rows(space: tuple[int, int], kernel: tuple[int, int], causal: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, *space, 3, 8, generator=generator) for _ in range(3))
-    layout = axis.layout(q.shape, kernel, (1, 1), (1, 1), (causal, False))
-    assert strips.price(layout, 2, 3) is not None
-    got = strips.forward(q, k, v, layout, 0.3)
-    want = gathered.forward(q, k, v, None, layout, 0.3)
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-
-
-def test_a_picture_of_middle_size_goes_in_strips() -> None:
-    q = torch.zeros(1, 56, 56, 2, 32)
-    layout = axis.layout(q.shape, (7, 7), (1, 1), (1, 1), (False, False))
-    assert torch_impl.by_strips(q, q, layout, torch_impl.band_count(q, q, layout, False))
-    found = strips.strips(layout)
-    assert [(x.count, x.step) for x in found] == [(2, 0), (24, 2), (2, 0)]
-    assert sum(x.mask.numel() for x in found) <= bands.MAX_MASK
