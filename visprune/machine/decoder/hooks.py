@@ -1,56 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks of one method behind the encoder of a vision-language model: projector and decoder."""
+"""The hooks of one method around a vision-language model, its core and its decoder."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visprune.backbones.encoders.base import Noticed
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, Owner, cache_of, check_cache
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
-from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
 from visprune.core.trace import Trace
-from visprune.errors import ConfigError, UnsupportedModel
+from visprune.errors import UnsupportedModel
 from visprune.machine.cache.evict import CacheEviction
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.clips import ClipFrames
+from visprune.machine.decoder.current import Current
 from visprune.machine.decoder.forward import Forward
-from visprune.machine.decoder.images import Step
 from visprune.machine.decoder.learned import LearnedModules
 from visprune.machine.decoder.outputs import OutputHooks
 from visprune.machine.decoder.prompt import PromptEnd
-from visprune.machine.decoder.reading import LayerReader, check_signals, timed
-from visprune.machine.decoder.shorten import run_stage
+from visprune.machine.decoder.reading import LayerReader, check_signals
+from visprune.machine.decoder.stages import FORWARD, StageHooks
 from visprune.machine.decoder.windows import makes_cache, opened
 from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.tap import EncoderTap, pictures_of
 from visprune.machine.encoder.within_vlm import EncoderReduction
 from visprune.machine.plan import Plan
-from visprune.machine.threads import Gate, PerThread
-
-_FORWARD = "visprune_forward"
-
-
-class _Current(PerThread):
-    """What the hooks of one call hand to each other.
-
-    Attributes:
-        call: the arguments of the core, until the decoder is entered.
-        forward: the call of the decoder that is under way.
-        trace: of the last forward of this thread that held pictures.
-    """
-
-    call: dict[str, Any] | None = None
-    forward: Forward | None = None
-    trace: Trace | None = None
+from visprune.machine.threads import Gate
 
 
 class DecoderHooks:
@@ -88,7 +70,7 @@ class DecoderHooks:
         self.encoder, self.observers = encoder, observers
         self.learned = LearnedModules(adapter, plan)
         self.gate = Gate()
-        self._current = _Current()
+        self._current = Current()
         self.told: list[Callable[[Forward], None]] = []
         self._last: Trace | None = None
         self._handles: list[Any] = []
@@ -96,7 +78,6 @@ class DecoderHooks:
         self._tap = EncoderTap(adapter, plan.encoder_signals, plan.picture_signals)
         if encoder is not None:
             self._tap.finish = encoder.mark
-        self._thins = self._thinning(plan)
         self._in_layers = bool(plan.decoder_stages) or plan.cache is not None
         kernel = str(adapter.text_config._attn_implementation)
         self._flash = kernel.startswith("flash")
@@ -110,7 +91,10 @@ class DecoderHooks:
         everything = method.asks_the_last_token
         self._prompt = PromptEnd(adapter, plan, method.name, everything, self._warn)
         self._clips = ClipFrames(adapter)
-        self._reader = LayerReader(adapter, plan, observers, self._under_way)
+        self._reader = LayerReader(adapter, plan, observers, self._current.under_way)
+        self._stages = StageHooks(
+            adapter, plan, observers, self.learned, self._reader, self._current
+        )
         self._eviction: CacheEviction | None = None
         if plan.cache is not None:
             number, stage = plan.cache
@@ -120,36 +104,10 @@ class DecoderHooks:
                 stage,
                 plan.acts[number].member is not None,
                 observers,
-                self._under_way,
+                self._current.under_way,
                 plan.positions == "compact",
                 self.learned.of(plan.acts[number]),
             )
-
-    def _thinning(self, plan: Plan) -> tuple[int, PruningMethod] | None:
-        """The layer from which on a method decides what of an answer is stored, and the method.
-
-        Raises:
-            UnsupportedModel: later layers carry a state, which every token goes through.
-            ConfigError: a member of the chain evicts from the cache, whose heads then differ.
-        """
-        for layer, stages in plan.decoder_stages.items():
-            for number, _ in stages:
-                method = plan.acts[number].method
-                if not method.thins_answers:
-                    continue
-                if any(other >= layer for other in self.adapter.recurrent):
-                    raise UnsupportedModel(
-                        f"{method.name} leaves generated tokens out of the cache, and recurrent "
-                        f"layers of {self.adapter.config.model_type} take all of them in. Pass "
-                        f"text=False."
-                    )
-                if plan.cache is not None:
-                    raise ConfigError(
-                        f"{method.name} leaves generated tokens out of a cache from which another "
-                        f"method evicts. Pass text=False."
-                    )
-                return layer, method
-        return None
 
     @property
     def trace(self) -> Trace:
@@ -176,9 +134,7 @@ class DecoderHooks:
         add(adapter.core.register_forward_hook(self._end, always_call=True))  # may be one module
         everywhere = adapter.adds_later or adapter.windowed or bool(adapter.recurrent)
         if self._in_layers or self._flash or everywhere or self.plan.ahead:
-            for number, layer in enumerate(adapter.layers):
-                hook = partial(self._layer, number)
-                add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles += self._stages.install()
         self._handles += self._reader.install() + self._outputs.install() + adapter.guards()
         if self._eviction is not None:
             self._handles += self._eviction.install()
@@ -220,10 +176,6 @@ class DecoderHooks:
         self._prompt.model_ends()
         self._clips.ends()
         self.gate.leave()
-
-    def _under_way(self) -> Forward | None:
-        fwd = self._current.forward
-        return None if fwd is None or fwd.ahead else fwd
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -320,7 +272,7 @@ class DecoderHooks:
             # had; they go the way of their tokens.
             kwargs, fwd.later = self.adapter.later_features(kwargs)
             in_layers = in_layers or bool(fwd.later)
-        in_layers = in_layers or bool(self._thins is not None and fwd.answers)
+        in_layers = in_layers or bool(self._stages.thins is not None and fwd.answers)
         # A 4-D mask says nothing to recurrent layers.
         recurrent = self.adapter.recurrent and fwd.mask4d is not None
         in_layers = in_layers or fwd.masks is not None or bool(recurrent and fwd.images)
@@ -329,11 +281,7 @@ class DecoderHooks:
                 step = self.encoder.start(fwd)
                 hidden = step(hidden)
                 fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
-            for number, stage in self.plan.projector_stages:
-                if number in self.plan.ahead:
-                    self._look_ahead(number, stage, fwd, hidden, kwargs)
-                step, hidden = self._run(stage, number, fwd, hidden, self._shown(fwd, hidden))
-                fwd.later = {layer: step(one) for layer, one in fwd.later.items()}
+            hidden = self._stages.at_projector(fwd, hidden, kwargs)
             fwd.start_layers()
             self._reader.inputs(fwd, hidden)
             if not in_layers:
@@ -341,110 +289,10 @@ class DecoderHooks:
                     fwd.enter(number, [], {})
         new = fwd.arguments(hidden, kwargs)
         if in_layers:
-            new[_FORWARD] = fwd
+            new[FORWARD] = fwd
         if fwd.images and fwd.pad_side == "right" and "logits_to_keep" in new:
             new["logits_to_keep"] = 0  # the last slots of the rows are not their last tokens
         return args, new
-
-    def _look_ahead(
-        self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """Run the decoder as far as a stage before it wants to look."""
-        first = fwd.first_pass()
-        given = first.arguments(hidden, kwargs)
-        given.update({CACHE_ARGUMENT: first.cache, _FORWARD: first})
-        if first.cache is None:
-            given["use_cache"] = False
-        # Not through the module itself, whose hooks are at work on the call.
-        run = partial(self.adapter.language_model.forward, **given)
-        self._current.forward = first
-        try:
-            with timed(fwd, self.observers):
-                self._reader.ahead(self.plan.ahead[number], stage, fwd, first, run)
-        finally:
-            self._current.forward = fwd
-
-    @torch.compiler.disable
-    def _layer(
-        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Before a decoder layer: its stage, then its own mask and positions."""
-        if _FORWARD not in kwargs:
-            return None
-        kwargs = dict(kwargs)
-        fwd: Forward = kwargs.pop(_FORWARD)
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        rows = fwd.with_later(number, self.adapter.as_rows(hidden))
-        places = dict(zip(self.adapter.layer_arguments, args, strict=False))
-        if number in fwd.entered:
-            # Older transformers run hooks again when gradient checkpointing recomputes a layer: it
-            # is then given what it was given the first time.
-            for step in fwd.entered[number].steps:
-                rows = step(rows)
-        else:
-            rows = self._enter_layer(number, layer, fwd, rows, {**kwargs, **places})
-        changed = fwd.entered[number].changed
-        kwargs.update((name, value) for name, value in changed.items() if name not in places)
-        args = tuple(changed.get(name, value) for name, value in places.items())
-        return (self.adapter.as_states(rows), *args), kwargs
-
-    def _enter_layer(
-        self, number: int, layer: nn.Module, fwd: Forward, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Run the stages of a layer, and settle what it is given; returns its hidden states."""
-        given = kwargs.get("position_embeddings")
-        steps: list[Step] = []
-        if fwd.images and not fwd.ahead:
-            for order, stage in self.plan.decoder_stages.get(number, ()):
-                self._reader.before(number, stage, layer, fwd, hidden, kwargs)
-                step, hidden = self._run(stage, order, fwd, hidden, self.adapter.shown(hidden))
-                steps.append(step)
-            self._reader.states(number, fwd, self.adapter.shown(hidden))
-        elif self._thins is not None and self._thins[0] == number and fwd.answers:
-            states = self.adapter.shown(hidden)[:, -1]
-            with torch.no_grad():
-                fwd.thin(number, self._thins[1].stores(states, self.learned.modules))
-        # Gaps in the ids look like packed sequences to FlashAttention.
-        changed: dict[str, Any] = {"position_ids": None}
-        if self.adapter.reads_positions and kwargs.get("position_ids") is not None:
-            changed["position_ids"] = fwd.layer_positions(number, kwargs["position_ids"])
-        if fwd.masks is not None or fwd.differs(number):
-            changed["attention_mask"] = fwd.layer_mask(number, hidden)
-        # A decoder may go on with the last row alone, which is all that a next token asks of it.
-        last = hidden.shape[1] if hidden.shape[1] < fwd.table.num_slots else None
-        if last is None and fwd.table is not fwd.first:
-            by_token = {n: kwargs.get(n) for n in self.adapter.by_token}
-            changed.update(fwd.by_token(by_token, fwd.rel))
-        if fwd.differs(number) and given is not None and (last is None or fwd.compact):
-            changed["position_embeddings"] = fwd.rotary(number, hidden, given)
-        if last is not None:
-            fwd.keep_last(last, changed)
-        fwd.enter(number, steps, changed)
-        return hidden
-
-    def _shown(self, fwd: Forward, hidden: Tensor) -> Tensor:
-        """What a stage at the projector chooses by: the features, where placeholders wait empty."""
-        if not self.adapter.starts_empty or not fwd.later:
-            return hidden
-        return hidden + fwd.later[min(fwd.later)].to(hidden.device, hidden.dtype)
-
-    def _run(
-        self,
-        stage: Stage,
-        number: int,
-        fwd: Forward,
-        hidden: Tensor,
-        shown: Tensor | None = None,
-    ) -> tuple[Step, Tensor]:
-        """Run a stage; returns what shortens hidden states, and these ones shortened.
-
-        ``shown``: what it chooses by, if that is not ``hidden`` itself.
-        """
-        shown = hidden if shown is None else shown
-        with timed(fwd, self.observers):
-            act = self.plan.acts[number]
-            step = run_stage(act, stage, fwd, shown, self.observers, self.learned.of(act))
-            return step, step(hidden)
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
