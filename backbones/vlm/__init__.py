@@ -49,7 +49,7 @@ TABLE = {
     "glmga": "visprune.backbones.vlm.generic:OneIdAdapter",
     "glm4v_moe": "visprune.backbones.vlm.generic:OneIdAdapter",
     "glm_ocr": "visprune.backbones.vlm.generic:OneIdAdapter",
-    "kimi_k25": _GENERIC,
+    "kimi_k25": "visprune.backbones.vlm.chunks:ChunksAdapter",
     "video_llama_3": "visprune.backbones.vlm.generic:VaryingAdapter",
     "hyperclovax_vision_v2": _GENERIC,
     "paddleocr_vl": _GENERIC,

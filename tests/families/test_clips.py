@@ -135,11 +135,63 @@ def test_a_clip_of_a_later_turn(models: Any) -> None:
     assert [len(kept) for kept in run.trace.kept] == [4]
 
 
+# Chunks -----------------------------------------------------------------------------------------
+
+
+def chunked(text: str, grids: list[list[int]]) -> dict[str, Any]:
+    """A prompt of Kimi K2.5 in letters: "P" a chunk's placeholders, "<>" its marks."""
+    marks, ids = {"<": parts.VSTART, ">": parts.VEND}, []
+    for letter in text:
+        word = marks.get(letter, ord(letter) % 60 + 10)
+        ids += [parts.VIDEO] * 4 if letter == "P" else [word]
+    pixels = parts.noise("v", sum(t * h * w for t, h, w in grids), 3, 4, 4)
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values_videos": pixels,
+        "video_grid_thw": torch.tensor(grids),
+    }
+
+
+SMALL, TALL = [2, 4, 4], [2, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "grids", "pools"),
+    [
+        ("xx0.0<vcP>0.4<vcP>yy", [SMALL] * 2, [8]),
+        ("xx0.0<vcP>0.4<vcP>0.8<vcP>yy", [SMALL] * 3, [12]),
+        ("xx0.0<vcP>0.4<vcP>yy", [SMALL, [1, 4, 4]], [8]),
+        # two clips: time begins anew, words or a line's end between, sizes, a chunk of fewer frames
+        ("xx0.0<vcP>0.4<vcP>0.0<vcP>yy", [SMALL] * 3, [8, 4]),
+        ("xx0.0<vcP>0.0<vcP>yy", [SMALL] * 2, [4, 4]),
+        ("xx0.0<vcP>n0.0<vcP>yy", [SMALL] * 2, [4, 4]),
+        ("xx0.0<vcP>0.4<vcP>n0.0<vcP>0.4<vcP>", [SMALL] * 4, [8, 8]),
+        ("xx0.0<vcP>0.4<vcP>and0.0<vcP>", [SMALL] * 3, [8, 4]),
+        ("xx0.0<vcP>0.4<vcP>yy", [SMALL, TALL], [4, 4]),
+        ("xx0.0<vcP>0.4<vcP>yy", [[1, 4, 4], SMALL], [4, 4]),
+        ("xx0.0<vcP>0.4<vcP>0.8<vcP>", [SMALL, [1, 4, 4], [1, 4, 4]], [8, 4]),
+    ],
+)
+@torch.no_grad()
+def test_chunks_of_one_clip_are_one_pool(
+    text: str, grids: list[list[int]], pools: list[int], models: Any
+) -> None:
+    model, inputs = models("kimi_k25"), chunked(text, grids)
+    with visprune.prune(model, "random", num_keep=3) as run:
+        model(**inputs)
+    assert run.trace.num_tokens == pools
+    assert [len(kept) for kept in run.trace.kept] == [3] * len(pools)
+    assert [sorted(set(own[:, 0].tolist())) for own in run.trace.all_pos] == [
+        list(range(count // 4)) for count in pools
+    ]
+
+
 # Budgets that count frames -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["random", "divprune", "fastv", "todre", "evs", "vidcom2"])
-@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "internvl", "kimi_k25"])
 @torch.no_grad()
 def test_tokens_of_each_frame_are_so_many_of_the_clip(name: str, family: str, models: Any) -> None:
     model, told = models(family), {}

@@ -18,7 +18,7 @@ from tests.families.tiny.hybrid import LINEAR, ROPE, hybrid
 from tests.families.tiny.parts import MROPE, text
 from tests.families.tiny.qwen import AUDIO, GLM_ROPE
 
-WORDS = ("what", "is", "in", "this", "picture", "?", "and", "that")
+WORDS = ("what", "is", "in", "this", "picture", "?", "and", "that", "video", *"0123456789:.")
 TILE_MARKS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 IDEFICS_MARKS = [
     *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
@@ -43,7 +43,9 @@ def tokenizer(*specials: str, **named: str) -> Any:
     marks = list(dict.fromkeys([*specials, *named.values()]))
     words = ["[UNK]", "<s>", "</s>", "[PAD]", *marks, *WORDS, "\n"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Numbers by digit: the time of a frame is told from another.
+    parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.Digits(True)])
     made = tf.PreTrainedTokenizerFast(
         tokenizer_object=inner,
         unk_token="[UNK]",
@@ -240,6 +242,8 @@ def kimi_k25() -> tuple[Any, Any, str]:
         vision_config=siglip(),
         image_token_id=words.convert_tokens_to_ids("<|media_pad|>"),
         video_token_id=words.convert_tokens_to_ids("<|kimi_k25_video_placeholder|>"),
+        vision_start_token_id=words.convert_tokens_to_ids("<|media_begin|>"),
+        vision_end_token_id=words.convert_tokens_to_ids("<|media_end|>"),
     )
     processor = tf.Kimi_K25Processor(
         tf.Kimi_K25ImageProcessor(), words, tf.Kimi_K25VideoProcessor()
@@ -301,13 +305,15 @@ FAMILIES: dict[str, tuple[Made, list[int]]] = {
     "kimi_k25": (kimi_k25, [414, 234, 216]),
 }
 # What stands for a clip, and tokens of one of eight frames of 320 x 240: by hand, two frames and
-# cells of 32 or 28 pixels a token, rounded; Qwen2.5-Omni enlarges frames to 128 cells at least.
+# cells of 32 or 28 pixels a token, rounded; Qwen2.5-Omni enlarges frames to 128 cells at least,
+# Kimi K2.5 pads to whole cells and takes the mean of four frames.
 CLIPS: dict[str, tuple[str, int]] = {
     "llava_onevision": ("<video>", 8 * 196),
     "qwen3_vl": ("<|video_pad|>", 4 * 10 * 8),
     "qwen3_5": ("<|video_pad|>", 4 * 10 * 8),
     "qwen2_5_omni_thinker": ("<|vision_bos|> <|VIDEO|> <|vision_eos|>", 4 * 14 * 10),
     "glm4v": ("<|begin_of_video|> <|video|> <|end_of_video|>", 4 * 11 * 9),
+    "kimi_k25": ("<|kimi_k25_video_placeholder|>", 2 * 12 * 9),
 }
 
 

@@ -22,6 +22,7 @@ from tests.families.tiny.parts import (
     family,
     framed,
     mm_types,
+    noise,
     patches,
     qwen_vit,
     text,
@@ -164,7 +165,22 @@ def cosmos3_edge(layers: int) -> Any:
     return tf.Cosmos3EdgeForConditionalGeneration(config)
 
 
-@family("kimi_k25", patches(patch=(3, 4, 4)), clip=patches("video", (3, 4, 4)), prompt=wrapped)
+def chunks(name: str) -> Inputs:
+    """A clip of four frames, as two chunks."""
+    grids = torch.tensor([[2, 4, 4], [2, 4, 4]])
+    return {"pixel_values_videos": noise(name, 64, 3, 4, 4), "video_grid_thw": grids}
+
+
+def timed(ids: list[int], clip: bool) -> list[int]:
+    """Every chunk of a clip behind its time: here two words, and one that all of them share."""
+    half = len(ids) // 2
+    if not clip:
+        return [VSTART, 9, 10, *ids, VEND]
+    first = [5, 6, 7, VSTART, 8, 10, *ids[:half], VEND]
+    return [*first, 5, 8, 7, VSTART, 8, 10, *ids[half:], VEND]
+
+
+@family("kimi_k25", patches(patch=(3, 4, 4)), clip=chunks, prompt=timed)
 def kimi_k25(layers: int) -> Any:
     mla = {
         "kv_lora_rank": 16,
