@@ -292,6 +292,10 @@ class EncoderAdapter:
             f"this model runs it in eval mode (model.eval())."
         )
 
+    def whole(self, reduction: Reduction, output: Any) -> Any:
+        """What the encoder gives, with the value of its slot for every patch of the grid."""
+        raise NotImplementedError  # pragma: no cover - where a model reads it behind the encoder
+
     def why_no_cls_rows(self) -> str | None:
         """Why the class token's attention cannot be read, or ``None`` if it can."""
         if self.has_cls:

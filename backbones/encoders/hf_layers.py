@@ -63,6 +63,9 @@ FORMS = {
     # InternVL
     ("attention", "layernorm_before", "lambda_1", "layernorm_after", "mlp", "dropout",
      "lambda_2"): Form("layernorm_before", "attention", "attention", "lambda_1"),
+    # Qianfan-OCR
+    ("layernorm_before", "attention", "lambda_1", "drop_path1", "layernorm_after", "mlp", "dropout",
+     "lambda_2", "drop_path2"): Form("layernorm_before", "attention", "drop_path1"),
 }  # fmt: skip
 
 

@@ -188,6 +188,16 @@ class HfViT(EncoderAdapter):
             handles.append(self._holder().register_forward_hook(hook))
         return handles
 
+    def whole(self, reduction: Reduction, output: Any) -> Any:
+        """Hidden states and the last of them, of each patch."""
+        last = output.last_hidden_state
+        output.last_hidden_state = _whole(reduction, self.prefix, len(self.layers) - 1, last)
+        return (
+            output
+            if output.hidden_states is None
+            else _whole_states(reduction, self.prefix, self.model, (), output)
+        )
+
     def _holder(self) -> nn.Module:
         """The child of a backbone that holds the layers."""
         block = self.layers[0].block
@@ -243,11 +253,15 @@ def _biased(reduction: Reduction) -> Wanted | None:
 
 
 def _whole_states(reduction: Reduction, prefix: int, module: Any, args: Any, output: Any) -> Any:
-    """Hidden states of a backbone, of which it makes maps: a value for every patch."""
+    """Hidden states, of which a backbone makes maps: a value for every patch."""
     states = output.hidden_states
     whole = [states[0]]
-    for number, y in enumerate(states[1:]):
-        patches = reduction.expand(number, y[:, prefix:])
-        whole.append(torch.cat([y[:, :prefix], patches], dim=1))
+    for number, y in enumerate(states[1:]):  # transformers leaves out those that nobody reads
+        whole.append(None if y is None else _whole(reduction, prefix, number, y))
     output.hidden_states = tuple(whole)
     return output
+
+
+def _whole(reduction: Reduction, prefix: int, layer: int, y: Tensor) -> Tensor:
+    """What left a layer, with a value for every patch."""
+    return torch.cat([y[:, :prefix], reduction.expand(layer, y[:, prefix:])], dim=1)

@@ -166,6 +166,14 @@ class VLMAdapter(DecoderAdapter):
         return "whether tokens can leave inside its vision encoder is not known"
 
     @property
+    def whole_from(self) -> Literal["encoder", "projector"]:
+        """What is followed by the whole grid, where tokens left inside the encoder.
+
+        The projector, where it maps tokens one by one, so that it has fewer too.
+        """
+        return "projector" if self.merge == 1 else "encoder"
+
+    @property
     def encoder_end(self) -> int:
         """The encoder's layer whose output the model reads, 0-based."""
         raise NotImplementedError  # pragma: no cover - only with an encoder

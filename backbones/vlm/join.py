@@ -57,10 +57,19 @@ def _picture(pieces: list[Picture]) -> Picture:
         kind=pieces[0].kind,
         grids=tuple(cells for piece in pieces for cells in piece.grids),
         signals=signals,
-        alive=None,
+        alive=_alive(pieces),
         size=_cat([piece.size for piece in pieces]),
         placed=pieces[0].placed,
     )
+
+
+def _alive(pieces: list[Picture]) -> Tensor | None:
+    """Which tokens of all stand for those that are left inside the encoder."""
+    found, first = [], 0
+    for piece in pieces:
+        found.append(None if piece.alive is None else piece.alive + first)
+        first += len(piece.pos)
+    return _cat(found)
 
 
 def _of_all(signal: Any, values: list[Any]) -> Any:

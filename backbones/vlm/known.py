@@ -109,8 +109,16 @@ THREE_AXES: tuple[str, ...] = (
     *("paddleocr_vl", "ernie4_5_vl_moe", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
     *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "glmga", "cohere_compass"),
 )
+# Whose visual tokens are joined from blocks of patches: methods that merge inside the encoder give
+# the grid back before that, and patches that others drop would be missing.
+JOINED: tuple[str, ...] = (
+    *("internvl", "qianfan_ocr", "idefics3", "smolvlm", "gemma3", "aya_vision", "cohere2_vision"),
+)
 # What tokens can leave inside of.
-REDUCED: tuple[str, ...] = ("llava", "llava_next")
+REDUCED: tuple[str, ...] = (
+    *("llava", "llava_next", "llava_onevision", "llava_next_video", "deepseek_vl", "janus"),
+    *("paligemma", *JOINED),
+)
 # Whose encoder takes each patch with its place, so that patches can be left out before it.
 BEFORE: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 # The first families, whose cost is counted too.

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from visprune.backbones.encoders.base import EncoderAdapter
-from visprune.backbones.encoders.hf_vit import HfViT
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.markup import VICUNA_V1
 from visprune.backbones.vlm.picture import Picture, grid
+from visprune.backbones.vlm.shown import reduced, several_layers
 from visprune.errors import ConfigError, UnsupportedModel
 
 # One square grid for all pictures, with or without a class token.
@@ -59,19 +59,14 @@ class LlavaAdapter(VLMAdapter):
     @cached_property
     def encoder(self) -> EncoderAdapter | None:
         """The tower, if it is made of CLIP's or SigLIP's layers and one of them is read."""
-        if not isinstance(self.config.vision_feature_layer, int):
-            return None
-        try:
-            return HfViT(self.tower)
-        except UnsupportedModel:
-            return None
+        return reduced(self.tower, self.config)
 
     @property
     def no_encoder(self) -> str:
         """Why there is no :attr:`encoder`."""
-        layers = self.config.vision_feature_layer
-        if not isinstance(layers, int):
-            return f"it joins the outputs of encoder layers {layers}, which would differ in length"
+        several = several_layers(self.config)
+        if several is not None:
+            return several
         if self.own_sizes:
             return (
                 "its encoder packs all pictures of a call into one sequence, each of its own size"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -256,7 +256,12 @@ class OneVisionAdapter(PackedAdapter):
 
 
 class NextVideoAdapter(PackedAdapter):
-    """LLaVA-NeXT-Video: pictures as LLaVA-NeXT, frames pooled."""
+    """LLaVA-NeXT-Video: pictures as LLaVA-NeXT, frames pooled before the projector."""
+
+    @property
+    def whole_from(self) -> Literal["encoder"]:
+        """What is followed by the whole grid, where tokens left inside the encoder."""
+        return "encoder"
 
     def clips(self, call: dict[str, Any], output: Any) -> list[list[Picture]]:
         """Clips, every frame pooled."""

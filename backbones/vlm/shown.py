@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image encoders whose layers can be read though no token can leave inside them.
+"""Image encoders whose layers can be read, and in some of which tokens can leave.
 
 Such an encoder takes every picture (or tile) as a sequence of its own, patches in raster order
 behind a class token or none; what follows it makes one token of each patch or of a square block.
+Where tokens leave, the grid is given back behind the encoder or, one by one, behind the projector.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from visprune.backbones.cost.attention import find_attention
 from visprune.backbones.cost.encoder import stack
-from visprune.backbones.encoders.base import ShownQK
+from visprune.backbones.encoders.base import EncoderAdapter, ShownQK
+from visprune.backbones.encoders.hf_vit import HfViT
 from visprune.backbones.hf.probe import Attended, Wanted, watch
 from visprune.backbones.vlm.base import VLMAdapter
-from visprune.backbones.vlm.known import READ
+from visprune.backbones.vlm.known import READ, REDUCED
 from visprune.backbones.vlm.picture import Picture
+from visprune.errors import UnsupportedModel
 
 _CLASS_TOKENS = ("class_embedding", "cls_token")
 
@@ -80,8 +83,31 @@ def blocks(grid: tuple[int, int], side: int) -> Tensor:
     return parts.reshape(rows * columns, side * side)
 
 
+def reduced(tower: nn.Module, config: Any) -> EncoderAdapter | None:
+    """An encoder in which tokens can leave: one of plain layers, of which one is read.
+
+    Args:
+        tower: the encoder.
+        config: of the model around it.
+    """
+    if several_layers(config) is not None:
+        return None
+    try:
+        return HfViT(tower)
+    except UnsupportedModel:
+        return None
+
+
+def several_layers(config: Any) -> str | None:
+    """Why tokens cannot leave where more than one layer is read; ``None``: one is."""
+    layers = getattr(config, "vision_feature_layer", None)
+    if layers is None or isinstance(layers, int):
+        return None
+    return f"it joins the outputs of encoder layers {layers}, which would differ in length"
+
+
 class ReadAdapter(VLMAdapter):
-    """Base of families whose encoder can be read at most.
+    """Base of families whose encoder can be read, and in some of them be reduced.
 
     Attributes:
         queries: whether the tokens are learned queries and no patches.
@@ -101,6 +127,11 @@ class ReadAdapter(VLMAdapter):
         )
         return ShownEncoder(self.tower, (height // down, width // across), self.merge)
 
+    @cached_property
+    def encoder(self) -> EncoderAdapter | None:
+        """The encoder, where tokens can leave inside it."""
+        return reduced(self.tower, self.config) if self.config.model_type in REDUCED else None
+
     @property
     def has_cls(self) -> bool:
         """Whether the encoder has a class token that can be read."""
@@ -118,16 +149,22 @@ class ReadAdapter(VLMAdapter):
     @property
     def no_encoder(self) -> str:
         """Why no token can leave inside the encoder."""
-        if self.read_encoder is not None:
-            return (
-                "what follows its encoder was not proved on fewer patches, and in most families "
-                "joins blocks of them; attention and features of the encoder can be read"
-            )
-        return self._unread
+        if self.read_encoder is None:
+            return self._unread
+        if self.config.model_type in REDUCED:
+            kind = type(self.tower).__name__
+            return several_layers(self.config) or f"its encoder {kind} is not made of plain layers"
+        return several_layers(self.config) or (
+            "what reads its encoder (a part of the encoder itself, or features of several layers) "
+            "wants the whole grid; attention and features of the encoder can be read"
+        )
 
     @property
     def lacking(self) -> dict[str, str]:
         """By capability of signals, why the model has it not."""
+        if self.encoder is not None and self.merge > 1:
+            side = self.merge
+            return {"dropping": f"a token of it is joined from {side} x {side} patches"}
         if self.read_encoder is not None:
             return {}
         return dict.fromkeys(("encoder_attention", "encoder_features", "cls_token"), self._unread)

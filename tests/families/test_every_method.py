@@ -26,7 +26,7 @@ from tests.families import tiny
 from tests.families.oracle import extended, gone_logits, two_kernels
 from tests.families.replay import Stages, replayed
 from visprune.backbones.vlm.known import BEFORE as TAKE_PATCHES
-from visprune.backbones.vlm.known import EVERY_METHOD, FIRST
+from visprune.backbones.vlm.known import EVERY_METHOD, FIRST, REDUCED
 from visprune.core.selection import Selection
 from visprune.machine.decoder.hooks import DecoderHooks
 from visprune.machine.find import find_adapter
@@ -147,11 +147,15 @@ def test_what_holds_of_every_method(
     assert error(answer.logits[1], want[:, length]) <= allowed
 
 
-# Families that take patches with their places have tests of their own: test_pixels.py.
+# Families that take patches with their places have tests of their own (test_pixels.py), and so have
+# those in whose encoder tokens can leave (test_reduced_towers.py).
 REFUSED = [
     (name, family)
     for family in FAMILIES
-    for name in (*INSIDE, *([] if family in TAKE_PATCHES else BEFORE))
+    for name in (
+        *([] if family in REDUCED else INSIDE),
+        *([] if family in TAKE_PATCHES else BEFORE),
+    )
 ]
 
 

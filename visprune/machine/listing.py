@@ -57,6 +57,8 @@ class ModelRow:
             )
             if shown not in self.signals
         }
+        if self.name in known.JOINED:
+            lacking["dropping"] = "no"
         inside = self.kind == "encoder" or self.name in known.REDUCED
         return ModelSpec(
             family=self.name,

@@ -182,6 +182,11 @@ def _check(method: PruningMethod, stage: Stage, spec: ModelSpec) -> None:
     """Refuse a site or a signal that a model does not offer."""
     if stage.site.kind == "encoder" and not spec.encoder_layers:
         raise _Lacking(_no_encoder(method, spec))
+    if stage.site.kind == "encoder" and not method.gives_back and "dropping" in spec.lacking:
+        raise _Lacking(
+            f"{method.name} leaves patches without a value, and {spec.family} needs one for each: "
+            f"{spec.lacking['dropping']}."
+        )
     if stage.site.kind != "encoder" and spec.is_vit:
         raise _Lacking(_wrong_site(method, stage, spec))
     if stage.site.kind == "pixels" and spec.patch_refusal:

@@ -101,7 +101,8 @@ def sample_costs(
     counts = projected = None
     if isinstance(run.encoder, EncoderReduction):
         counts = run.encoder.counts()
-        projected = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
+        if run.adapter.whole_from == "projector":
+            projected = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
     costs = []
     for row in range(samples):
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
@@ -121,7 +122,7 @@ def sample_costs(
         cost = sample_cost(
             shape,
             encoder_counts=counts,
-            projected=_projected(run, trace, images, projected, len(grids)),
+            projected=_projected(run, trace, images, projected, sum(t for t, _, _ in grids)),
             tokens_per_layer=sequence,
             stored_per_layer=stored,
             cached=cached,

@@ -57,6 +57,7 @@ class FiCoCoV(PruningMethod):
     """
 
     name: ClassVar[str] = "ficoco_v"
+    gives_back: ClassVar[bool] = True
 
     r: int = 42
     beta: float = 0.35

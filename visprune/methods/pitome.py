@@ -52,6 +52,7 @@ class PiToMe(PruningMethod):
 
     name: ClassVar[str] = "pitome"
     size_weighted: ClassVar[bool] = True
+    gives_back: ClassVar[bool] = True
 
     keep_ratio: float
     margin: float = 0.75

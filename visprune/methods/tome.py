@@ -48,6 +48,7 @@ class ToMe(PruningMethod):
 
     name: ClassVar[str] = "tome"
     size_weighted: ClassVar[bool] = True
+    gives_back: ClassVar[bool] = True
 
     r: int | Sequence[int]
     inflect: float = 0.0

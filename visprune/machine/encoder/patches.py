@@ -9,7 +9,7 @@ the sequence before the first decoder layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class PatchReduction:
             found.append(choose(self.method, self.stage, tokens, context, self.observers))
         return found
 
-    def mark(self, pictures: list[Picture]) -> None:
+    def mark(self, pictures: list[Picture], given: Mapping[str, Any]) -> None:
         """Note in every picture which of its tokens are left, and what was encoded of it."""
         chosen, cut = self._current.chosen, self._current.cut
         if chosen is None or cut is None or len(chosen) != len(pictures):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class EncoderTap:
         of_pixels: Sequence[PictureSignal] = (),
     ) -> None:
         self.adapter, self.signals, self.of_pixels = adapter, signals, of_pixels
-        self.finish: Callable[[list[Picture]], None] | None = None
+        self.finish: Callable[[list[Picture], Mapping[str, Any]], None] | None = None
         self._current = _Current()
         self._handles: list[Any] = []
         self._wrapped: dict[str, Any] = {}
@@ -188,7 +188,7 @@ class EncoderTap:
         pictures = [piece for entry in pieces for piece in entry]
         self.adapter.find_sources(pictures)
         if self.finish is not None:
-            self.finish(pictures)
+            self.finish(pictures, given)
         for picture in pictures:
             self._finish(picture, heard)
         mark(output, pieces)
@@ -250,7 +250,7 @@ def listening(adapter: VLMAdapter) -> Iterator[list[Picture]]:
     """Note the pictures that a model encodes meanwhile, in order; nothing is pruned."""
     heard: list[Picture] = []
     tap = EncoderTap(adapter, ())
-    tap.finish = heard.extend
+    tap.finish = lambda pictures, given: heard.extend(pictures)
     tap.install()
     try:
         yield heard
