@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,15 @@ class Hooks:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "held": []}
+
+
+def refuse_scripting(model: nn.Module) -> NoReturn:
+    """Raise ``UnsupportedModel`` where ``torch.jit.script`` is to compile a reduced encoder."""
+    raise UnsupportedModel(
+        f"TorchScript cannot compile this {type(model).__name__} while a method is in force: what "
+        f"its layers run is not of its language. Use torch.export, torch.compile, torch.jit.trace "
+        f"or visprune.onnx.export, or script it after run.remove()."
+    )
 
 
 def refuse_proxy(pixels: Any, model: nn.Module) -> None:

@@ -22,11 +22,37 @@ def embedding_macs(embed: Any, grid: tuple[int, ...]) -> int:
         return math.prod(grid) * proj.weight.numel()
     ratio = embed.feat_ratio(as_scalar=False)
     size = [side * step for side, step in zip(grid[-2:], ratio, strict=True)]
-    stem = copy.deepcopy(embed).to("meta").eval()
+    stem: Any = _bare(embed).eval()
     stem.strict_img_size = False
+    dtype = next(stem.parameters()).dtype
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stem(torch.empty(1, 3, *size, device="meta", dtype=next(stem.parameters()).dtype))
+        stem(torch.empty(1, 3, *size, device="meta", dtype=dtype))
     return counter.get_total_flops() // 2
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A module on shapes alone, without what is hung on it.
+
+    A deep copy would take the hooks along, and with them the method in force and the whole model,
+    and the copied hooks would run.
+    """
+    own = copy.copy(module)
+    inside = vars(own)
+    inside.pop("forward", None)  # of the instance: a hook too
+    for name, value in tuple(inside.items()):
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            inside[name] = type(value)()
+    inside["_parameters"] = {
+        name: None if p is None else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    inside["_buffers"] = {
+        name: None if b is None else b.to("meta") for name, b in module._buffers.items()
+    }
+    inside["_modules"] = {
+        name: None if m is None else _bare(m) for name, m in module._modules.items()
+    }
+    return own
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from timm.layers import Attention, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from visprune.backbones.vit.refusals import refuse_mask
+from visprune.backbones.vit.refusals import refuse_mask, refuse_scripting
 from visprune.backbones.vit.with_attention_grid import Grid
 from visprune.errors import ConfigError, UnsupportedModel
 
@@ -51,6 +51,8 @@ class AgentAttention(nn.Module):
     Raises:
         ConfigError: ``dim`` is not divisible or ``agent_num`` no square.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from visprune.backbones.vit.overlock_parts import (
     mlp,
     resized,
 )
+from visprune.backbones.vit.refusals import refuse_scripting
 from visprune.errors import ConfigError
 
 CONTEXT = 7  # side of the averages of the whole map
@@ -98,6 +99,8 @@ class KernelBias(nn.Module):
         rpb1: bias of the small kernel's offsets, [heads, 2 S - 1, 2 S - 1].
         rpb2: bias of the large kernel's offsets.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     weight_proj: Any
     rpb1: nn.Parameter

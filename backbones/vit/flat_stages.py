@@ -17,6 +17,7 @@ from timm.models import checkpoint, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from visprune.backbones.vit.refusals import refuse_scripting
 from visprune.backbones.vit.staged import checked_pool, record_input_size
 from visprune.errors import ConfigError
 
@@ -45,6 +46,8 @@ class FlatStages(nn.Module):
         output_fmt: what ``forward_features`` returns, for timm.
         feature_info: channels, stride and last module of each stage.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     stage_parts: ClassVar[Sequence[tuple[str, ...]]]
     title: ClassVar[str]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from visprune import ops
 from visprune.backbones.vit.agent import AgentAttention, GridAgentAttention
-from visprune.backbones.vit.refusals import refuse_mask, refuse_pruned
+from visprune.backbones.vit.refusals import refuse_mask, refuse_pruned, refuse_scripting
 from visprune.backbones.vit.with_attention_contmix import GridContMix
 from visprune.backbones.vit.with_attention_grid import Grid, attend
 from visprune.backbones.vit.with_attention_hilo import GridHiLo
@@ -196,6 +196,8 @@ class GridNeighborhoodAttention(nn.Module):
         is_causal: per axis.
         rel_pos_bias: a learned bias for every offset, ``rpb``, zero at first.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from visprune import ops
+from visprune.backbones.vit.refusals import refuse_scripting
 from visprune.errors import ConfigError
 
 
@@ -48,6 +49,8 @@ class HiLo(nn.Module):
     Raises:
         ConfigError: ``dim`` is not divisible, or a value is out of range.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from visprune import ops
+from visprune.backbones.vit.refusals import refuse_scripting
 from visprune.errors import ConfigError
 
 
@@ -46,6 +47,8 @@ class NeighborhoodAttention2d(nn.Module):
     Raises:
         ConfigError: ``dim`` is not divisible, or a kernel, stride or dilation is not possible.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from visprune.core.method import PruningMethod
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -41,3 +41,16 @@ def refuse_pruned(model: nn.Module) -> None:
                     f"that would be replaced. Call run.remove() first; attention on a grid needs "
                     f"all tokens, so the two cannot be combined."
                 )
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """Raise ``UnsupportedModel`` where ``torch.jit.script`` is about to compile a module.
+
+    It asks ``__prepare_scriptable__`` first, and would stop at an annotation or an operator deep
+    within, without a word on what else there is.
+    """
+    raise UnsupportedModel(
+        f"TorchScript cannot compile {type(module).__name__}: its operators and arguments are not "
+        f"of its language. Use torch.export, torch.compile or torch.jit.trace, or "
+        f"visprune.onnx.export."
+    )

@@ -14,7 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from visprune import ops
-from visprune.backbones.vit.refusals import refuse_mask
+from visprune.backbones.vit.refusals import refuse_mask, refuse_scripting
 from visprune.errors import BudgetError, ConfigError
 
 MaskGradient = Literal["none", "straight_through"]
@@ -221,6 +221,8 @@ class SparsifinerAttention(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     sparse_inference = True
     sparse_training = False

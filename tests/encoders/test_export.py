@@ -49,3 +49,15 @@ def test_fx_is_refused_in_a_sentence() -> None:
             torch.fx.symbolic_trace(model)
         with pytest.raises(UnsupportedModel, match="method='hook'"):
             AttentionExtract(model, method="fx")
+
+
+def test_scripting_is_refused_in_a_sentence() -> None:
+    model = small.small(small.KINDS["plain"], 2)
+    with (
+        visprune.prune(model, "tome", r=3),
+        pytest.raises(
+            UnsupportedModel, match=r"TorchScript cannot compile .* torch\.export.* run\.remove\(\)"
+        ),
+    ):
+        torch.jit.script(model)
+    assert not hasattr(model, "__prepare_scriptable__")

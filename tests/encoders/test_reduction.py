@@ -10,6 +10,7 @@ import torch
 
 import visprune
 from tests.encoders import oracle, small
+from visprune.backbones.encoders.macs import counted_macs
 from visprune.errors import UnsupportedModel
 
 DROPPING: dict[str, dict[str, Any]] = {
@@ -210,3 +211,29 @@ def test_more_pairs_than_half_of_a_picture_are_cut_to_half(size: tuple[int, int]
         assert torch.isfinite(model(x)).all()
         assert [stage["after"] for stage in run.trace.stages] == want
         assert run.cost(x).vision > 0
+
+
+class Whole:
+    """Stands in a model that nobody should copy."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("the model was copied")
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vitamin_small_224"])
+@torch.no_grad()
+def test_a_stem_of_convolutions_is_counted_by_itself(name: str) -> None:
+    """Without what hangs on it: the hooks of the method in force, and the model behind them."""
+    model = small.shrunk(name)
+    x = small.picture(model, batch=1)
+    counted = counted_macs(model, (3, *x.shape[-2:]))
+    vars(model)["whole"] = Whole()
+    with visprune.prune(model, "keep_all") as run:
+        dense = run.cost(x)
+    assert abs(counted - dense.vision) <= 1e-3 * counted
+    for method, params in (("tome", {"r": 2}), ("random", {"keep_ratio": 0.6})):
+        with visprune.prune(model, method, **params) as run:
+            cost, latest = run.cost(x), run.trace.num_tokens
+            assert 0 < cost.vision < dense.vision
+            assert run.cost() == cost  # again, of the same forward
+            assert run.trace.num_tokens == latest

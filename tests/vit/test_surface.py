@@ -29,7 +29,7 @@ from tests.vit.shrunk import (
     images,
     small_kwargs,
 )
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 
 # For what takes seconds each.
 FEW = ["litv2_s", "nat_small", "sparsifiner_deit_tiny", "agent_deit_tiny", "van_b0"]
@@ -283,6 +283,12 @@ def test_exports(name: str) -> None:
     program = torch.export.export(model, (x,))
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_scripting_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=r"TorchScript cannot compile .* torch\.export"):
+        torch.jit.script(build(name))
 
 
 @pytest.mark.parametrize("name", DISTINCT)

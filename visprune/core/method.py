@@ -135,8 +135,8 @@ class PruningMethod:
     # Slots are means of the tokens in them: inside an encoder, attention and average pooling then
     # weigh a slot by the patches that it stands for.
     size_weighted: ClassVar[bool] = False
-    # Inside an encoder every patch has a slot that is a mean with it in: behind the encoder the grid
-    # can be given back, each patch with the value of its slot.
+    # Inside an encoder every patch has a slot that is a mean with it in: behind the encoder, the
+    # grid can be given back, each patch with the value of its slot.
     gives_back: ClassVar[bool] = False
     # Parameters under which the method fits a server: it acts at the projector alone and says ahead
     # how many tokens stay. Those that it has by default are not among them.

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.encoders.base import EncoderAdapter, Instead, Layer, Noticed
+from visprune.backbones.encoders.base import (
+    EncoderAdapter,
+    Instead,
+    Layer,
+    Noticed,
+    refuse_scripting,
+)
 from visprune.core.budget import Stage
 from visprune.core.method import Context, PruningMethod
 from visprune.core.selection import Selection
@@ -95,6 +101,8 @@ class EncoderReducer:
         for number in range(len(self.adapter.layers)):
             self._handles += _ReducedLayer(self, number).install()
         self._handles += self.adapter.overrides(self)
+        model = self.adapter.model
+        add(Instead(model, "__prepare_scriptable__", partial(refuse_scripting, model)))
         for module in self.adapter.model.modules():
             if module._forward_hooks or module._forward_pre_hooks:
                 add(Noticed(module))
