@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from visprune.core.method import PruningMethod
+from visprune.errors import ConfigError, VispruneError
 from visprune.eval.metrics.beside import floors
-from visprune.eval.models.base import Request
+from visprune.eval.models.base import NONE, ModelEntry
 from visprune.eval.models.vlm import VLM
+from visprune.eval.report.failures import commonest_failure
+from visprune.eval.run.runner import run_study
 from visprune.eval.stats import PairedDifference, paired_bootstrap
+from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.base import get_task
 from visprune.train.vlm.recipe import TaskSection, VLMRecipe
 
@@ -24,27 +29,50 @@ class Tested(Protocol):
     test: TaskSection
 
 
-def score(vlm: VLM, choice: PruningMethod | str, recipe: VLMRecipe) -> list[float]:
-    """Score of every test question, in order.
+def score(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str, list[float]]:
+    """Score of every test question, in order: ``dense`` of all tokens, ``pruned`` of the method.
 
     Args:
         vlm: The model.
-        choice: A method, or :data:`visprune.eval.models.base.NONE` for all tokens.
+        method: Also scored, if given.
         recipe: Names the questions.
+
+    Raises:
+        ConfigError: The task's references are not public.
+        VispruneError: A question could not be asked.
     """
     task = get_task(recipe.test.task, **recipe.test.options)
-    samples, scores = task.samples(), []
+    if not task.scored:
+        raise ConfigError(
+            f"test: the references of {task.name} are not public, so nothing can be scored. Name a "
+            f"split with references, or another task."
+        )
+    study = build_study(
+        {
+            "models": [ModelEntry(vlm.name)], "tasks": [task], "controls": [NONE],
+            "methods": [] if method is None else [method], "batch_size": recipe.score_batch,
+            "pictures": False,
+        }
+    )  # fmt: skip
     vlm.model.eval()
-    generation = vlm.generation(task, {})
-    with vlm.answering(choice, task, vlm.style, generation) as answer:
-        for start in range(0, len(samples), recipe.score_batch):
-            part = [samples[i] for i in range(start, min(start + recipe.score_batch, len(samples)))]
-            requests = [Request(s, task.prompt(s, vlm.style), s.image()) for s in part]
-            for sample, output in zip(part, answer(requests), strict=True):
-                scores.append(task.score(sample, task.parse(output.text, sample)))
-    mean = 100 * sum(scores) / len(scores)
-    said = choice if isinstance(choice, PruningMethod) else "all tokens"
-    print(f"{said}: {mean:.1f} over {len(scores)} questions", flush=True)
+    with tempfile.TemporaryDirectory(prefix="visprune-train-") as folder:
+        results = run_study(study, folder, loader=lambda _: vlm)
+        failures = commonest_failure(results)
+        if failures is not None:
+            raise VispruneError(f"The test questions cannot be scored. {failures.text}")
+        cells = results.cells()
+        found: dict[str, dict[str, float]] = {"dense": {}, "pruned": {}}
+        for record in results.records():
+            arm = "dense" if cells[record.cell].method["method"] == NONE else "pruned"
+            found[arm][record.sample] = float(record.score or 0.0)
+    scores = {}
+    for arm, of in found.items():
+        if not of:
+            continue
+        scores[arm] = [of[sample.id] for sample in task.samples()]
+        said = method if arm == "pruned" else "all tokens"
+        mean = 100 * sum(scores[arm]) / len(of)
+        print(f"{said}: {mean:.1f} over {len(of)} questions", flush=True)
     return scores
 
 

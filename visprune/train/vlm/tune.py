@@ -18,7 +18,7 @@ from visprune.catalog import get_method
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.environment import describe
-from visprune.eval.models.base import NONE, ModelEntry
+from visprune.eval.models.base import ModelEntry
 from visprune.eval.models.load import load_model
 from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import get_task
@@ -70,7 +70,7 @@ def train(
     get_task(recipe.test.task, **recipe.test.options)  # refused before anything is loaded
     arguments = _arguments(recipe, out)
     vlm = _load(recipe)
-    scores = _scores(vlm, method, recipe)
+    scores = score(vlm, method, recipe)
     model = prepared(vlm, questions, recipe)
     collator = _collator(model, vlm, questions, recipe)
     with _in_force(model, method):
@@ -79,7 +79,7 @@ def train(
         replace_files(out / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
     vlm.model = model.eval()
-    scores |= {f"{name}_tuned": of for name, of in _scores(vlm, method, recipe).items()}
+    scores |= {f"{name}_tuned": of for name, of in score(vlm, method, recipe).items()}
     asked = {"style": vlm.style, "template": vlm.template}
     with _in_force(vlm.model, method) as run:
         weights = save_pretrained(
@@ -102,13 +102,6 @@ def _load(recipe: VLMRecipe) -> VLM:
 
 def _in_force(model: Any, method: PruningMethod | None) -> AbstractContextManager[Any]:
     return nullcontext() if method is None else prune(model, method)
-
-
-def _scores(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str, list[float]]:
-    found = {"dense": score(vlm, NONE, recipe)}
-    if method is not None:
-        found["pruned"] = score(vlm, method, recipe)
-    return found
 
 
 def _collator(model: Any, vlm: VLM, questions: Questions, recipe: VLMRecipe) -> Collator:
