@@ -16,7 +16,7 @@ from tests.families.oracle import extended, hidden_logits, two_kernels
 from tests.families.test_contract import GENERATE
 from tests.families.tiny import parts
 from visprune.backbones.hf.cache import cache_of
-from visprune.catalog import get_method
+from visprune.catalog import get_method, list_methods, parameters
 from visprune.errors import BudgetError, ConfigError
 from visprune.machine.find import find_adapter
 
@@ -190,7 +190,11 @@ def test_chunks_of_one_clip_are_one_pool(
 # Budgets that count frames -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["random", "divprune", "fastv", "todre", "evs", "vidcom2"])
+NAMES = ("random", "divprune", "fastv", "todre", "evs", "vidcom2", "trim", "v2drop", "prumerge")
+MORE = {"todre": {"tau": 0.0}, "v2drop": {"layers": (1, 2, 3)}}
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision", "internvl", "kimi_k25"])
 @torch.no_grad()
 def test_tokens_of_each_frame_are_so_many_of_the_clip(name: str, family: str, models: Any) -> None:
@@ -198,7 +202,9 @@ def test_tokens_of_each_frame_are_so_many_of_the_clip(name: str, family: str, mo
     inputs = tiny.inputs(family, [[3, "v", 4]]) if family != "internvl" else whole(family, ROWS[:1])
     if family == "internvl":
         told = {"clip_frames": 3}
-    more = {"tau": 0.0} if name == "todre" else {}
+    if name == "prumerge" and family != "internvl":
+        pytest.skip("no class token")
+    more = MORE.get(name, {})
     with visprune.prune(model, name, num_keep_per_frame=3, **more) as run:
         by_frame = model(**inputs, **told).logits
         kept, frames = run.trace.kept[0], len(run.trace.all_pos[0][:, 0].unique())
@@ -234,11 +240,54 @@ def test_one_budget_is_given() -> None:
         get_method("divprune", num_keep_per_frame=0)
     with pytest.raises(BudgetError, match=r"whole number of tokens, got 2\.5"):
         get_method("todre", num_keep_per_frame=2.5)
-    with pytest.raises(ConfigError, match="no parameter 'num_keep_per_frame'"):
-        get_method("tome", num_keep_per_frame=2)
     frames = (4, 4, 3)
     with pytest.raises(BudgetError, match="3 to 4 tokens"):
         get_method("divprune", num_keep_per_frame=2).of_clip(frames)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_what_takes_a_number_takes_one_of_frames(name: str) -> None:
+    if "num_keep" not in parameters(name):
+        with pytest.raises(ConfigError, match=r"it takes no number of tokens that stay"):
+            get_method(name, num_keep_per_frame=2)
+        return
+    if name == "zipvl":
+        with pytest.raises(ConfigError, match="decides itself how much stays"):
+            get_method(name, num_keep_per_frame=2)
+        return
+    method = get_method(name, num_keep_per_frame=2)
+    assert method.of_clip((4, 4, 4)) == get_method(name, num_keep=6)
+    with pytest.raises(BudgetError, match=r"this is a picture\. Use num_keep"):
+        method.of_clip(())
+    with pytest.raises(BudgetError, match="num_keep=4"):
+        get_method(name, num_keep=4, num_keep_per_frame=2)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_so_many_of_each_frame(models: Any) -> None:
+    model, inputs = models("qwen3_vl"), tiny.inputs("qwen3_vl", [[3, "v", 2, "v", 4], [2, "v"]])
+    kept = []
+    for budget in ({"num_keep_per_frame": 3}, {"num_keep": 6}):
+        with visprune.prune(model, "snapkv", **budget) as run:
+            made = model.generate(**inputs, **GENERATE)
+        kept.append((run.trace.cache.slots, made.sequences, torch.stack(made.logits)))
+    words = inputs["attention_mask"][0].sum() - 2 * 8
+    assert set(kept[0][0][0][0]) == {int(words) + 2 * 6}
+    assert kept[0][0] == kept[1][0]
+    assert torch.equal(kept[0][1], kept[1][1])
+    assert torch.equal(kept[0][2], kept[1][2])
+    with visprune.prune(model, "divprune+snapkv", num_keep_per_frame=1) as run:
+        model.generate(**inputs, **GENERATE)
+    assert [len(own) for own in run.trace.kept] == [4, 4, 4]
+    with (
+        visprune.prune(model, "knorm", num_keep_per_frame=3),
+        pytest.raises(BudgetError, match=r"this is a picture\. Use num_keep"),
+    ):
+        model.generate(**tiny.inputs("qwen3_vl", [[3, "v", 2, "a", 4]]), **GENERATE)
+    with pytest.raises(BudgetError, match="num_keep_per_frame counts visual tokens"):
+        get_method("snapkv", num_keep_per_frame=3, scope="prompt")
+    with pytest.raises(BudgetError, match="got num_keep_per_frame=3, max_cache=9"):
+        get_method("snapkv", num_keep_per_frame=3, max_cache=9)
 
 
 def test_it_is_shared_out_and_written_down_as_others() -> None:

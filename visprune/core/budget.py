@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from visprune.core.numeric import is_number, is_whole, plain
 from visprune.core.signals.base import Signal
@@ -14,7 +14,7 @@ from visprune.core.site import Site
 from visprune.errors import BudgetError
 
 Rounding = Literal["round", "floor"]
-_WORDS = ("num_keep", "keep_ratio", "num_keep_per_frame")
+WORDS = ("num_keep", "keep_ratio", "num_keep_per_frame")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Reject a budget that is missing, double or out of range."""
-        given = {name: getattr(self, name) for name in _WORDS if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in WORDS if getattr(self, name) is not None}
         if len(given) != 1:
             told = ", ".join(f"{name}={value}" for name, value in given.items())
             raise BudgetError(
@@ -60,6 +60,19 @@ class Budget:
                 f"To keep a number of tokens, use num_keep."
             )
         object.__setattr__(self, "keep_ratio", plain(ratio))
+
+    @classmethod
+    def maybe(
+        cls,
+        num_keep: int | None = None,
+        keep_ratio: float | None = None,
+        num_keep_per_frame: int | None = None,
+        rounding: Rounding = "round",
+    ) -> Self | None:
+        """The budget of a method that can do without: ``None`` where nothing is given."""
+        if num_keep is keep_ratio is num_keep_per_frame is None:
+            return None
+        return cls(num_keep, keep_ratio, num_keep_per_frame, rounding)
 
     def slots(self, entering: int, original: int | None = None) -> int:
         """Return the length after the stage: the tokens kept."""

@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from visprune.core.budget import Schedule, Stage
+from visprune.core.budget import WORDS, Schedule, Stage
 from visprune.core.method import Context, ModelSpec, PositionRule, PruningMethod
 from visprune.core.selection import Selection
 from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
-
-_BUDGETS = ("num_keep", "keep_ratio", "num_keep_per_frame")
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def split_options(
             own[at[0]][option] = value
         elif key in ("positions", "strict"):
             whole[key] = value
-        elif key not in _BUDGETS:
+        elif key not in WORDS:
             at = [n for n, each in enumerate(known) if key in each]
             if len(at) != 1:
                 which = " and ".join(names[n] for n in at) or "no member"
@@ -190,7 +188,7 @@ def split_options(
                     f"{names[at[0] if at else 0]}.{key}=..."
                 )
             own[at[0]][key] = value
-    _share_budget(own, known, {k: v for k, v in options.items() if k in _BUDGETS})
+    _share_budget(own, known, {k: v for k, v in options.items() if k in WORDS})
     return own, whole
 
 
@@ -199,7 +197,7 @@ def _share_budget(own: list[dict[str, Any]], known: list[set[str]], budget: dict
     takes = [
         n
         for n, each in enumerate(known)
-        if {"num_keep", "keep_ratio", *budget} <= each and not {*own[n]} & {*_BUDGETS}
+        if {"num_keep", "keep_ratio", *budget} <= each and not {*own[n]} & {*WORDS}
     ]
     if not budget:
         return

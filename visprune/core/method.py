@@ -284,6 +284,12 @@ class PruningMethod:
         """
         allowed = [f.name for f in dataclasses.fields(cls)]
         for key in params:
+            if key == "num_keep_per_frame" and not {key, "num_keep"} & {*allowed}:
+                raise ConfigError(
+                    f"{cls.name} has no parameter {key!r}: it takes no number of tokens that stay "
+                    f"of a picture, so it knows none of a frame. "
+                    f"Parameters: {', '.join(allowed)}."
+                )
             if key not in allowed:
                 raise ConfigError(
                     f"{cls.name} has no parameter {key!r}.{did_you_mean(key, allowed)} "

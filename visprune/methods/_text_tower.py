@@ -129,5 +129,5 @@ def of_parts(method: PruningMethod) -> None:
 def without_tower(method: PruningMethod) -> dict[str, Any]:
     """A method with a ``text_tower`` as plain values: the tower by its name."""
     tower = getattr(method, "text_tower", None)
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return {"method": method.name, **values, "text_tower": None if tower is None else tower.name}
+    values = PruningMethod.to_dict(dataclasses.replace(method, text_tower=None))  # type: ignore[call-arg]
+    return {**values, "text_tower": None if tower is None else tower.name}

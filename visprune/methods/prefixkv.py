@@ -100,7 +100,7 @@ class PrefixKV(CacheMethod):
     def _check_amount(self) -> None:
         if self.ratios is None:
             super()._check_amount()
-        elif (self.num_keep, self.keep_ratio, self.max_cache) != (None, None, None):
+        elif self.amount.budget is not None or self.max_cache is not None:
             raise ConfigError("prefixkv takes ratios of every layer, or one budget; not both.")
 
     def eviction(self, spec: ModelSpec) -> Eviction:

@@ -46,6 +46,7 @@ class PruMerge(PruningMethod):
     Args:
         num_keep: tokens of one image that enter the decoder; ``None``: adaptive.
         keep_ratio: the same as a fraction, rounded down.
+        num_keep_per_frame: the same of each frame of a clip.
         neighbours: patches that come to a kept one.
         official: order and quartiles as in the official code.
     """
@@ -55,6 +56,7 @@ class PruMerge(PruningMethod):
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
     neighbours: int = 32
     official: bool = False
 
@@ -66,9 +68,12 @@ class PruMerge(PruningMethod):
     @property
     def budget(self) -> Budget | None:
         """``None``: the picture decides."""
-        if self.num_keep is None and self.keep_ratio is None:
-            return None
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding="floor")
+        return Budget.maybe(
+            num_keep=self.num_keep,
+            keep_ratio=self.keep_ratio,
+            num_keep_per_frame=self.num_keep_per_frame,
+            rounding="floor",
+        )
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector."""

@@ -47,6 +47,7 @@ class TRIM(PruningMethod):
     Args:
         num_keep: tokens of one image that enter the decoder, with the mean; ``None``: adaptive.
         keep_ratio: the same as a fraction, rounded down.
+        num_keep_per_frame: the same of each frame of a clip.
         text_tower: ``(CLIPModel, its tokenizer, the tokenizer of the vision-language model)``: of
             the CLIP that the image encoder is from; as a fourth, what cuts the question out of a
             prompt's text behind the picture. Methods share a tower that was built.
@@ -57,6 +58,7 @@ class TRIM(PruningMethod):
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
     text_tower: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,9 +70,12 @@ class TRIM(PruningMethod):
     @property
     def budget(self) -> Budget | None:
         """``None``: the picture decides."""
-        if self.num_keep is None and self.keep_ratio is None:
-            return None
-        return Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio, rounding="floor")
+        return Budget.maybe(
+            num_keep=self.num_keep,
+            keep_ratio=self.keep_ratio,
+            num_keep_per_frame=self.num_keep_per_frame,
+            rounding="floor",
+        )
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector."""

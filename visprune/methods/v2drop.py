@@ -40,6 +40,7 @@ class V2Drop(PruningMethod):
         num_keep: in place of ``ratios``: tokens of one image that survive the last stage; a stage
             keeps four times as many as the one after it.
         keep_ratio: the same as a fraction of the image's own tokens.
+        num_keep_per_frame: the same of each frame of a clip.
         layers: where the stages are: 0-based layers, at least 1, or fractions of the depth.
     """
 
@@ -48,16 +49,18 @@ class V2Drop(PruningMethod):
     ratios: tuple[float, ...] | None = None
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
     layers: tuple[int | float, ...] = (3 / 28, 16 / 28, 22 / 28)
 
     def __post_init__(self) -> None:
         """Check ratios and budget."""
         super().__post_init__()
         object.__setattr__(self, "layers", increasing("v2drop", self.layers))
-        if self.num_keep is not None or self.keep_ratio is not None:
-            Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
+        if self.last is not None:
             if self.ratios is not None:
-                raise BudgetError("v2drop takes ratios, or num_keep or keep_ratio; give one.")
+                raise BudgetError(
+                    "v2drop takes ratios, or num_keep, keep_ratio or num_keep_per_frame; give one."
+                )
             return
         ratios = (0.25, 0.05, 0.0) if self.ratios is None else tuple(self.ratios)
         if len(ratios) != len(self.layers) or not all(0.0 <= r <= 1.0 for r in ratios):
@@ -66,6 +69,15 @@ class V2Drop(PruningMethod):
                 f"got {ratios}."
             )
         object.__setattr__(self, "ratios", ratios)
+
+    @property
+    def last(self) -> Budget | None:
+        """Of the last stage; ``None``: there are ratios."""
+        return Budget.maybe(
+            num_keep=self.num_keep,
+            keep_ratio=self.keep_ratio,
+            num_keep_per_frame=self.num_keep_per_frame,
+        )
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage per layer; on a shallow model the deeper of two that fall together counts."""
@@ -76,10 +88,10 @@ class V2Drop(PruningMethod):
         return tuple(stages.values())
 
     def _budget(self, number: int) -> Budget | StepBudget:
-        if self.ratios is not None:
-            return StepBudget(keep_ratio=self.ratios[number], rounding="floor")
-        last = Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
-        return last.scaled(4.0 ** (len(self.layers) - 1 - number), rounding="round")
+        if self.last is not None:
+            return self.last.scaled(4.0 ** (len(self.layers) - 1 - number), rounding="round")
+        assert self.ratios is not None, "one of the two"
+        return StepBudget(keep_ratio=self.ratios[number], rounding="floor")
 
     def select(self, tokens: VisualTokens, ctx: Context) -> Selection:
         """Top-k of the change."""

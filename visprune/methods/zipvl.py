@@ -75,7 +75,7 @@ class ZipVL(CacheMethod):
     def __post_init__(self) -> None:
         """Check the shares, and that no budget is given."""
         super().__post_init__()
-        if (self.num_keep, self.keep_ratio, self.max_cache) != (None, None, None):
+        if self.amount.budget is not None or self.max_cache is not None:
             raise ConfigError("zipvl decides itself how much stays: give tau, and no budget.")
         for name in ("tau", "probe"):
             if not 0.0 < getattr(self, name) <= 1.0:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-from visprune.core.budget import Budget, Schedule, Stage
+from visprune.core.budget import WORDS, Budget, Schedule, Stage
 from visprune.core.cache.parts import Amount, Eviction, Score
 from visprune.core.method import Context, ModelSpec, PruningMethod
 from visprune.core.numeric import is_whole
@@ -37,7 +37,8 @@ class CacheMethod(PruningMethod):
         num_keep: visual tokens of one picture that each key head keeps (on average, where heads or
             layers keep different numbers).
         keep_ratio: the same as a share; with ``scope="prompt"`` of all slots of the prompt.
-        max_cache: slots of the prompt in all, protected ones included; one of the three is given.
+        num_keep_per_frame: the same as ``num_keep``, of each frame of a clip.
+        max_cache: slots of the prompt in all, protected ones included; one of the four is given.
         scope: ``"visual"``: text is never touched, and budgets count visual tokens; ``"prompt"``:
             as the papers on text, everything counts and may leave.
     """
@@ -47,6 +48,7 @@ class CacheMethod(PruningMethod):
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    num_keep_per_frame: int | None = None
     max_cache: int | None = None
     scope: Literal["visual", "prompt"] = "visual"
 
@@ -68,25 +70,26 @@ class CacheMethod(PruningMethod):
         self._check_amount()
 
     def _check_amount(self) -> None:
+        given = {name: getattr(self, name) for name in WORDS if getattr(self, name) is not None}
         if self.max_cache is None:
-            if self.decides and self.num_keep is None and self.keep_ratio is None:
-                return
-            Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
-        elif self.num_keep is not None or self.keep_ratio is not None:
+            if given or not self.decides:
+                Budget(**given)
+        elif given:
+            told = ", ".join(f"{name}={value}" for name, value in given.items())
             raise BudgetError(
-                f"A budget of a cache is num_keep, keep_ratio or max_cache; got "
-                f"num_keep={self.num_keep}, keep_ratio={self.keep_ratio}, "
-                f"max_cache={self.max_cache}. Give exactly one."
+                f"A budget of a cache is num_keep, keep_ratio, num_keep_per_frame or max_cache; "
+                f"got {told}, max_cache={self.max_cache}. Give exactly one."
             )
         elif not is_whole(self.max_cache) or self.max_cache < 1:
             raise BudgetError(
                 f"max_cache is a whole number of slots, at least 1; got {self.max_cache!r}."
             )
-        if self.scope == "prompt" and self.num_keep is not None:
-            raise BudgetError(
-                "num_keep counts visual tokens; with scope='prompt' give max_cache (slots of the "
-                "prompt) or keep_ratio (their share)."
-            )
+        for name in ("num_keep", "num_keep_per_frame"):
+            if self.scope == "prompt" and name in given:
+                raise BudgetError(
+                    f"{name} counts visual tokens; with scope='prompt' give max_cache (slots of "
+                    f"the prompt) or keep_ratio (their share)."
+                )
 
     @classmethod
     def example(cls) -> Self:
@@ -97,7 +100,12 @@ class CacheMethod(PruningMethod):
     def amount(self) -> Amount:
         """How much stays."""
         return Amount(
-            self.num_keep, self.keep_ratio, self.max_cache, self.scope == "visual", self.strict
+            num_keep=self.num_keep,
+            keep_ratio=self.keep_ratio,
+            num_keep_per_frame=self.num_keep_per_frame,
+            max_cache=self.max_cache,
+            visual=self.scope == "visual",
+            strict=self.strict,
         )
 
     def eviction(self, spec: ModelSpec) -> Eviction:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from visprune.core.budget import Budget
+from visprune.core.budget import Budget, per_clip
 from visprune.core.cache.seen import CacheSeen
 from visprune.errors import BudgetError
 
@@ -57,16 +57,18 @@ class Counted:
         free: slots that may leave.
         prompt: slots of the prompt.
         pictures: of each picture, its tokens that are still there and those that it had at first.
+        frames: of each picture, the tokens that each of its frames had; none, if it is no clip.
     """
 
     free: int
     prompt: int
     pictures: tuple[tuple[int, int], ...] = ()
+    frames: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much stays, in one of three counts; none: the method decides itself.
+    """How much stays, in one of four counts; none: the method decides itself.
 
     Attributes:
         num_keep: visual tokens of one picture.
@@ -75,6 +77,7 @@ class Amount:
         visual: whether visual tokens are counted.
         strict: whether more visual tokens than a picture has are refused.
         yields: what is protected may go beyond the amount, and then all else leaves.
+        num_keep_per_frame: visual tokens of each frame of a clip.
     """
 
     num_keep: int | None = None
@@ -83,19 +86,27 @@ class Amount:
     visual: bool = True
     strict: bool = False
     yields: bool = False
+    num_keep_per_frame: int | None = None
+
+    @property
+    def budget(self) -> Budget | None:
+        """Of one picture, where visual tokens are counted by picture."""
+        return Budget.maybe(self.num_keep, self.keep_ratio, self.num_keep_per_frame)
 
     def resolve(self, counted: Counted) -> int:
         """How many of the slots that may leave stay, for each head.
 
         Raises:
-            BudgetError: the budget is below what is protected.
+            BudgetError: the budget is below what is protected, or it counts frames and a picture
+                is no clip.
         """
-        if self.num_keep is None and self.keep_ratio is None and self.max_cache is None:
+        budget = self.budget
+        if budget is None and self.max_cache is None:
             return counted.free
-        if self.visual and self.max_cache is None:
-            budget = Budget(num_keep=self.num_keep, keep_ratio=self.keep_ratio)
-            pairs = counted.pictures
-            kept = [budget.resolve(a, b, strict=self.strict) if a else 0 for a, b in pairs]
+        if self.visual and budget is not None:
+            frames = counted.frames or ((),) * len(counted.pictures)
+            each = zip(counted.pictures, frames, strict=True)
+            kept = [self._of(budget, left, had, own) for (left, had), own in each if left]
             return min(counted.free, sum(kept))
         whole = self.max_cache
         if whole is None:
@@ -110,6 +121,12 @@ class Amount:
                 f"are protected ({what}). Give at least {protected}."
             )
         return min(counted.free, whole - protected)
+
+    def _of(self, budget: Budget, left: int, had: int, frames: tuple[int, ...]) -> int:
+        """What one picture keeps of the tokens that are left of those it had."""
+        if budget.num_keep_per_frame is not None:
+            budget = Budget(num_keep=per_clip(budget.num_keep_per_frame, frames))
+        return budget.resolve(left, had, strict=self.strict)
 
 
 @dataclass

@@ -38,6 +38,7 @@ from visprune.machine.cache.again import (
 from visprune.machine.cache.store import RowSlots, store
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
+from visprune.machine.decoder.images import ImageState
 from visprune.machine.decoder.reading import timed
 
 
@@ -205,7 +206,7 @@ class CacheEviction:
     def _of(
         self, layer: int, fwd: Forward, attended: Attended, row: int, places: Tensor, stored: int
     ) -> Looked:
-        seen, pictures = _seen(fwd, layer, attended, row, places, stored)
+        seen, images = _seen(fwd, layer, attended, row, places, stored)
         eviction, entry = self._eviction, watched(fwd, layer)
         if entry is not None and eviction.score.running:
             seen.carried = received_of(entry, row, places)
@@ -214,9 +215,15 @@ class CacheEviction:
         seen.learned = None if self._learned is None else self._learned[layer]
         seen.text_observes = eviction.scope.kind == "visual"
         seen.free = eviction.scope.free(seen.free, seen.prompt)
-        if self._chained:
-            pictures = tuple((left, left) for left, _ in pictures)
-        counted = Counted(int(seen.free.sum()), seen.prompt, pictures)
+        pictures = [image.layout.picture for image in images]
+        left = [len(image.tokens) for image in images]
+        had = left if self._chained else [len(picture.pos) for picture in pictures]
+        counted = Counted(
+            free=int(seen.free.sum()),
+            prompt=seen.prompt,
+            pictures=tuple(zip(left, had, strict=True)),
+            frames=tuple(picture.frames for picture in pictures),
+        )
         amount: Amount = eviction.amount
         looked = eviction.look(seen, amount.resolve(counted))
         if stores_latents(self._adapter, layer):
@@ -320,8 +327,8 @@ def _tail(looked: Looked) -> int:
 
 def _seen(
     fwd: Forward, layer: int, attended: Attended, row: int, places: Tensor, stored: int
-) -> tuple[CacheSeen, tuple[tuple[int, int], ...]]:
-    """One sample's part of what a layer attends to, and the counts of its pictures."""
+) -> tuple[CacheSeen, list[ImageState]]:
+    """One sample's part of what a layer attends to, and its pictures."""
     device, total = attended.key.device, attended.key.shape[2]
     new = places[places >= stored] - stored
     images = [image for image in fwd.images if image.layout.row == row]
@@ -357,7 +364,7 @@ def _seen(
         layer=layer,
         num_layers=len(fwd.adapter.layers),
     )
-    return seen, tuple((len(i.tokens), len(i.layout.picture.pos)) for i in images)
+    return seen, images
 
 
 def _show_rotation(
