@@ -15,9 +15,12 @@ from transformers import CLIPConfig, CLIPModel
 
 import visprune
 from tests import tiny
+from tests.unit.test_methods_golden import visual
+from visprune.core import Context
+from visprune.core.signals import TextStates
 from visprune.errors import ConfigError
 from visprune.methods.cdpruner import pick, relevance
-from visprune.methods.trim import trim_tokens
+from visprune.methods.trim import TRIM, trim_tokens
 
 BEGIN, END, PLACES = 1, 2, 8
 TEXT = {
@@ -96,6 +99,36 @@ def test_the_official_rule_from_the_words_of_the_prompt(llava: Any, clip: Any) -
     with visprune.prune(llava, "cdpruner", num_keep=6) as run:
         llava(**inputs)
         assert [k.tolist() for k in run.trace.kept] != [want.tolist()] * 3
+
+
+def test_without_a_tower_the_nearest_word_counts() -> None:
+    axes = torch.eye(4)
+    text = torch.stack([torch.zeros(4), axes[0], 3 * axes[1]])  # the first row is padding
+    features = torch.stack([axes[0] + 2 * axes[1], -axes[0] - axes[1], 0.1 * axes[1], -axes[1]])
+    score = axes.new_tensor([2 / 5**0.5, -(0.5**0.5), 1.0, 0.0])
+    for number, want in ((0, score), (1, torch.full((4,), -1.0))):
+        shown = (text if number == 0 else text[:0])[None]
+        ctx = Context(num_keep=3, signals={TextStates(): shown})
+        method = TRIM(num_keep=3)
+        torch.testing.assert_close(method._by_word(visual(features[None]), ctx)[0], want)
+        made = method.select(visual(features[None]), ctx)
+        assert made.index[0, :2].tolist() == ([0, 2] if number == 0 else [0, 1])
+
+
+@torch.no_grad()
+def test_trim_by_the_words_of_a_batch(llava: Any) -> None:
+    inputs = tiny.inputs("llava", ROWS)
+    table = llava.get_input_embeddings()
+    projected = llava.model.get_image_features(inputs["pixel_values"]).pooler_output
+    owner = [0, 1, 1]
+    with visprune.prune(llava, "trim", num_keep=6) as run:
+        llava(**inputs)
+        for number, kept in enumerate(run.trace.kept):
+            ids = inputs["input_ids"][owner[number]]
+            there = inputs["attention_mask"][owner[number]].bool() & (ids != tiny.IMAGE)
+            words = normalize(table(ids[there]).float(), dim=-1)
+            best = (normalize(projected[number], dim=-1) @ words.T).amax(-1)
+            assert kept.tolist() == trim_tokens(best[None], 6).index[0].tolist()
 
 
 @torch.no_grad()
