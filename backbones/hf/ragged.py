@@ -138,6 +138,14 @@ class Segments:
         return found if isinstance(found, tuple) else (found, None)
 
 
+def laid_out(parts: Sequence[Tensor], offsets: Tensor) -> Tensor:
+    """Segments one after the other, each where it starts, ``[S, d]``."""
+    out = parts[0].new_zeros(int(offsets[-1]), parts[0].shape[1])
+    for start, part in zip(offsets.tolist(), parts, strict=False):
+        out[start : start + len(part)] = part
+    return out
+
+
 class Sealed:
     """Slots that a storage of its own holds, beside those that are plain and grow."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots that are stored in other ways than plain: as codes, with fewer channels, or in pages."""
+"""Slots that are stored in other ways than plain: as codes, or with fewer channels."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from visprune import ops
-from visprune.backbones.hf.ragged import Sealed
-
-
-def _flat(parts: Sequence[Tensor], offsets: Tensor) -> Tensor:
-    """Segments one after the other, each where it starts, ``[S, d]``."""
-    out = parts[0].new_zeros(int(offsets[-1]), parts[0].shape[1])
-    for start, part in zip(offsets.tolist(), parts, strict=False):
-        out[start : start + len(part)] = part
-    return out
+from visprune.backbones.hf.ragged import Sealed, laid_out
 
 
 def _moved(offsets: Tensor, rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -62,10 +54,10 @@ class Codes(Sealed):
         place = torch.arange(int(self.offsets[-1]), device=device)
         owner = torch.searchsorted(self.offsets[1:], place, right=True)
         valid = place - self.offsets[owner] < self.lengths[owner]
-        flat = _flat(keys, self.offsets)
+        flat = laid_out(keys, self.offsets)
         self.keys = ops.quantize_kv(flat, bits, "channel", group, valid=valid)
         width = values[0].shape[1]
-        self.values = ops.quantize_kv(_flat(scaled, self.offsets), bits, "token", width)
+        self.values = ops.quantize_kv(laid_out(scaled, self.offsets), bits, "token", width)
 
     def attend(self, query: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Codes become numbers inside the operator."""
@@ -156,7 +148,7 @@ class Thin(Sealed):
         self.heads = heads
         self.lengths = torch.tensor([len(k) for k in keys], device=keys[0].device)
         self.offsets = ops.ragged_offsets(self.lengths, align=1)
-        self.keys, self.values = _flat(keys, self.offsets), _flat(values, self.offsets)
+        self.keys, self.values = laid_out(keys, self.offsets), laid_out(values, self.offsets)
         self.channels = torch.stack(list(channels))
 
     def attend(self, query: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -193,111 +185,3 @@ class Thin(Sealed):
     def tensors(self) -> list[Tensor]:
         """All that is allocated."""
         return [self.keys, self.values, self.channels, self.offsets, self.lengths]
-
-
-class Pages(Sealed):
-    """Whole slots in pages, of which each token reads the nearest few: nothing is saved but time.
-
-    Args:
-        keys: of B x Hk heads, ``[n, d]``; the heads of a sample have equally many.
-        values: ``[n, dv]``.
-        heads: Hk.
-        size: slots of a page.
-        top: pages that are read.
-        by: ``"cosine"``: of the mean query with the mean key of a page, all heads as one vector;
-            ``"softmax"``: the attention that its slots would get, summed over heads.
-    """
-
-    form = "paged"
-
-    def __init__(
-        self,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        heads: int,
-        size: int,
-        top: int,
-        by: str,
-    ) -> None:
-        self.heads, self.size, self.top, self.by = heads, size, top, by
-        counts = torch.tensor([len(k) for k in keys[::heads]], device=keys[0].device)
-        self.lengths = counts
-        pages = max(1, -(-int(counts.max()) // size))
-        offsets = torch.arange(len(keys) + 1, device=keys[0].device) * pages * size
-        self.keys = _flat(keys, offsets).view(-1, heads, pages, size, keys[0].shape[1])
-        self.values = _flat(values, offsets).view(-1, heads, pages, size, values[0].shape[1])
-        self._represent()
-
-    def _represent(self) -> None:
-        pages = self.keys.shape[2]
-        place = torch.arange(pages * self.size, device=self.keys.device).view(pages, self.size)
-        self.valid = place < self.lengths[:, None, None]  # [B, pages, size]
-        count = self.valid.sum(-1).clamp(min=1)
-        self.mean = self.keys.sum(3) / count[:, None, :, None]  # [B, Hk, pages, d]
-
-    def attend(self, query: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-        """To the pages that these queries are near to."""
-        batch, total, rows, _ = query.shape
-        pages = self.keys.shape[2]
-        if self.top < pages:
-            at = self._nearest(query, scale).topk(self.top, dim=1).indices.sort(dim=1).values
-        else:
-            at = torch.arange(pages, device=query.device).expand(batch, -1)
-        index = at[:, None, :, None, None]
-        shape = (-1, self.heads, -1, self.size)
-        keys, values = (
-            x.gather(2, index.expand(*shape, x.shape[-1])).flatten(2, 3)
-            for x in (self.keys, self.values)
-        )
-        seen = self.valid.gather(1, at[..., None].expand(-1, -1, self.size)).flatten(1)
-        rowed = query.unflatten(1, (self.heads, total // self.heads)).flatten(2, 3)
-        score = (rowed.float() @ keys.float().mT) * scale
-        score = softcap * torch.tanh(score / softcap) if softcap else score
-        score = score.masked_fill(~seen[:, None, None], -torch.inf)
-        lse = score.logsumexp(-1)
-        weight = score.softmax(-1).nan_to_num(0.0)
-        out = (weight @ values.float()).to(query.dtype)
-        return out.view(batch, total, rows, -1), lse.view(batch, total, rows)
-
-    def probe(self, query: Tensor) -> Tensor:
-        """The mean of new queries ``[B, H, R, d]``, key heads as one vector: ``[B, Hk * d]``."""
-        return query.unflatten(1, (self.heads, -1)).float().mean((2, 3)).flatten(1)
-
-    def _nearest(self, query: Tensor, scale: float) -> Tensor:
-        """How near the queries are to each page, ``[B, pages]``."""
-        if self.by == "cosine":
-            pages = self.mean.float().transpose(1, 2).flatten(2)
-            near = torch.nn.functional.cosine_similarity(self.probe(query)[:, None], pages, dim=-1)
-        else:
-            grouped = query.unflatten(1, (self.heads, -1)).float()
-            keys = self.keys.float().flatten(2, 3)
-            score = torch.einsum("bhgrd,bhnd->bhgrn", grouped, keys) * scale
-            score = score.masked_fill(~self.valid.flatten(1)[:, None, None, None], -torch.inf)
-            mass = score.softmax(-1).nan_to_num(0.0).sum((1, 2, 3))
-            near = mass.view(len(query), -1, self.size).sum(-1)
-        return near.masked_fill(~self.valid.any(-1), -torch.inf)
-
-    def select(self, rows: Tensor) -> None:
-        """Whole samples."""
-        rows = rows.to(self.keys.device)
-        self.keys, self.values = self.keys[rows], self.values[rows]
-        self.lengths = self.lengths[rows]
-        self._represent()
-
-    @property
-    def counts(self) -> Tensor:
-        """Slots of each head."""
-        return self.lengths[:, None].expand(-1, self.heads)
-
-    @property
-    def head_bytes(self) -> Tensor:
-        """Slots, and the means of the pages."""
-        size = self.keys.element_size()
-        slot = (self.keys.shape[-1] + self.values.shape[-1]) * size
-        pages = (self.counts + self.size - 1) // self.size
-        return self.counts * slot + pages * self.mean.shape[-1] * size
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that is allocated."""
-        return [self.keys, self.values, self.mean, self.valid, self.lengths]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import visprune
@@ -30,8 +31,8 @@ from tests.contract.cases import FAMILIES, batch
 from tests.contract.test_generate import BEAMS, GREEDY, best
 from tests.contract.test_removal import state
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of
+from visprune.backbones.hf.pages import Pages, Purse
 from visprune.backbones.hf.ragged import RaggedLayer
-from visprune.backbones.hf.sealed import Pages
 from visprune.core.cache import Action, HeadSlots
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel
 
@@ -150,11 +151,16 @@ def test_what_is_stored_otherwise_is_read_as_it_is(name: str, family: str, model
         assert trace.slots[0][number] == [len(head.key) - 2 for head in contents(entry)]
 
 
-@pytest.mark.parametrize("name", STORED)
+SHARING = {"block": 4, "top": 3, "after": 0, "spread": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), [*((name, few(name)) for name in STORED), ("actqkv", SHARING)]
+)
 @torch.no_grad()
-def test_storage_goes_with_its_samples(name: str, models: Any) -> None:
+def test_storage_goes_with_its_samples(name: str, params: dict[str, Any], models: Any) -> None:
     model, rows = models("llava"), [[3, "a", 6], [2, "b", 4, "c", 3], [5]]
-    with visprune.prune(model, name, **few(name)):
+    with visprune.prune(model, name, **params):
         together = model.generate(**batch("llava", rows), **GREEDY, **LOGITS)
         beams = model.generate(**batch("llava", rows[:1]), **BEAMS)
         assert torch.equal(beams, model.generate(**batch("llava", rows[:1]), **BEAMS))
@@ -171,6 +177,39 @@ def test_storage_goes_with_its_samples(name: str, models: Any) -> None:
                 assert oracle.error(mine[number], theirs[0]) < 2e-2  # codes may differ by one
             if name not in ("zipcache", "kvquant"):
                 assert torch.equal(together.sequences[number, -3:], alone.sequences[0, -3:])
+
+
+@torch.no_grad()
+def test_blocks_move_from_layer_to_layer(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = models("llava"), batch("llava", [[3, "a", 6], [2, "b", 9]])
+    counts: list[list[int]] = []
+    take = Purse.take
+
+    def noted(self: Purse, *given: Any) -> Tensor:
+        counts.append(take(self, *given).tolist())
+        return torch.tensor(counts[-1])
+
+    monkeypatch.setattr(Purse, "take", noted)
+    with visprune.prune(model, "actqkv", **SHARING):
+        cache, longer = cache_of(model(**inputs, use_cache=True)), inputs
+        for token in range(5, 9):
+            new = torch.tensor([[token], [token + 1]])
+            if token == 8:
+                turned = pickle.loads(pickle.dumps(cache))
+                turned.batch_select_indices(torch.tensor([1]))
+            after = oracle.step(model, longer, new)
+            want = model(**after, **{CACHE_ARGUMENT: cache}).logits
+            longer = oracle.extended(longer, new)
+        assert torch.tensor(counts).view(4, 4, 2)[0].tolist() == [[3, 3]] * 4  # none is known yet
+        for each in torch.tensor(counts).view(4, 4, 2):  # of a token, by layer and sample
+            assert each.sum(0).tolist() == [12, 12]
+            assert bool(((each >= 1) & (each <= 9)).all())
+        got = model(**{k: v[1:] for k, v in after.items()}, **{CACHE_ARGUMENT: turned}).logits
+        oracle.assert_close(got, want[1:])
+        assert [x[0] for x in counts[-4:]] == [x[1] for x in counts[-8:-4]]
+        kinds = [{id(entry.sealed[0].purse) for entry in x.layers} for x in (cache, turned)]
+        assert [len(kind) for kind in kinds] == [1, 1]
+        assert kinds[0] != kinds[1]
 
 
 @pytest.mark.parametrize("by", ["cosine", "softmax"])
@@ -447,6 +486,8 @@ def test_budgets_are_checked(models: Any) -> None:
         ("kvquant", {"group": 0}, "at least 1; got 0"),
         ("think", {"ratio": 1.0}, r"in \[0, 1\); got 1.0"),
         ("actqkv", {"top": 0}, "top is at least 1"),
+        ("actqkv", {"after": -1}, "after is a whole number from 0, or None; got -1"),
+        ("actqkv", {"spread": 0}, "spread is a whole number from 1, or None; got 0"),
         ("tokenselect", {"top": 0}, "top is at least 1"),
         ("vl_cache", {"max_cache": 40, "scope": "prompt"}, "takes keep_ratio"),
     ):
@@ -518,6 +559,14 @@ def test_calls_that_cannot_work_are_refused(models: Any) -> None:
 def test_two_evictions_of_one_cache_are_refused(models: Any) -> None:
     with pytest.raises(ConfigError, match="would evict from one cache twice"):
         visprune.prune(models("llava"), "snapkv+knorm", num_keep=4)
+
+
+def test_no_layer_sees_the_whole_sequence(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visprune.machine.cache.evict.evictable", lambda adapter, layer: False)
+    before = state(models("llava"))
+    with pytest.raises(UnsupportedModel, match="each sees a window or keeps a state"):
+        visprune.prune(models("llava"), "snapkv", num_keep=4)
+    assert state(models("llava")) == before
 
 
 def test_a_line_of_positions_is_asked_for(models: Any) -> None:

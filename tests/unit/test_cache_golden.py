@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.unit.test_methods_golden import cases
 from tests.unit.test_methods_golden import tensors as stored_tensors
-from visprune.backbones.hf.sealed import Codes, Pages
+from visprune.backbones.hf.pages import Pages, Probe, Purse
+from visprune.backbones.hf.sealed import Codes
 from visprune.core.cache import (
     CacheMethod,
     CacheSeen,
@@ -194,6 +195,38 @@ def test_h2o_that_drops(number: int) -> None:
         torch.testing.assert_close(score, t[f"score_{step}"], **CLOSE)
         there = torch.cat([there, torch.full((p["H"], 1), p["L"] + step)], 1)
         carried = torch.cat([score, torch.zeros(p["H"], 1)], 1)
+
+
+def test_h2o_that_masks() -> None:
+    """The first release: what it can see again is what the later one stores."""
+    case = cases("h2o").args[1][2].values[0]
+    t, p = tensors("h2o", case), case["params"]
+    q, k, v = (t[name][0] for name in "qkv")
+    method = H2O(
+        max_cache=p["hh"] + p["recent"], recent=p["recent"], scope="prompt", every=1,
+        first_release=True,
+    )  # fmt: skip
+    hides = method.eviction(SPEC).action.hides
+    there = torch.arange(p["L"]).expand(p["H"], -1)
+    carried: Tensor | None = None
+    visible = torch.ones(1, 1, 1, p["L"], dtype=torch.bool)
+    for step in range(p["T"] + 1):
+        new = slice(0, p["L"]) if step == 0 else slice(p["L"] + step - 1, p["L"] + step)
+        keys = k.gather(1, there[..., None].expand(-1, -1, k.shape[2]))
+        seen = shown(q[:, new], keys, carried=carried, mask=lambda at, now=visible: now)
+        looked = look(method, seen)
+        index = torch.stack(kept(method, looked)[0])
+        if step == p["T"]:
+            values = v.gather(1, there[..., None].expand(-1, -1, v.shape[2]))
+            out = seen.rows(seen.queries)[:, 0, None] @ values
+            torch.testing.assert_close(out.flatten(), t["out_last"].flatten(), **CLOSE)
+        there, score = there.gather(1, index), looked.score.gather(1, index)
+        visible = (torch.arange(index.shape[1] + 1) != index.shape[1] - hides)[None, None, None]
+        there = torch.cat([there, torch.full((p["H"], 1), p["L"] + step)], 1)
+        carried = torch.cat([score, torch.zeros(p["H"], 1)], 1)
+        mask = torch.zeros(p["H"], p["L"] + step + 1, dtype=torch.bool)
+        mask = mask.scatter(1, there, visible[0, 0].expand(p["H"], -1))
+        assert torch.equal(mask, t[f"mask_{step}"].bool())
 
 
 def test_h2o_at_the_end_of_a_prompt() -> None:
@@ -532,6 +565,36 @@ def test_actqkv_probes_are_means_before_a_thousand_windows() -> None:
         pages = Pages([none], [none], 1, 4, 1, "cosine")
         probe = pages.probe(t[f"x_{window}"][None, None])
         torch.testing.assert_close(probe[0], t[f"probe_{window}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_actqkv_probes(number: int) -> None:
+    case = cases("actqkv").args[1][number].values[0]
+    t, p = tensors("actqkv", case), case["params"]
+    probe, weigh = Probe(p["U"]), Probe(p["U"])
+    for window in range(p["T"]):
+        x = t[f"x_{window}"][None]
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(weigh.weights(x)[0], t[f"weights_{window}"], **close)
+        torch.testing.assert_close(probe(x)[0], t[f"probe_{window}"], **close)
+    assert probe.mean is not None
+    assert probe.var is not None
+    torch.testing.assert_close(probe.mean, t["mean"], **close)
+    torch.testing.assert_close(probe.var, t["var"], **close)
+
+
+def test_actqkv_shares_blocks_out_among_layers() -> None:
+    case = cases("actqkv").args[1][2].values[0]
+    t, p = tensors("actqkv", case), case["params"]
+    purse = Purse(p["warmup"], p["k_min"])
+    numbers = [purse.join() for _ in range(p["layers"])]
+    most = torch.tensor([p["k_max"]])
+    for step, entropies in enumerate(t["entropy"]):
+        for layer in numbers:
+            got = purse.take(layer, entropies[layer, None], most, p["total"] // p["layers"])
+            assert int(got) == case["expected"]["k"][step][layer]
+            assert purse.left is not None
+            assert float(purse.left) == case["expected"]["remaining"][step][layer]
 
 
 def test_an_eviction_has_four_parts() -> None:

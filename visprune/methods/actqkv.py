@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from visprune.core import ModelSpec
 from visprune.core.cache import CacheMethod, Eviction, KeyNorm, ReadPages, Scope
+from visprune.core.numeric import is_whole
 from visprune.errors import ConfigError
 
 
@@ -20,13 +21,19 @@ class ActQKV(CacheMethod):
     queries, all heads as one vector. **Scope**: as given; what is not counted is always read. With
     ``top`` for all blocks it is full attention. Bytes are not saved, reading is.
 
-    The official probe weighs a window's queries by how far they lie from running statistics, but
-    only after more than a thousand windows were seen; before, and here, it is their plain mean. Its
-    budget that moves blocks between layers by the entropy of their scores is not here.
+    ``after`` and ``spread`` are its two other parts. The official probe weighs a window's queries
+    (tokens that come together) by how far they lie from running statistics; these are globals of
+    its process, for all layers and requests, and set in only after ``after=1000`` windows. Here
+    each layer of a cache has its own, of what came behind the prompt. The official budget moves
+    blocks between layers by the entropy of their scores; its mean layer reads half of ``top``, and
+    32 at least, where here it reads ``top``, and one at least.
 
     Args:
         block: slots of a block.
-        top: blocks that are read.
+        top: blocks that are read; with ``spread``, by a layer in the mean.
+        after: windows until the probe weighs queries; ``None``: it is their mean.
+        spread: of how many last tokens the entropies share out blocks among layers; ``None``: every
+            layer reads ``top``.
     """
 
     name: ClassVar[str] = "actqkv"
@@ -34,6 +41,8 @@ class ActQKV(CacheMethod):
 
     block: int = 16
     top: int = 8
+    after: int | None = None
+    spread: int | None = None
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -41,8 +50,12 @@ class ActQKV(CacheMethod):
         for name in ("block", "top"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
+        for name, least in (("after", 0), ("spread", 1)):
+            given = getattr(self, name)
+            if given is not None and (not is_whole(given) or given < least):
+                raise ConfigError(f"{name} is a whole number from {least}, or None; got {given!r}.")
 
     def eviction(self, spec: ModelSpec) -> Eviction:
         """Norms, all stay, blocks."""
-        action = ReadPages(self.block, self.top, "cosine")
+        action = ReadPages(self.block, self.top, "cosine", self.after, self.spread)
         return Eviction(KeyNorm(), self.amount, action=action, scope=Scope(self.scope))

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a method at the cache is written with: its four parts, and the base that holds them."""
 
-from visprune.core.cache.actions import CloseUp, Compensate, MergeNearest, MergeNeighbours
+from visprune.core.cache.actions import (
+    CloseUp,
+    Compensate,
+    DropAndHide,
+    MergeNearest,
+    MergeNeighbours,
+)
 from visprune.core.cache.budgets import Gated, JointHeads, Listed, Pyramid
 from visprune.core.cache.method import CacheMethod, CacheStage, Recurring
 from visprune.core.cache.parts import (
@@ -44,6 +50,7 @@ __all__ = [
     "Compensate",
     "Counted",
     "Drop",
+    "DropAndHide",
     "DropChannels",
     "Eviction",
     "Gated",

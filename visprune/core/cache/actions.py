@@ -55,6 +55,22 @@ class CloseUp(Action):
 
 
 @dataclass(frozen=True)
+class DropAndHide(Action):
+    """What is not kept is dropped, and of what is, one slot is stored and not seen for one cut.
+
+    Attributes:
+        place: which slot, counted from the end of the cache.
+    """
+
+    place: int = 0
+
+    @property
+    def hides(self) -> int:
+        """That slot."""
+        return self.place
+
+
+@dataclass(frozen=True)
 class Compensate(Action):
     """What a head drops becomes one slot, with their mean key and value, as often as they were."""
 

@@ -264,6 +264,11 @@ class Action:
         """Whether a layer of which all is kept stays as it was."""
         return True
 
+    @property
+    def hides(self) -> int:
+        """The slot that stays and is not seen until the next cut, from the end; 0: none."""
+        return 0
+
     def read(self, seen: CacheSeen) -> Any:
         """What it has to know of a layer besides keys and values."""
         return None

@@ -104,12 +104,17 @@ class ReadPages(Action):
     Attributes:
         page: slots of a page.
         top: pages that are read.
-        by: see :class:`visprune.backbones.hf.sealed.Pages`.
+        by: see :class:`visprune.backbones.hf.pages.Pages`.
+        after: see there.
+        spread: of how many tokens the entropies say how many pages each layer reads (see
+            ``Purse`` there), ``top`` in the mean; ``None``: all read ``top``.
     """
 
     page: int = 16
     top: int = 4
     by: Literal["cosine", "softmax"] = "cosine"
+    after: int | None = None
+    spread: int | None = None
 
     @property
     def exact(self) -> bool:
@@ -125,7 +130,7 @@ class ReadPages(Action):
                 made,
                 form="pages",
                 apart=looked.free[made.index],
-                layout=(self.page, self.top, self.by),
+                layout=(self.page, self.top, self.by, self.after, self.spread),
             )
             for made in super().apply(key, value, kept, looked)
         ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visprune.backbones.hf.cache import Ledger, SlotLayer, ledger_of
+from visprune.backbones.hf.cache import SlotLayer, ledger_of
 from visprune.backbones.hf.probe import Attended, Wanted, watch
 from visprune.backbones.hf.ragged import RaggedLayer
 from visprune.backbones.hf.rotary import turns_halves
@@ -105,6 +105,12 @@ class CacheEviction:
                 f"{adapter.config.model_type} has none: each sees a window or keeps a state."
             )
 
+        kernel = str(adapter.text_config._attn_implementation)
+        if stage.eviction.action.hides and kernel not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"{name} hides a slot that it stores, and {kernel} takes no bias per key. Use "
+                f"model.set_attn_implementation('sdpa'), or the rule without this option."
+            )
         eviction = self._eviction
         heads = isinstance(eviction.budget, Gated) or type(eviction.action) is not Drop
         if heads and any(stores_latents(adapter, n) for n in self._layers):
@@ -242,7 +248,7 @@ class CacheEviction:
             kept = self._share(looks, fwd.batch)
             if looks.due:
                 fwd.trace.cache = CacheTrace.empty(fwd.batch)
-            shared: dict[Any, Ledger] = {}
+            shared: dict[Any, Any] = {}
             for number, entry in enumerate(cache.layers):
                 made, rows = entry, self._rows(looks, number, entry, kept)
                 if fwd.trace.cache is not None:
@@ -302,7 +308,8 @@ class CacheEviction:
                 continue
             heads = action.apply(key, value, kept[number, row], sample.looked)
             closed = len(sample.places) - len(heads[0].index) if action.closes else 0
-            found.append(RowSlots(heads, sample.places, _tail(sample.looked), closed))
+            tail = _tail(sample.looked)
+            found.append(RowSlots(heads, sample.places, tail, closed, action.hides))
         return found
 
 
@@ -343,7 +350,7 @@ def _seen(
     where, at = places.to(device), new.to(device)
 
     def mask(queries: Tensor) -> Tensor | None:
-        if fwd.masks is None and fwd.mask4d is None:
+        if fwd.masks is None and fwd.mask4d is None and not fwd.weighed(layer):
             return None
         rows = new.to(queries.device)[queries].expand(fwd.batch, -1)
         seen = fwd.row_mask(layer, rows)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.cache import Ledger, SlotLayer
+from visprune.backbones.hf.pages import Pages, Purse
 from visprune.backbones.hf.ragged import RaggedLayer, Sealed, Segments
-from visprune.backbones.hf.sealed import Codes, Pages, Thin
+from visprune.backbones.hf.sealed import Codes, Thin
 from visprune.core.cache import CacheTrace, HeadSlots
 from visprune.machine.cache.again import places_of
 from visprune.machine.decoder.forward import Forward
@@ -26,12 +27,14 @@ class RowSlots:
         places: the slots of the layer's cache that they chose from, ``[L]``.
         tail: slots at the end that all heads have, in one order.
         closed: places that positions have closed up over.
+        hidden: the slot that is not seen until the next cut, counted from the end; 0: none.
     """
 
     heads: list[HeadSlots]
     places: Tensor
     tail: int
     closed: int = 0
+    hidden: int = 0
 
     @classmethod
     def whole(cls, key: Tensor, value: Tensor, places: Tensor) -> RowSlots:
@@ -50,7 +53,7 @@ def store(
     entry: Any,
     rows: list[RowSlots] | None,
     fwd: Forward,
-    shared: dict[Any, Ledger],
+    shared: dict[Any, Any],
     trace: CacheTrace,
 ) -> Any:
     """The layer that holds what is kept.
@@ -59,7 +62,7 @@ def store(
         entry: as the forward left it.
         rows: of each sample; ``None``: all of it stays.
         fwd: the forward.
-        shared: ledgers that were made for other layers of the same shape.
+        shared: what layers share: ledgers, by shape, and how many pages they may read.
         trace: to note it in.
     """
     if not isinstance(entry, SlotLayer):  # a recurrent layer's state, or a layer that ran not
@@ -81,7 +84,7 @@ def store(
 
 
 def _even(
-    entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Ledger]
+    entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Any]
 ) -> SlotLayer:
     counts = tuple(row.counts[0] for row in rows)
     width = max(counts)
@@ -94,14 +97,15 @@ def _even(
         keys[number, :, span] = torch.stack([head.key for head in row.heads])
         values[number, :, span] = torch.stack([head.value for head in row.heads])
     tails = tuple(row.tail for row in rows)
-    key = ("even", counts, tails, tuple(row.closed for row in rows), id(entry.ledger))
+    apart = tuple((row.closed, row.hidden) for row in rows)
+    key = ("even", counts, tails, apart, id(entry.ledger))
     if key not in shared:
         shared[key] = _ledger(entry.ledger, rows, fwd, counts, width, left)
     return SlotLayer(keys, values, shared[key])
 
 
 def _ragged(
-    entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Ledger]
+    entry: SlotLayer, rows: list[RowSlots], fwd: Forward, shared: dict[Any, Any]
 ) -> SlotLayer:
     heads = [head for row in rows for head in row.heads]
     count = len(rows[0].heads)
@@ -115,10 +119,10 @@ def _ragged(
     key = ("ragged", tail, id(entry.ledger))
     if key not in shared:
         shared[key] = _ledger(entry.ledger, rows, fwd, (tail,) * len(rows), tail, True)
-    return RaggedLayer(segments, shared[key], _sealed(heads, count))
+    return RaggedLayer(segments, shared[key], _sealed(heads, count, shared))
 
 
-def _sealed(heads: list[HeadSlots], count: int) -> list[Sealed]:
+def _sealed(heads: list[HeadSlots], count: int, shared: dict[Any, Any]) -> list[Sealed]:
     """What is not plain of B x Hk heads; those of samples without a picture have none of it."""
     like = next((head for head in heads if head.form != "plain"), None)
     if like is None:
@@ -135,7 +139,9 @@ def _sealed(heads: list[HeadSlots], count: int) -> list[Sealed]:
         levels = {int(b) for h in heads if h.bits is not None for b in h.bits.unique()} - {0}
         return [Codes(*parts(level), count, level, *like.layout) for level in sorted(levels)]
     if like.form == "pages":
-        return [Pages(*parts(), count, *like.layout)]
+        *layout, spread = like.layout
+        purse = None if spread is None else shared.setdefault("purse", Purse(spread))
+        return [Pages(*parts(), count, *layout, purse)]
     assert like.channels is not None, "of thin keys"
     channels = [like.channels if h.channels is None else h.channels for h in heads]
     keys, values = parts()
@@ -152,6 +158,7 @@ def _ledger(
     """
     index = old.index.new_full((len(rows), width), -1)
     valid = torch.zeros(index.shape, dtype=torch.bool, device=index.device)
+    bias: Tensor | None = None
     for number, row in enumerate(rows):
         end = width if left else counts[number]
         valid[number, end - counts[number] : end] = True
@@ -159,6 +166,9 @@ def _ledger(
         if tail:
             places = row.places[-tail:].to(old.index.device)
             index[number, end - tail : end] = old.index[number, places]
+        if row.hidden:
+            bias = torch.zeros(index.shape, device=index.device) if bias is None else bias
+            bias[number, end - row.hidden] = -torch.inf
     there = torch.ones(len(rows), old.seen, dtype=torch.bool, device=index.device)
     if fwd.mask2d is not None:
         there = fwd.mask2d[:, : old.seen].to(index.device).bool()
@@ -166,7 +176,7 @@ def _ledger(
         there = torch.cat([old.evicted, there[:, old.evicted.shape[1] :]], dim=1)
     padded = min(counts) < width
     closed = torch.tensor([row.closed for row in rows], device=old.shift.device)
-    return Ledger(old.owner, old.seen, index, valid, padded, old.shift + closed, there)
+    return Ledger(old.owner, old.seen, index, valid, padded, old.shift + closed, there, bias)
 
 
 # What is noted ------------------------------------------------------------------------------------
