@@ -179,6 +179,32 @@ def watch(attention: nn.Module, wanted: Callable[[], Wanted | None]) -> Watch:
     return Watch(attention, wanted)
 
 
+class _NoValues(nn.Module):
+    """Stands for the projection of values, where nobody looks at them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros that take no room."""
+        return x.new_zeros(1).expand(*x.shape[:-1], self.width)
+
+
+def without_values(attention: nn.Module) -> nn.Module | None:
+    """The same attention, on the same weights, that computes queries and keys alone.
+
+    The module itself stays as it is, since another thread may be in it. ``None``: its values have
+    no linear projection of their own.
+    """
+    project = attention._modules.get("v_proj")
+    if type(project) is not nn.Linear:
+        return None
+    found = copy.copy(attention)
+    found._modules = {**attention._modules, "v_proj": _NoValues(project.out_features)}
+    return found
+
+
 def capture(call: Callable[..., Any], **inputs: Any) -> None:
     """Call a watched attention, or a model around it, only as far as its queries and keys.
 

@@ -269,13 +269,13 @@ class DecoderAdapter(Placeholders):
             return 0
         return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
-    def qk_macs(self, layer: int) -> int:
-        """Multiply-adds per token of a decoder layer's queries, keys and values."""
+    def qk_macs(self, layer: int, *, values: bool = True) -> int:
+        """Multiply-adds per token of a decoder layer's queries, keys and, if asked for, values."""
         config, head = self.text_config, self.head_width
         queries = config.num_attention_heads * head
         made = getattr(getattr(self.attention(layer), "q_proj", None), "out_features", queries)
         queries = made if made == 2 * queries else queries  # Qwen3.5 makes a gate with them
-        width = queries + 2 * config.num_key_value_heads * head
+        width = queries + (1 + values) * config.num_key_value_heads * head
         return int(config.hidden_size * width)
 
     @cached_property

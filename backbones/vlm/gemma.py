@@ -20,10 +20,12 @@ class PerLayerInputsAdapter(GenericAdapter):
 
     by_token = ("per_layer_inputs", "per_layer_input")
 
-    def qk_macs(self, layer: int) -> int:
-        """Multiply-adds per token of a decoder layer's queries, keys and values."""
+    def qk_macs(self, layer: int, *, values: bool = True) -> int:
+        """Multiply-adds per token of a decoder layer's queries, keys and, if asked for, values."""
         attention = self.attention(layer)
-        parts = (getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+        parts = (
+            getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")[: 2 + values]
+        )
         return sum(part.weight.numel() for part in parts if part is not None)
 
     def attention_arguments(self, layer: int) -> dict[str, Any]:

@@ -312,6 +312,39 @@ def test_a_method_brings_its_own_signal(family: str, models: Any) -> None:
     assert torch.allclose(looked(model, inputs, Norms()), states.norm(dim=-1), atol=1e-5)
 
 
+@dataclass(frozen=True)
+class Weighed(LastQueryAttention):
+    """The last query's attention times the length of the value, ``[B, H, N]``."""
+
+    reads_values: ClassVar[bool] = True
+
+    def read(self, seen: DecoderSeen) -> Tensor:
+        """Of heads that share a value, each."""
+        assert seen.value is not None
+        rows = super().read(seen)
+        each = seen.new(seen.value.norm(dim=-1))
+        return rows * each.repeat_interleave(rows.shape[1] // each.shape[1], dim=1)
+
+
+def test_values_are_computed_ahead_where_a_signal_looks_at_them(family: str, models: Any) -> None:
+    model, inputs = models(family), batch(family, ROWS)
+    attention = model.model.language_model.layers[LAYER].self_attn
+    calls: list[int] = []
+    handle = attention.v_proj.register_forward_hook(lambda *given: calls.append(len(given[1][0])))
+    rows = looked(model, inputs, LastQueryAttention("own"))
+    assert len(calls) == 1  # its own run
+    weighed = looked(model, inputs, Weighed("own"))
+    assert len(calls) == 3
+    handle.remove()
+    value = noted(attention.v_proj, model, inputs, lambda a, k, o: o)
+    config = model.config.text_config
+    group = config.num_attention_heads // config.num_key_value_heads
+    each = value.unflatten(-1, (config.num_key_value_heads, -1)).norm(dim=-1)
+    for number, (row, free) in enumerate(visual(family, inputs)):
+        length = each[row, free].T.repeat_interleave(group, dim=0)
+        torch.testing.assert_close(weighed[number], rows[number] * length, rtol=1e-4, atol=1e-6)
+
+
 def test_no_signal_switches_the_kernel(models: Any) -> None:
     from torch.nn import functional
 

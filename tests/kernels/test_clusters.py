@@ -58,6 +58,19 @@ def test_what_is_refused() -> None:
         ops.dpc_knn(torch.ones(1, 6, 3, dtype=torch.int64), 1, 2)
 
 
+@pytest.mark.parametrize("count", [1, 255, 600])
+def test_products_and_distances_are_the_same_both_ways(count: int) -> None:
+    x = torch.randn(2, count, 24, generator=torch.Generator().manual_seed(5))
+    found = ops.gram(x)
+    torch.testing.assert_close(found, x @ x.mT, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.mT)
+    apart = distances(x)
+    assert torch.equal(apart, apart.mT)
+    wide = x.double()
+    want = (wide[:, :, None] - wide[:, None]).square().sum(-1).sqrt()
+    torch.testing.assert_close(apart.double(), want, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_distances_are_those_of_the_differences(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)

@@ -118,6 +118,30 @@ def test_selection_keeps_tokens_apart() -> None:
     assert bool(tell_apart(x.abs(), seen, 1)[:, 5].all())  # what is attended to is told apart
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_selection_is_the_rule_written_out(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 300, D, generator=draw)
+    x[:, 7] = x[:, 3]  # two that are alike
+    seen = torch.rand(2, 300, generator=draw)
+    number = 40
+    found = tell_apart(x if seed % 2 else x.abs(), seen, number)  # products of both signs, or one
+    x = (x if seed % 2 else x.abs()).double()
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    means = x.mean(1)
+    for frame in range(2):
+        weight = seen[frame].double() * (x[frame] @ means.T).mean(1)
+        distance = (1.0 - unit[frame] @ unit[frame].T) * weight  # to a token, by its own weight
+        near = distance.sort(dim=0).values[1]
+        order: list[int] = []
+        while len(order) < number:
+            best = max((float(near[n]), -n) for n in range(300) if n not in order)
+            order.append(-best[1])
+            row = distance[order[-1]]
+            near = row if len(order) == 1 else torch.minimum(near, row)
+        assert found[frame].nonzero()[:, 0].tolist() == sorted(order)
+
+
 def test_frames_that_were_thinned_out_are_refused() -> None:
     tokens = clip(moving()[None])
     index = torch.arange(1, T * N)

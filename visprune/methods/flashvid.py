@@ -165,14 +165,28 @@ def tell_apart(x: Tensor, seen: Tensor, number: int) -> Tensor:
     chosen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     if number == 0:
         return chosen
-    unit = normalize(x, dim=-1)
     weight = seen * (x @ x.mean(dim=1).T).mean(dim=2)
-    distance = (1.0 - unit @ unit.transpose(1, 2)) * weight[:, None]
-    few = distance.topk(min(2, x.shape[1]), dim=1, largest=False).values
-    near = few[:, -1]  # the nearest is itself
+    apart = ops.gram(normalize(x, dim=-1)).neg_().add_(1.0)  # of cosines; the same both ways
+    near = _second(apart) * weight  # the nearest is itself
+    if bool((weight < 0).any()):
+        near = torch.where(weight < 0, -_second(apart.neg_()) * weight, near)
+        apart.neg_()
+    distance = apart.mul_(weight[:, None])
     for step in range(number):
-        best = near.masked_fill(chosen, float("-inf")).argmax(dim=1, keepdim=True)
-        chosen = chosen.scatter(1, best, True)
+        best = near.argmax(dim=1, keepdim=True)
+        chosen.scatter_(1, best, True)
         row = distance.gather(1, best[..., None].expand(-1, -1, x.shape[1]))[:, 0]
-        near = row if step == 0 else torch.minimum(near, row)
+        near = row.masked_fill(chosen, -torch.inf) if step == 0 else torch.minimum(near, row)
+        near.scatter_(1, best, -torch.inf)
     return chosen
+
+
+def _second(x: Tensor) -> Tensor:
+    """The second least number of every row ``[..., n]``; of one number, that."""
+    if x.shape[-1] == 1:
+        return x[..., 0]
+    at = x.argmin(dim=-1, keepdim=True)
+    least = x.gather(-1, at)
+    found = x.scatter_(-1, at, torch.inf).amin(dim=-1)
+    x.scatter_(-1, at, least)
+    return found

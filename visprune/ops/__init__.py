@@ -8,7 +8,7 @@ rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`
 by ``torch.utils.flop_counter``.
 """
 
-from visprune.ops.cluster import dpc_knn, separated
+from visprune.ops.cluster import dpc_knn, gram, separated
 from visprune.ops.coverage import greedy_coverage
 from visprune.ops.draw import draw_tokens, picture_checksum
 from visprune.ops.grouped import rank_within, shares
@@ -49,6 +49,7 @@ __all__ = [
     "dpc_knn",
     "draw_tokens",
     "gather_tokens",
+    "gram",
     "greedy_coverage",
     "greedy_diverse",
     "hilo_attention",

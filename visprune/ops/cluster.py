@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from visprune.errors import BudgetError, ConfigError
 from visprune.ops.check import floating
+
+_STRIP = 256  # rows
 
 
 def dpc_knn(x: Tensor, clusters: int, neighbors: int) -> tuple[Tensor, Tensor]:
@@ -37,8 +41,8 @@ def dpc_knn(x: Tensor, clusters: int, neighbors: int) -> tuple[Tensor, Tensor]:
     near = dist.topk(min(max(1, neighbors), count), dim=-1, largest=False).values
     density = (-near.square().mean(-1)).exp()
     higher = density[:, None, :] > density[..., None]
-    top = dist.flatten(1).max(1).values[:, None, None]
-    separation = torch.where(higher, dist, top).min(-1).values
+    top = dist.flatten(1).amax(1)[:, None, None]
+    separation = torch.where(higher, dist, top).amin(-1)
     order = (separation * density).argsort(dim=1, descending=True, stable=True)
     centers = order[:, :clusters]
     own = dist.gather(1, centers[..., None].expand(-1, -1, count)).min(1).indices
@@ -50,15 +54,44 @@ def distances(x: Tensor) -> Tensor:
     """Euclidean distances of all rows ``[B, N, D]``, ``[B, N, N]``; 0 between equal ones.
 
     On the CPU from products in float64, a tenth of the time of summing up differences: what is left
-    of them in float32 is the same, but rows that differ by less than a millionth are equal.
+    of them in float32 is the same, but rows that differ by less than a millionth are equal. The
+    upper half is computed, strip by strip, and mirrored.
     """
     if x.device.type != "cpu":
         return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     double = x.double()
     norm = double.square().sum(-1)
-    both = norm[..., None] + norm[:, None]
-    squared = torch.baddbmm(both, double, double.transpose(1, 2), alpha=-2.0)
-    return squared.masked_fill_(squared <= 1e-12 * both, 0.0).sqrt_().to(x.dtype)
+
+    def strip(rows: slice, right: slice) -> Tensor:
+        both = norm[:, rows, None] + norm[:, None, right]
+        squared = torch.baddbmm(both, double[:, rows], double[:, right].transpose(1, 2), alpha=-2.0)
+        return squared.masked_fill_(squared <= 1e-12 * both, 0.0).sqrt_()
+
+    return _mirrored(x, strip)
+
+
+def gram(x: Tensor) -> Tensor:
+    """Products of all rows ``[B, N, D]``, ``[B, N, N]``; on the CPU the same both ways, to the bit.
+
+    There the upper half is computed, strip by strip, and mirrored.
+    """
+    if x.device.type != "cpu":
+        return x @ x.transpose(1, 2)
+    return _mirrored(x, lambda rows, right: x[:, rows] @ x[:, right].transpose(1, 2))
+
+
+def _mirrored(x: Tensor, strip: Callable[[slice, slice], Tensor]) -> Tensor:
+    """What ``strip`` says of rows and the columns from them on, and the same below the diagonal."""
+    count = x.shape[1]
+    out = x.new_empty(len(x), count, count)
+    for start in range(0, count, _STRIP):
+        rows, right = slice(start, start + _STRIP), slice(start, None)
+        part = strip(rows, right).to(x.dtype)
+        own = part[..., : part.shape[1]]
+        part[..., : part.shape[1]] = own.triu() + own.triu(1).transpose(1, 2)
+        out[:, rows, right] = part
+        out[:, right, rows] = part.transpose(1, 2)
+    return out
 
 
 def separated(dist: Tensor, density: Tensor, cutoff: float) -> Tensor:

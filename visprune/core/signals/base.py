@@ -240,6 +240,8 @@ class DecoderSignal(Signal):
             that layer; ``"sequence"``: what the stage itself is given (its layer does not matter,
             and it is there at the projector too); ``"input"``: what enters the first layer;
             ``"ahead"``: of a first pass (:class:`visprune.core.signals.AheadSignal`).
+        reads_values: whether it looks at ``seen.value``; ahead of a layer's run values are not
+            computed if no signal does, and ``seen.value`` is ``None``.
         token_dim: the axis of the result that counts slots, from the end; ``None``: it belongs to
             the sample as a whole.
     """
@@ -247,6 +249,7 @@ class DecoderSignal(Signal):
     requires: ClassVar[tuple[str, ...]] = ("decoder",)
     uses: ClassVar[DecoderUse] = "attention"
     token_dim: ClassVar[int | None] = -1
+    reads_values: ClassVar[bool] = True
 
     layer: DecoderLayer = "previous"
 

@@ -18,6 +18,8 @@ Raters = Literal["text", "after_image", "all"]
 class LastQueryAttention(DecoderSignal):
     """Attention of the prompt's last token to the visual tokens, ``[B, H, N]``."""
 
+    reads_values: ClassVar[bool] = False
+
     def read(self, seen: DecoderSeen) -> Tensor:
         """One row of the map, for each head."""
         return seen.new(seen.rows(seen.queries("last"))[:, :, 0])
@@ -32,6 +34,8 @@ class AttentionRows(DecoderSignal):
     Attributes:
         raters: whose rows.
     """
+
+    reads_values: ClassVar[bool] = False
 
     raters: Raters = "after_image"
 
@@ -53,6 +57,8 @@ class DecoderReceivedAttention(DecoderSignal):
     Attributes:
         raters: which queries; taken by parts, so that no whole map is held.
     """
+
+    reads_values: ClassVar[bool] = False
 
     raters: Raters = "all"
 
@@ -77,6 +83,7 @@ class VisualShare(DecoderSignal):
     """
 
     token_dim: ClassVar[int | None] = None
+    reads_values: ClassVar[bool] = False
 
     layer: DecoderLayer = "previous"
 

@@ -52,6 +52,7 @@ class QueriesKeys(DecoderSignal):
     """
 
     token_dim: ClassVar[int | None] = -2
+    reads_values: ClassVar[bool] = False
 
     layer: DecoderLayer = "own"
     rotary: bool = True

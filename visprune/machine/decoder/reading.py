@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, stored_length
-from visprune.backbones.hf.probe import Attended, Wanted, capture, watch
+from visprune.backbones.hf.probe import Attended, Wanted, capture, watch, without_values
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
@@ -159,11 +159,16 @@ class LayerReader:
             if unrotated:
                 rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
             only = Stage(stage.site, stage.budget, tuple(mine))
-            self._ahead.own = (number, partial(self._record_own, number, only, fwd, hidden))
+            attention, thin = self._adapter.attention(number), None
+            if not any(s.reads_values for s in mine):
+                thin = without_values(attention)
+            values = thin is None
+            show = partial(self._record_own, number, only, fwd, hidden, values)
+            self._ahead.own = (number, show)
             try:
                 with torch.no_grad():
                     capture(
-                        self._adapter.attention(number),
+                        attention if thin is None else thin,
                         hidden_states=self._adapter.layer_input(layer, hidden),
                         attention_mask=None,
                         position_embeddings=rotary,
@@ -172,16 +177,24 @@ class LayerReader:
                     )
             finally:
                 self._ahead.own = None
-            self._spend_projections(number, fwd, fwd.table.valid.sum(1).tolist())
+            self._spend_projections(number, fwd, fwd.table.valid.sum(1).tolist(), values)
 
-    def _spend_projections(self, number: int, fwd: Forward, tokens: list[int]) -> None:
+    def _spend_projections(
+        self, number: int, fwd: Forward, tokens: list[int], values: bool = True
+    ) -> None:
         """Count queries, keys and values that a layer computed to be looked at."""
-        each = self._adapter.qk_macs(number)
+        each = self._adapter.qk_macs(number, values=values)
         for row, count in enumerate(tokens):
             fwd.trace.spend(row, count * each)
 
     def _record_own(
-        self, number: int, stage: Stage, fwd: Forward, hidden: Tensor, attended: Attended
+        self,
+        number: int,
+        stage: Stage,
+        fwd: Forward,
+        hidden: Tensor,
+        values: bool,
+        attended: Attended,
     ) -> None:
         stored = stored_length(fwd.cache, number)
         if stored and fwd.cache is not None:
@@ -190,6 +203,8 @@ class LayerReader:
             attended.value = torch.cat([old.values.to(attended.value), attended.value], dim=2)
         seen = seen_by(fwd, hidden, number)
         _show(seen, attended, stored)
+        if not values:
+            seen.value = None
         read_layer([stage], fwd, seen, "attention")
 
 
