@@ -27,6 +27,7 @@ from tests.contract.cases import (
     batch,
     every_family,
     everything,
+    takes,
 )
 from tests.contract.test_removal import state
 from visprune.catalog import model_names
@@ -110,6 +111,16 @@ def test_unknown_parameter(name: str, llava: Any) -> None:
         message = r"'numkeep'. Did you mean 'num_keep'\? Parameters: .*keep_ratio"
         with pytest.raises(ConfigError, match=message):
             visprune.prune(llava, name, numkeep=4)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in visprune.list_methods() if "num_keep" not in takes(name)]
+)
+def test_what_takes_no_budget_says_what_it_takes(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} has no parameter 'num_keep'") as found:
+        visprune.get_method(name, num_keep=4)
+    options = str(found.value).split("Parameters: ")[1]
+    assert all(option in options for option in takes(name))
 
 
 @pytest.mark.parametrize("name", METHODS)

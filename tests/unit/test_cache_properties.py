@@ -38,7 +38,7 @@ OTHER = ("zipvl", "think", "zipcache", "kvquant", "actqkv", "tokenselect", "expe
 BUDGETED = [name for name in CACHE if name not in OTHER]
 
 prompts = st.tuples(
-    st.integers(1, 6), st.integers(3, 30), st.integers(1, 8), st.integers(0, 999)
+    st.integers(1, 6), st.integers(1, 30), st.integers(1, 8), st.integers(0, 999)
 )  # text before, visual tokens, text behind, seed
 some = settings(max_examples=6, deadline=None)
 
@@ -127,6 +127,13 @@ def test_a_pyramid_and_joint_heads_share_the_same_amount(
         budget = method.eviction(SPEC).budget
         slack = LAYERS * HEADS * (3 if isinstance(budget, Pyramid) else 1)
         assert abs(total - LAYERS * HEADS * min(num, free)) <= slack
+
+
+def test_of_equal_scores_the_first_stay() -> None:
+    free = torch.tensor([False, *[True] * 6, False])
+    looked = Looked(torch.zeros(HEADS, 8), free, 3, 8)
+    found = looked.kept(torch.tensor([2, 4]))
+    assert [index.tolist() for index in found] == [[0, 1, 2, 7], [0, 1, 2, 3, 4, 7]]
 
 
 # Merges ------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import visprune
-from tests.contract.cases import EVERY, NO_BUDGET, everything, few, takes
+from tests.contract.cases import EVERY, INSIDE, NO_BUDGET, everything, few, takes
+from tests.unit.test_registry_methods import plain
 from visprune.core import Budget, Context, ModelSpec, PruningMethod, Selection, Stage, VisualTokens
 from visprune.core.signals import (
     DecoderSeen,
@@ -139,14 +140,14 @@ def stages(method: PruningMethod, spec: ModelSpec = SPEC) -> list[Stage]:
     return [stage for stage in method.schedule(spec) if stage.site.kind != "encoder"]
 
 
-def check(made: Selection, world: World) -> None:
+def check(made: Selection, world: World, ordered: bool = True) -> None:
     """A selection is a map of tokens that are there to slots that are there."""
     count = world.tokens.num_tokens
     for row, kept in zip(made.index.tolist(), made.counts, strict=True):
         assert all(0 <= token < count for token in row[:kept])
         assert all(token == -1 for token in row[kept:])
         assert len(set(row[:kept])) == kept  # no token has two places
-        if not made.merges:
+        if not made.merges and ordered:
             assert row[:kept] == sorted(row[:kept])
     source, slot, weight = made.entries()
     assert bool(torch.isfinite(weight).all())
@@ -264,3 +265,44 @@ def test_without_a_class_token(name: str) -> None:
         return  # refused, which test_registry_methods.py looks at
     for made in chosen(method, world, NO_CLASS):
         check(made, world)
+
+
+# Inside an encoder -------------------------------------------------------------------------------
+
+
+def first_cut(method: PruningMethod, world: World) -> Selection:
+    """What the first stage that shortens anything makes of all patches; of none, the last."""
+    torch.manual_seed(11)
+    learned, count = method.build_learned(SPEC), world.tokens.num_tokens
+    made, carried = (
+        Selection.identity(len(world.tokens.size), count, world.tokens.features.device),
+        None,
+    )
+    for number, stage in enumerate(method.schedule(SPEC)):
+        context = Context(
+            stage=number, signals=world.signals(stage), original=count, prefix=1, carried=carried,
+            layer=stage.site.resolve(SPEC.encoder_layers), num_layers=SPEC.encoder_layers,
+            learned=None if learned is None else learned[number],
+        )  # fmt: skip
+        made = choose(method, stage, world.tokens, context)
+        if made.num_slots < count:
+            break
+        carried = made.carried
+    return made
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_pictures_inside_an_encoder(name: str) -> None:
+    """Of noise, of patches that are all alike, and of one patch."""
+    method = visprune.get_method(name, **plain(name))
+    for world in (World.make(), World.make(constant=True), World.make(grid=(1, 1))):
+        made = first_cut(method, world)
+        check(made, world, name != "dynamicvit")  # best first, as published: no place is read there
+        same(made, first_cut(method, world))
+        assert len(set(made.counts)) == 1
+        for place in range(3):
+            same(made.row(place), first_cut(method, world.alone(place)))
+    assert first_cut(method, World.make(grid=(1, 1))).counts == [1] * 3
+    if name in ("topk", "spatten"):  # ties keep the lower index
+        made = first_cut(method, World.make(constant=True))
+        assert made.index.tolist() == [list(range(made.num_slots))] * 3
