@@ -139,9 +139,9 @@ def _sealed(heads: list[HeadSlots], count: int, shared: dict[Any, Any]) -> list[
         levels = {int(b) for h in heads if h.bits is not None for b in h.bits.unique()} - {0}
         return [Codes(*parts(level), count, level, *like.layout) for level in sorted(levels)]
     if like.form == "pages":
-        *layout, spread = like.layout
+        size, top, by, after, spread = like.layout
         purse = None if spread is None else shared.setdefault("purse", Purse(spread))
-        return [Pages(*parts(), count, *layout, purse)]
+        return [Pages(*parts(), count, size, top, by, after, purse)]
     assert like.channels is not None, "of thin keys"
     channels = [like.channels if h.channels is None else h.channels for h in heads]
     keys, values = parts()
