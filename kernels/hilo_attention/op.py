@@ -35,7 +35,8 @@ def why_not(window_size: int, *tensors: Tensor | None) -> list[str]:
 
 _TENSORS = (
     "Tensor? q, Tensor? k, Tensor? v, Tensor? low_q, Tensor? low_k, Tensor? low_v, "
-    "Tensor? pad_k, Tensor? pad_v, SymInt window_size, float scale, bool masked, str backend"
+    "Tensor? pad_k, Tensor? pad_v, SymInt window_size, float scale, bool masked, bool keep, "
+    "str backend"
 )
 # Defined by schema for the time of a call: see `common.autograd`.
 torch.library.define("visprune::hilo_attention", f"({_TENSORS}) -> (Tensor out, Tensor lse)")
@@ -59,9 +60,10 @@ def _impl(backend: str) -> Any:
 @torch.library.impl("visprune::hilo_attention", ("cpu", "cuda"))
 @uncast
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """[B, H, W, Hh + Hl, d] and what the backward of the low branch keeps (log-sum-exp)."""
-    *inputs, backend = args
-    out: tuple[Tensor, Tensor] = _impl(backend).hilo_attention(*inputs)
+    """[B, H, W, Hh + Hl, d] and what the backward is given of it."""
+    *inputs, keep, backend = args
+    more = (keep,) if backend == "torch" else ()
+    out: tuple[Tensor, Tensor] = _impl(backend).hilo_attention(*inputs, *more)
     return out
 
 
@@ -72,17 +74,21 @@ def _backward_impl(
     q: Tensor | None, k: Tensor | None, v: Tensor | None,
     low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
     pad_k: Tensor | None, pad_v: Tensor | None,
-    window_size: int, scale: float, masked: bool, backend: str,
+    window_size: int, scale: float, masked: bool, keep: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the eight tensors; an empty one stands for an input that is None."""
     impl = _impl(backend)
     given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
     got: list[Tensor | None] = [None] * len(given)
+    known: tuple[Tensor, ...] = ()
+    if keep and backend == "torch" and out.numel():
+        count, _ = torch_impl.num_kept(q, low_q, low_k, window_size)
+        known, lse = (lse[:count],) if count else (), lse[count:]
     if out.numel():
         split = 0 if q is None else q.shape[3]
         if q is not None and k is not None and v is not None and split:
             high = (grad[:, :, :, :split], q, k, v, pad_k, pad_v)
-            found = impl.high_backward(*high, window_size, scale, masked)
+            found = impl.high_backward(*high, window_size, scale, masked, *known)
             got[:3], got[6:] = found[:3], found[3:]
         if low_q is not None and low_k is not None and low_v is not None and low_q.shape[3]:
             low = (grad[:, :, :, split:], out[:, :, :, split:], lse, low_q, low_k, low_v)
@@ -107,14 +113,18 @@ def _(q: Any, k: Any, v: Any, low_q: Any, low_k: Any, low_v: Any, *rest: Any) ->
     heads = sum(t.shape[3] for t in (q, low_q) if t is not None)
     out = like.new_empty(b, height, width, heads, d)
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    *_, window_size, _scale, _masked, keep, backend = rest
     if low_q is not None and low_k is not None and out.numel():
         keys = low_k.shape[1] * low_k.shape[2]
         rows = (b, low_q.shape[3], height * width)
-        if low_q.shape[3] and rest[-1] == "triton":
+        if low_q.shape[3] and backend == "triton":
             return out, low_q.new_empty(*rows, 2, dtype=wide)
         if low_q.shape[3] and torch_impl.fused(keys, low_q):
             return out, low_q.new_empty(rows, dtype=wide)
-    return out, like.new_empty(0, dtype=wide)
+    count = 0
+    if keep and backend == "torch" and out.numel():
+        count = sum(torch_impl.num_kept(q, low_q, low_k, window_size))
+    return out, like.new_empty(count, dtype=wide)
 
 
 @torch.library.register_fake("visprune::hilo_attention_backward")
@@ -134,11 +144,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
-        again = gradients_of(dense.hilo_attention, (*tensors, *ctx.rest[:-1]), (grad,))
-        return (*again, None)
+        again = gradients_of(dense.hilo_attention, (*tensors, *ctx.rest[:-2]), (grad,))
+        return (*again, None, None)
     got = hilo_backward(grad, out, lse, *tensors, *ctx.rest)
     found = [None if t is None else g for t, g in zip(tensors, got, strict=True)]
-    return (*found, *[None] * 4)
+    return (*found, *[None] * 5)
 
 
 differentiable("visprune::hilo_attention", _setup, _backward)
@@ -146,7 +156,7 @@ differentiable("visprune::hilo_attention", _setup, _backward)
 
 def in_plain_operators(*args: Any) -> tuple[Tensor, Tensor]:
     """``visprune::hilo_attention`` for a runtime that does not know it; nobody reads the second."""
-    *given, _backend = args
+    *given, _keep, _backend = args
     like = next(a for a in given if isinstance(a, Tensor))
     out = dense.hilo_attention(*(wide_or_other(a) for a in given)).to(like.dtype)
     return out, out.new_empty(0)
@@ -170,8 +180,9 @@ def hilo_attention(
     backend: str,
 ) -> Tensor:
     """The result alone: [B, H, W, Hh + Hl, d], high heads first."""
-    args = (q, k, v, low_q, low_k, low_v, pad_k, pad_v, window_size, scale, masked, backend)
-    out: Tensor = hilo_forward(*args)[0]
+    given = (q, k, v, low_q, low_k, low_v, pad_k, pad_v)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    out: Tensor = hilo_forward(*given, window_size, scale, masked, keep, backend)[0]
     return out
 
 

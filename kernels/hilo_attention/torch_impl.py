@@ -17,6 +17,9 @@ MAX_SCORES = 1 << 18  # scores held at once (fp32: 1 MiB)
 # Softmax over short rows costs more than both products of a small window; along a dimension that
 # is not the last one it is vectorised across queries, so few keys come first.
 KEYS_FIRST = 32
+# Where gradients will be taken, so many probabilities are kept for them (fp32: 16 MiB) and not
+# computed again.
+MAX_KEPT = 1 << 22
 
 
 def fused(keys: int, like: Tensor) -> bool:
@@ -29,8 +32,13 @@ def group_step(q: Tensor, k: Tensor) -> int:
     return max(1, MAX_SCORES // max(1, q.shape[1] * k.shape[1]))
 
 
-def probabilities(q: Tensor, k: Tensor, scale: float, hide: Tensor | None) -> tuple[Tensor, int]:
-    """Softmax over the keys of each group and their dimension: [g, m, n], 1 or [g, n, m], 2."""
+def probabilities(
+    q: Tensor, k: Tensor, scale: float, hide: Tensor | None, place: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Softmax over the keys of each group and their dimension: [g, m, n], 1 or [g, n, m], 2.
+
+    Into ``place`` [g, n * m], where that is given.
+    """
     keys_first = k.shape[1] <= KEYS_FIRST
     first, second = (k, q) if keys_first else (q, k)
     none = q.new_empty(1, 1, 1)
@@ -38,7 +46,15 @@ def probabilities(q: Tensor, k: Tensor, scale: float, hide: Tensor | None) -> tu
     if hide is not None:
         s = s.masked_fill_(hide[:, :, None] if keys_first else hide[:, None, :], -torch.inf)
     dim = 1 if keys_first else 2
-    return torch.softmax(s, dim), dim
+    if place is None:
+        return torch.softmax(s, dim), dim
+    return torch.softmax(s, dim, out=place.view(s.shape)), dim
+
+
+def known(kept: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, int]:
+    """What :func:`probabilities` gave, of what it wrote [g, n * m]."""
+    n, m = q.shape[1], k.shape[1]
+    return (kept.view(-1, m, n), 1) if m <= KEYS_FIRST else (kept.view(-1, n, m), 2)
 
 
 def queries_first(t: Tensor, dim: int) -> Tensor:
@@ -46,28 +62,43 @@ def queries_first(t: Tensor, dim: int) -> Tensor:
     return t.transpose(1, 2) if dim == 1 else t
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, hide: Tensor | None = None) -> Tensor:
-    """``q`` [G, n, d], ``k`` and ``v`` [G, m, d], ``hide`` bool [G, m] -> [G, n, d]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, hide: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``q`` [G, n, d], ``k`` and ``v`` [G, m, d], ``hide`` bool [G, m] -> [G, n, d].
+
+    ``keep`` [G, n * m] takes the probabilities.
+    """
     step = group_step(q, k)
     if len(q) <= step:
-        return torch.bmm(queries_first(*probabilities(q, k, scale, hide)), v)
+        return torch.bmm(queries_first(*probabilities(q, k, scale, hide, keep)), v)
     out = q.new_empty(q.shape)
     for start in range(0, len(q), step):
         g = slice(start, start + step)
-        p = probabilities(q[g], k[g], scale, None if hide is None else hide[g])
+        p = probabilities(q[g], k[g], scale, part(hide, g), part(keep, g))
         torch.bmm(queries_first(*p), v[g], out=out[g])
     return out
 
 
+def part(t: Tensor | None, groups: slice) -> Tensor | None:
+    """Some of what there is for every group, if there is."""
+    return None if t is None else t[groups]
+
+
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, hide: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of :func:`attend`."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, hide: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v of :func:`attend`; ``kept`` [G, n * m]: its probabilities."""
     found = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     step = group_step(q, k)
     for start in range(0, len(q), step):
         g = slice(start, start + step)
-        p, dim = probabilities(q[g], k[g], scale, None if hide is None else hide[g])
+        if kept is None:
+            p, dim = probabilities(q[g], k[g], scale, part(hide, g))
+        else:
+            p, dim = known(kept[g], q, k)
         first, second = (v[g], grad[g]) if dim == 1 else (grad[g], v[g])
         grad_p = torch.bmm(first, second.transpose(1, 2))
         # One pass; written out it is four, and slower than the official module's own gradient.
@@ -155,8 +186,35 @@ def heads_first(t: Tensor) -> Tensor:
     return t.flatten(1, 2).transpose(1, 2)
 
 
-def low(q: Tensor, k: Tensor, v: Tensor, scale: float, place: Tensor) -> Tensor:
-    """Lo-Fi heads into ``place`` [B, N, h, d]; the log-sum-exp of the fused kernel (else empty)."""
+def num_kept(
+    q: Tensor | None, low_q: Tensor | None, low_k: Tensor | None, ws: int
+) -> tuple[int, int]:
+    """How many probabilities of windows, and of the low branch, the backward will find.
+
+    None beside the fused kernel, whose log-sum-exp is in their place, and none where both
+    together are too many.
+    """
+    high = lows = 0
+    if q is not None:
+        b, height, width, heads, _ = q.shape
+        rows, cols = grid(height, width, ws)
+        high = b * rows * cols * heads * ws**4
+    if low_q is not None and low_k is not None:
+        b, height, width, heads, _ = low_q.shape
+        keys = low_k.shape[1] * low_k.shape[2]
+        if heads and fused(keys, low_q):
+            return 0, 0
+        lows = b * heads * height * width * keys
+    return (high, lows) if high + lows <= MAX_KEPT else (0, 0)
+
+
+def low(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, place: Tensor, keep: Tensor | None = None
+) -> Tensor:
+    """Lo-Fi heads into ``place`` [B, N, h, d]; the log-sum-exp of the fused kernel (else empty).
+
+    ``keep`` [B * h * N * M] takes the probabilities, where that kernel is not taken.
+    """
     q, k, v = heads_first(q), heads_first(k), heads_first(v)
     if fused(k.shape[2], q):
         fa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -166,9 +224,11 @@ def low(q: Tensor, k: Tensor, v: Tensor, scale: float, place: Tensor) -> Tensor:
     # Image by image, without a copy of the queries. The values are copied: rows that lie apart
     # slow the second product more than that costs.
     v = wide(v).contiguous()
-    for one, *image in zip(place, q, k, v, strict=True):
+    kept_of = None if keep is None else keep.view(len(q), q.shape[1], -1)
+    for number, (one, *image) in enumerate(zip(place, q, k, v, strict=True)):
         qf, kf, vf = (wide(t) for t in image)
-        one.copy_(attend(qf, kf, vf, scale).transpose(0, 1))
+        own = None if kept_of is None else kept_of[number]
+        one.copy_(attend(qf, kf, vf, scale, keep=own).transpose(0, 1))
     return v.new_empty(0)
 
 
@@ -176,9 +236,13 @@ def hilo_attention(
     q: Tensor | None, k: Tensor | None, v: Tensor | None,
     low_q: Tensor | None, low_k: Tensor | None, low_v: Tensor | None,
     pad_k: Tensor | None, pad_v: Tensor | None,
-    ws: int, scale: float, masked: bool,
+    ws: int, scale: float, masked: bool, keep: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """[B, H, W, Hh + Hl, d] and the log-sum-exp of the low branch (see ``low``)."""
+    """[B, H, W, Hh + Hl, d] and what the backward is given.
+
+    That is the log-sum-exp of the low branch (see ``low``), or with ``keep`` the probabilities of
+    windows and low branch, as many as :func:`num_kept` says.
+    """
     like = q if q is not None else low_q
     assert like is not None
     b, height, width, _, d = like.shape
@@ -188,30 +252,36 @@ def hilo_attention(
     lse = wide(like).new_empty(0)
     if out.numel() == 0:
         return out, lse
+    counts = num_kept(q, low_q, low_k, ws) if keep else (0, 0)
+    store = lse.new_empty(sum(counts))
+    of_windows, of_low = store.split(list(counts))
     if q is not None and k is not None and v is not None and split:
         windows, hide = window_inputs(q, k, v, pad_k, pad_v, ws, masked)
         qw, kw, vw = windows.unbind(0)
-        got = from_windows(attend(qw, kw, vw, scale, hide), q.shape, ws)
+        own = of_windows.view(len(qw), -1) if counts[0] else None
+        got = from_windows(attend(qw, kw, vw, scale, hide, own), q.shape, ws)
         high = out[:, :, :, :split]
         if height % ws or width % ws:
             high.copy_(whole_image(got)[:, :height, :width])
         else:
             high.view(got.shape).copy_(got)
     if low_q is not None and low_k is not None and low_v is not None and heads > split:
-        lse = low(low_q, low_k, low_v, scale, out.flatten(1, 2)[:, :, split:])
-    return out, lse
+        place = out.flatten(1, 2)[:, :, split:]
+        lse = low(low_q, low_k, low_v, scale, place, of_low if counts[1] else None)
+    return out, store if keep and not lse.numel() else lse
 
 
 def high_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
-    ws: int, scale: float, masked: bool,
+    ws: int, scale: float, masked: bool, kept: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v and of the padded key and value, in fp32."""
+    """Gradients of q, k, v and of the padded key and value, in fp32; ``kept``: probabilities."""
     windows, hide = window_inputs(q, k, v, pad_k, pad_v, ws, masked)
     whole_grad = padded(grad, ws, None) if q.shape[1] % ws or q.shape[2] % ws else grad
     g = to_windows(wide(whole_grad)[None], ws)[0]
     qw, kw, vw = windows.unbind(0)
-    parts = attend_backward(g, qw, kw, vw, scale, hide)
+    own = None if kept is None else kept.view(len(qw), -1)
+    parts = attend_backward(g, qw, kw, vw, scale, hide, own)
     whole = [whole_image(from_windows(t, q.shape, ws)) for t in parts]
     height, width = q.shape[1:3]
     inner: list[Tensor | None] = [t[:, :height, :width] for t in whole]
@@ -226,14 +296,16 @@ def high_backward(
 def low_backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> list[Tensor | None]:
-    """Gradients of the low branch, shaped like q, k and v; ``lse`` from the forward."""
+    """Gradients of the low branch, shaped like q, k and v; ``lse`` (or probabilities) as kept."""
     given = q, k, v
     grad, out, q, k, v = (heads_first(t) for t in (grad, out, q, k, v))
     if fused(k.shape[2], q):
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         parts = back(grad, q, k, v, out, lse, 0.0, False, scale=scale)
     else:
-        gf, qf, kf, vf = (wide(t).flatten(0, 1).contiguous() for t in (grad, q, k, v))
-        flat = attend_backward(gf, qf, kf, vf, scale)
+        # Of one image these are views: here rows that lie apart cost less than their copies.
+        gf, qf, kf, vf = (wide(t).flatten(0, 1) for t in (grad, q, k, v))
+        own = lse.view(len(qf), -1) if lse.numel() else None
+        flat = attend_backward(gf, qf, kf, vf, scale, kept=own)
         parts = [t.view(s.shape) for t, s in zip(flat, (q, k, v), strict=True)]
     return [t.transpose(1, 2).reshape(s.shape) for t, s in zip(parts, given, strict=True)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time neighborhood attention beside dense SDPA and compiled ``flex_attention``.
+"""Time neighborhood attention beside dense SDPA, compiled ``flex_attention`` and natten.
 
 ``visprune bench neighborhood_attention``: values and gradients must agree with the reference
 first. ``--csv FILE`` adds rows with machine, versions, date and command; on a CUDA machine they
@@ -8,6 +8,8 @@ hold the floor too: bytes over bandwidth, operations over rate (``--bandwidth``,
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -94,6 +96,14 @@ def _flex(shape: cases.Shape, dilation: int, qkv: list[Tensor], tile: int = 8) -
     return call
 
 
+def _natten(shape: cases.Shape, dilation: int, qkv: list[Tensor]) -> Call | None:
+    """What natten makes of these tensors, where it is installed (on a CPU flex, uncompiled)."""
+    if importlib.util.find_spec("natten") is None:
+        return None
+    natten: Any = importlib.import_module("natten")
+    return lambda: natten.na2d(*qkv, kernel_size=shape.kernel, dilation=dilation)
+
+
 def _with_backward(call: Call, leaves: list[Tensor]) -> Call:
     def both() -> None:
         out: Any = call()
@@ -147,11 +157,20 @@ def _measured(
     row |= {"dilation": dilation, "direction": direction}
     row["agree"] = _agrees(shape, dilation, qkv, backend)
     if not row["agree"]:
-        return row | dict.fromkeys(("dense ms", "flex ms", "ms", "dense / ours"), "-")
+        return row | dict.fromkeys(("dense ms", "flex ms", "natten ms", "ms", "dense / ours"), "-")
     calls = {"dense": _dense(qkv), "ours": _ours(shape, dilation, qkv, backend)}
-    refused = grad and device == "cpu"  # torch: "does not support backward on CPU"
+    refused = grad and device == "cpu"  # flex, natten's too: "does not support backward on CPU"
     if flex and not refused:
         calls["flex"] = _flex(shape, dilation, qkv)
+    natten, without = None, "-"
+    if flex:
+        natten = _natten(shape, dilation, qkv)
+        without = "not installed" if natten is None else "no backward"
+    if natten is not None and not refused:
+        if torch.allclose(torch.as_tensor(natten()), torch.as_tensor(calls["ours"]()), 1e-2, 1e-3):
+            calls["natten"] = natten
+        else:
+            without = "disagrees"
     if grad:
         leaves = {name: getattr(call, "leaves", qkv) for name, call in calls.items()}
         calls = {name: _with_backward(call, leaves[name]) for name, call in calls.items()}
@@ -159,6 +178,7 @@ def _measured(
     row |= {
         "dense ms": ms["dense"],
         "flex ms": ms.get("flex", "no backward" if refused else "-"),
+        "natten ms": ms.get("natten", without),
         "ms": ms["ours"],
     }
     row["dense / ours"] = float(str(ms["dense"])) / float(str(ms["ours"]))
@@ -199,7 +219,7 @@ def main() -> int:
     """Print the table; exit 1 if any result disagrees."""
     made = options.parser(__doc__, rounds=5)
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    made.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
+    made.add_argument("--no-flex", action="store_true", help="leave flex_attention and natten out")
     made.add_argument("--sides", type=int, nargs="+", help="sides of the pictures; default all")
     made.add_argument("--kernels", type=int, nargs="+", help="kernel sizes; default all")
     made.add_argument("--dims", type=int, nargs="+", help="head dims; default all")

@@ -115,7 +115,7 @@ def test_opcheck(name: str) -> None:
     for key in case.grads:
         if inputs[key] is not None:
             inputs[key].requires_grad_()
-    torch.library.opcheck(torch.ops.visprune.hilo_attention.default, (*inputs.values(), "torch"))
+    torch.library.opcheck(op.hilo_forward, (*inputs.values(), True, "torch"))
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)])
@@ -163,6 +163,36 @@ def test_memory_is_linear_in_the_number_of_tokens() -> None:
         seen[tokens] = mode.numel
     assert seen[4096] <= 4 * seen[1024]
     assert seen[4096] < 4096 * 1024 / 16
+
+
+def test_small_layers_keep_probabilities_where_gradients_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same gradients, from what was kept or computed again; without gradients none is kept."""
+    tensors = (*branch((2, 7, 5), 2, (2, 7, 5)), *branch((2, 7, 5), 1, (2, 3, 3)))
+    leaves = [t.requires_grad_() for t in tensors]
+    rest = (None, None, 4, 0.3, False)
+    known = op.hilo_forward(*tensors, *rest, True, "torch")[1]
+    assert len(known) == 2 * 2 * 2 * 2 * 4**4 + 2 * 35 * 9  # windows, and every pixel to 9 keys
+    assert not op.hilo_forward(*tensors, *rest, False, "torch")[1].numel()
+    seen, plain = [], torch_impl.hilo_attention
+
+    def noted(*args: Any) -> tuple[Tensor, Tensor]:
+        found = plain(*args)
+        seen.append(found[1].numel())
+        return found
+
+    monkeypatch.setattr(torch_impl, "hilo_attention", noted)
+    got = {}
+    for most in (len(known), len(known) - 1):
+        monkeypatch.setattr(torch_impl, "MAX_KEPT", most)
+        out = ops.hilo_attention(*tensors, window_size=4, scale=0.3)
+        got[most] = torch.autograd.grad(out.square().sum(), leaves)
+    with torch.no_grad():
+        ops.hilo_attention(*tensors, window_size=4, scale=0.3)
+    assert seen == [len(known), 0, 0]
+    for one, other in zip(*got.values(), strict=True):
+        assert torch.equal(one, other)
 
 
 Q = seeded(1, 4, 4, 2, 8)
