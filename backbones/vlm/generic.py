@@ -134,6 +134,15 @@ class GenericAdapter(ReadAdapter):
         """Not known before encoding."""
         return None
 
+    def promised(self, call: dict[str, Any], kind: Kind) -> list[int] | None:
+        """Tokens of each picture as its grid has it; ``None``: there are no grids."""
+        grids = self.grids_of(call, kind)
+        return None if grids is None else [self.tokens_of(*cells) for cells in grids]
+
+    def tokens_of(self, t: int, h: int, w: int) -> int:
+        """Tokens that a grid of patches becomes."""
+        return t * h * w // self.merge**2
+
     def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
         """One picture for each entry of the encoder's output."""
         counts = lengths(output)

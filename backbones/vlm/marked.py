@@ -19,6 +19,10 @@ from visprune.cost.layers import Projector
 class HunYuanAdapter(GenericAdapter):
     """HunYuan-VL: a begin, a newline behind every row, an end."""
 
+    def tokens_of(self, t: int, h: int, w: int) -> int:
+        """With these."""
+        return len(self.free(0, (t, h, w)))
+
     def free(self, count: int, cells: tuple[int, int, int] | None) -> Tensor:
         """All but these."""
         assert cells is not None, "its encoder takes grids"

@@ -17,7 +17,9 @@ from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.errors import ConfigError
 
 _EXPAND = "_expand_inputs_for_generation"
+_POSITIONS = "_prepare_position_ids_for_generation"
 _KINDS: tuple[Literal["image", "video"], ...] = ("image", "video")
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Placeholders:
@@ -69,6 +71,11 @@ class Placeholders:
         original = getattr(self.model, _EXPAND, None)
         if original is not None:
             handles.append(Instead(self.model, _EXPAND, partial(self._check_expand, original)))
+        # Before that it counts positions, by families with axes from placeholders and grids.
+        positions = getattr(self.model, _POSITIONS, None)
+        if positions is not None:
+            wrapped = partial(self._check_positions, positions)
+            handles.append(Instead(self.model, _POSITIONS, wrapped))
         return handles
 
     def _check_expand(self, original: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +85,19 @@ class Placeholders:
             self.check_placeholders(kwargs)
         with unstacked(kwargs.get("mm_encoder_outputs") or {}):
             return original(*args, **kwargs)
+
+    def _check_positions(
+        self, original: Any, /, inputs_tensor: Any, model_kwargs: dict[str, Any], **more: Any
+    ) -> Any:
+        """In place of the model's ``_prepare_position_ids_for_generation``."""
+        try:
+            return original(inputs_tensor, model_kwargs, **more)
+        except Exception as error:
+            call = {"input_ids": inputs_tensor, **model_kwargs}
+            told = None if call["input_ids"].is_floating_point() else self.misfit(call)
+            if told is None:
+                raise
+            raise told from error
 
     def _check_call(self, core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of ``core``."""
@@ -95,9 +115,8 @@ class Placeholders:
             ConfigError: there are more or fewer than the pictures make tokens.
         """
         encoded = call.get("mm_encoder_outputs") or {}
-        pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         given = [k for k in _KINDS if any(x.get(y) is not None for x, y in
-                                          ((encoded, k), (call, pixels[k])))]  # fmt: skip
+                                          ((encoded, k), (call, _PIXELS[k])))]  # fmt: skip
         if self.same_id and len(given) > 1:
             raise ConfigError(
                 f"{self.config.model_type} writes clips with the placeholder of pictures, and "
@@ -106,7 +125,7 @@ class Placeholders:
         for kind in _KINDS:
             if encoded.get(kind) is not None:
                 counts = lengths(encoded[kind])
-            elif call.get(pixels[kind]) is not None:
+            elif call.get(_PIXELS[kind]) is not None:
                 known = self.counts(call, kind)
                 if known is None:
                     continue  # compared once they are encoded
@@ -116,6 +135,22 @@ class Placeholders:
             found = int(self._placeholders(call, kind).sum())
             if found != sum(counts):
                 raise mismatch(kind, found, counts, self.token_id(kind))
+
+    def misfit(self, call: dict[str, Any]) -> ConfigError | None:
+        """What is wrong with placeholders and grids of a prompt, before anything is encoded."""
+        for kind in _KINDS:
+            given = call.get(_PIXELS[kind]) is not None
+            counts = self.promised(call, kind) if given else None
+            if counts is None:
+                continue
+            found = int(self._placeholders(call, kind).sum())
+            if found != sum(counts):
+                return mismatch(kind, found, counts, self.token_id(kind))
+        return None
+
+    def promised(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[int] | None:
+        """Tokens of each picture as its grid has it; ``None``: there are no grids."""
+        return None
 
     def counts(self, call: dict[str, Any], kind: Literal["image", "video"]) -> list[int] | None:
         """Tokens that each picture of a call becomes, from its pixels and sizes.

@@ -89,9 +89,8 @@ def test_placeholders_that_do_not_fit_are_refused(family: str, models: Any) -> N
             with pytest.raises(ConfigError, match="placeholder tokens"):
                 model(**change(family, prompt))
         told = outcome(lambda: model.generate(**cut(family, prompt), **GREEDY))
-        # Where positions are counted from grids, that comes first, and ends in words of its own.
-        counted = find_adapter(model).spec.multi_axis_rope
-        assert isinstance(told, Exception if counted else ConfigError)
+        assert isinstance(told, ConfigError)
+        assert "placeholder tokens" in str(told)
         model(**prompt)  # the run goes on
     assert state(model) == before
 
