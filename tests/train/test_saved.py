@@ -27,6 +27,7 @@ from visprune.backbones.vlm import embedded
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.eval.models.load import load_model
 from visprune.machine import written
+from visprune.train.start import train
 
 METHODS: dict[str, dict[str, Any]] = {
     "tome": {"r": [2, 2, 1, 0]},
@@ -361,3 +362,17 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="neither saved by transformers nor by timm"):
         visprune.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "linear")
     assert not (tmp_path / "linear").exists()
+
+
+def test_a_model_from_elsewhere_is_not_replaced_by_training(tmp_path: Path) -> None:
+    theirs = tmp_path / "weights" / "model.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"precious")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: vlm_lora\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="that no run of visprune train wrote"):
+        train(recipe, tmp_path)
+    assert theirs.read_bytes() == b"precious"
+    (tmp_path / "log.jsonl").touch()  # of a run that ended here
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        train(recipe, tmp_path)

@@ -17,6 +17,9 @@ TASKS = (
     *("embedded", "image_classification", "image_budgets", "image_probe"),
     *("vlm_lora", "vlm_finetune", "cache_scorer"),
 )
+_WITHOUT_WEIGHTS = ("image_budgets", "image_probe")
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "config.json")
+_OUR_MARKS = ("*.safetensors", "log.jsonl", "result.json", "trainer")
 
 
 def train(
@@ -45,10 +48,13 @@ def train(
         What the run found; ``"weights"`` is the folder of the trained model.
 
     Raises:
-        ConfigError: The recipe is wrong, or ``out`` holds a checkpoint and ``resume`` is false.
+        ConfigError: The recipe is wrong, ``out`` holds a checkpoint and ``resume`` is false, or
+            ``out/weights`` a model that no such run wrote.
     """
     raw = read_yaml(config_path)
     task = (overrides or {}).get("task", raw.get("task", "embedded"))
+    if task not in _WITHOUT_WEIGHTS:
+        _check_weights(Path(out))
     if task == "embedded":
         from visprune.train.embedded.runner import train as train_embedded
 
@@ -78,6 +84,17 @@ def train(
         f"{config_path}: task is {task!r}.{did_you_mean(str(task), TASKS)} "
         f"Allowed: {', '.join(TASKS)}."
     )
+
+
+def _check_weights(out: Path) -> None:
+    """Refuse a folder whose ``weights`` are a model from elsewhere, before anything is trained."""
+    found = [name for name in _MODEL_FILES if (out / "weights" / name).exists()]
+    if found and not any(next(out.glob(mark), None) for mark in _OUR_MARKS):
+        raise ConfigError(
+            f"{out / 'weights'} holds {' and '.join(found)} that no run of visprune train wrote "
+            f"({out} has no log and no checkpoint of one), and the trained model would take their "
+            f"place. Choose another folder for --out."
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
