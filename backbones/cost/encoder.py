@@ -96,14 +96,14 @@ def _joining(tower: nn.Module) -> list[nn.Module]:
 
 
 def stack(tower: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of layers, by name: the one whose every module attends."""
+    """The list of layers, by name: the one whose every module attends, or convolves (LFM3)."""
     found: dict[str, nn.ModuleList] = {}
     for name, part in tower.named_modules():
         if not isinstance(part, nn.ModuleList) or not len(part):
             continue
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if all(find_attention(block) is not None for block in part):
+        if all(find_attention(block) or _convolving(block) for block in part):
             found[name] = part
     if len(found) != 1:
         raise UnsupportedModel(
@@ -113,9 +113,20 @@ def stack(tower: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
+def _convolving(block: nn.Module) -> nn.Module | None:
+    """What mixes the tokens of a layer by a gated convolution over their grid."""
+    for part in block.modules():
+        own = dict(part.named_children())
+        if "in_proj" in own and any(isinstance(child, nn.Conv2d) for child in own.values()):
+            return part
+    return None
+
+
 def _layer(block: nn.Module, window: int | None) -> EncoderLayer:
     module = find_attention(block)
-    assert module is not None, "a stack is made of layers that attend"
+    if module is None:
+        mixing = token_macs(_convolving(block) or block)
+        return EncoderLayer(mixing, token_macs(block) - mixing, 0)
     if window is None and getattr(module, "window_size", None):
         raise UnsupportedModel(
             f"{type(module).__name__} attends in windows of {module.window_size}, which are not "
@@ -127,9 +138,14 @@ def _layer(block: nn.Module, window: int | None) -> EncoderLayer:
 
 
 def _side(tower: Any, layer: int) -> int | None:
-    """Side in patches of the windows of one layer (Qwen2.5-VL); ``None``: it has none."""
+    """Side in patches of the windows of one layer (Qwen2.5-VL, Muse); ``None``: it has none."""
     full = getattr(tower, "fullatt_block_indexes", None)
-    if full is None or layer in full:
+    if full is None:
+        kinds = getattr(getattr(tower, "config", None), "layer_types", None) or ()
+        full = [n for n, kind in enumerate(kinds) if kind != "window_attention"]
+        if len(full) == len(kinds):
+            return None
+    if layer in full:
         return None
     # window_size is in pixels; the model cuts windows on the merged grid, rounding down.
     merge = int(tower.spatial_merge_size)

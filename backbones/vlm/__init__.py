@@ -76,7 +76,7 @@ TABLE = {
     "hunyuan_vl": "visprune.backbones.vlm.marked:HunYuanAdapter",
     "deepseek_ocr2": "visprune.backbones.vlm.marked:SeparatorAdapter",
     "granite_docling": "visprune.backbones.vlm.marked:RealTilesAdapter",
-    "perception_lm": "visprune.backbones.vlm.marked:PerceptionAdapter",
+    "perception_lm": "visprune.backbones.vlm.perception:PerceptionAdapter",
     "paligemma": "visprune.backbones.vlm.both_ways:BothWaysAdapter",
     "molmo2": "visprune.backbones.vlm.both_ways:PooledAdapter",
     "gemma3": _GENERIC,

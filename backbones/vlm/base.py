@@ -133,6 +133,10 @@ class VLMAdapter(DecoderAdapter):
         found: Any = self.read_encoder.layers[layer]
         return found.block if isinstance(found, Layer) else found
 
+    def encoder_blocks(self, layer: int) -> list[nn.Module]:
+        """The same, of an encoder of pictures and another of clips both."""
+        return [self.encoder_block(layer)]
+
     def find_sources(self, pictures: list[Picture]) -> None:
         """Say of pictures that were just encoded which patches their tokens are made of."""
 

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from visprune.backbones.vlm.generic import GenericAdapter
+from visprune.backbones.vlm.generic import GenericAdapter, Kind
 from visprune.backbones.vlm.join import join
-from visprune.backbones.vlm.picture import ImageLayout
+from visprune.backbones.vlm.picture import ImageLayout, Picture
 
 _LONGEST = len("00:00:00.000")
 
@@ -23,6 +24,18 @@ class ChunksAdapter(GenericAdapter):
     between them, as short as in all of the prompt, and where time goes on: a clip begins anew with
     the time that the one before it began with. All chunks but the last hold as many frames.
     """
+
+    merges_vary = True  # of a chunk, all frames become one
+
+    def piece(
+        self, count: int, pixels: Tensor | None, cells: tuple[int, int, int] | None, kind: Kind
+    ) -> Picture:
+        """A picture or a chunk, whose frames the encoder sees as one, one below the other."""
+        made = super().piece(count, pixels, cells, kind)
+        if cells is None:
+            return made
+        t, h, w = cells
+        return replace(made, grids=((1, t * h, w),))
 
     def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:
         """Put the chunks of a clip together; ``t`` of a token is the number of its chunk."""
@@ -39,9 +52,9 @@ class ChunksAdapter(GenericAdapter):
         def of_one_clip(one: ImageLayout, other: ImageLayout) -> bool:
             start = first.setdefault(id(one), one)
             gap = self._between(ids, one, other)
-            (t, *size), (later, *other_size) = one.picture.grids[0], other.picture.grids[0]
-            whole = t == start.picture.grids[0][0] and later <= t and size == other_size
-            if not whole or gap is None or len(gap) != usual:
+            first_rows, rows, later = (x.picture.grids[0][1] for x in (start, one, other))
+            alike = one.picture.extent == other.picture.extent and first_rows == rows >= later
+            if not alike or gap is None or len(gap) != usual:
                 return False
             # A token before the time at most, as a line's end, tells nothing: no two chunks of a
             # clip lie whole hours apart.

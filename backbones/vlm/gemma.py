@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.vlm.generic import GenericAdapter, Kind
+from visprune.cost.cost import ModelShape
+from visprune.errors import UnsupportedModel
 
 
 class PerLayerInputsAdapter(GenericAdapter):
@@ -32,6 +34,21 @@ class PerLayerInputsAdapter(GenericAdapter):
         """What the attention of a layer takes beside states, mask and positions."""
         return {"shared_kv_states": {}}
 
+    def cost_shape(self) -> ModelShape:
+        """What the whole model costs by token, where every layer has keys of its own.
+
+        Raises:
+            UnsupportedModel: later layers have none.
+        """
+        shared = [n for n in range(len(self.layers)) if self.keeper(n) != n]
+        if shared:
+            raise UnsupportedModel(
+                f"Layers {shared} of this {self.config.model_type} attend to keys of earlier ones, "
+                f"and run for the last token alone where no other's logits are "
+                f"wanted: what they cost is not counted."
+            )
+        return super().cost_shape()
+
 
 class Gemma4Adapter(PerLayerInputsAdapter):
     """Patches come with their (x, y), padded by (-1, -1); a clip is one entry."""
@@ -47,6 +64,11 @@ class Gemma4Adapter(PerLayerInputsAdapter):
     def key_heads(self) -> int:
         """Key heads of a layer; 0 where layers differ."""
         return super().key_heads if self.head_width else 0
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches whose mean becomes one token."""
+        return int(self.config.vision_config.pooling_kernel_size)
 
     @property
     def projector(self) -> nn.Module:

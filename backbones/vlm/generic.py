@@ -31,11 +31,14 @@ Kind = Literal["image", "video"]
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
 _PROJECTORS = (
     *("multi_modal_projector", "aligner", "connector", "projector", "mm_projector"),
-    "vision_projection",
+    *("vision_projection", "vision_adapter"),
 )
 _MERGERS = ("merger", "patch_merger", "connector")
 # Names that configs have for the side of a block of patches.
-_SIDES = ("spatial_merge_size", "scale_factor", "downsample_factor", "merge_kernel_size")
+_SIDES = (
+    *("spatial_merge_size", "scale_factor", "downsample_factor", "merge_kernel_size"),
+    "merge_size",
+)
 _PIXELS = {
     "image": ("pixel_values", "pixel_values_images"),
     "video": ("pixel_values_videos", "pixel_values"),

@@ -89,6 +89,8 @@ COUNTED: tuple[str, ...] = (
     *("mistral3", "lighton_ocr", "kimi_k25", "hyperclovax_vision_v2", "gemma3", "exaone4_5"),
     *("aya_vision", "cohere2_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("video_llama_3", "paligemma", "ovis2", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
+    *("cohere_compass", "muse_glimmer", "muse_spark", "lfm2_vl", "lfm3_vl", "perception_lm"),
+    *("gemma4", "step3p7"),
 )
 
 
@@ -96,6 +98,7 @@ COUNTED: tuple[str, ...] = (
 # patch and look which token changes.
 CLASS_TOKEN: tuple[str, ...] = (
     *("llava", "llava_next", "internvl", "qianfan_ocr", "vipllava", "llava_next_video"),
+    *("video_llava", "perception_lm"),
 )
 READ: tuple[str, ...] = (
     *CLASS_TOKEN,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visprune.backbones.cost.matrices import token_macs
-from visprune.backbones.vlm.generic import GenericAdapter, Kind, NamedTilesAdapter, TilesAdapter
+from visprune.backbones.vlm.generic import GenericAdapter, Kind, NamedTilesAdapter
 from visprune.backbones.vlm.picture import Picture
 from visprune.cost.cost import ModelShape
 from visprune.cost.layers import Projector
@@ -101,23 +101,3 @@ class RealTilesAdapter(NamedTilesAdapter):
         """Every tile of each sample."""
         real = call.get("pixel_attention_mask")
         return self.rows(call["pixel_values"], real, output, kind)
-
-
-class PerceptionAdapter(TilesAdapter):
-    """Perception LM: clips are encoded as pictures are, frame by frame."""
-
-    thumbnail = "first"
-
-    def encodes(
-        self,
-        kind: Kind,
-        given: dict[str, Any],
-        call: dict[str, Any] | None,
-    ) -> Kind:
-        """What ``get_image_features`` was given: pictures, or the clips of the call."""
-        clips = (call or {}).get("pixel_values_videos")
-        return "video" if clips is not None and given.get("pixel_values") is clips else kind
-
-    def pixels_of(self, call: dict[str, Any], kind: Kind, counts: list[int]) -> list[Any]:
-        """The tiles or frames, one after the other."""
-        return list(call["pixel_values"].flatten(0, 1))

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -22,7 +22,7 @@ from visprune.backbones.vlm.deepstack import take_before
 from visprune.backbones.vlm.generic import GenericAdapter, Kind
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
-from visprune.backbones.vlm.shown import blocks
+from visprune.backbones.vlm.shown import ShownEncoder, blocks
 
 
 def packed_places(free: Tensor, side: int) -> Tensor:
@@ -295,6 +295,11 @@ class GraniteAdapter(PackedAdapter):
         """Tokens along one side of a crop."""
         return int(self.patches_aside * Fraction(self.config.downsample_rate))
 
+    @property
+    def _unread(self) -> str:
+        """Why the encoder cannot be read."""
+        return "its tokens are queries, of which several look at all patches of one window"
+
     def later_features(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Tensor]]:
         """Take out of the decoder's arguments what it would add to visual tokens, by layer."""
         return take_before(kwargs)
@@ -304,7 +309,24 @@ class VideoLlavaAdapter(GenericAdapter):
     """Video-LLaVA: every frame of a clip keeps its class token, which is protected.
 
     Frames that follow one another without a token between them are one clip.
+
+    Pictures and clips have encoders of their own, of one shape.
     """
+
+    @cached_property
+    def _of_clips(self) -> ShownEncoder:
+        """The encoder of clips."""
+        return self.shown_encoder(self.core.video_tower)
+
+    def watch_encoder(
+        self, layer: int, record: Callable[[Tensor, Tensor, float], None]
+    ) -> list[Any]:
+        """A layer of both: a call of one runs the one or the other."""
+        return [*super().watch_encoder(layer, record), *self._of_clips.watch(layer, record)]
+
+    def encoder_blocks(self, layer: int) -> list[nn.Module]:
+        """Those of both."""
+        return [*super().encoder_blocks(layer), self._of_clips.layers[layer]]
 
     def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
         """One picture or frame for each entry of the encoder's output."""

@@ -41,6 +41,7 @@ class ShownEncoder:
         layers: its layers.
         has_cls: whether a class token stands before the patches.
         patches: of a picture.
+        grid: their rows and columns.
     """
 
     def __init__(self, tower: nn.Module, grid: tuple[int, int], merge: int) -> None:
@@ -48,7 +49,7 @@ class ShownEncoder:
         names = [name for name, _ in tower.named_parameters()]
         self.has_cls = any(name.endswith(_CLASS_TOKENS) for name in names)
         self.patches = grid[0] * grid[1]
-        self._grid, self._merge = grid, merge
+        self.grid, self._merge = grid, merge
 
     @property
     def prefix(self) -> int:
@@ -63,7 +64,7 @@ class ShownEncoder:
 
     def blocks(self) -> Tensor:
         """The patches that each token of a picture is made of, ``[N, merge * merge]``."""
-        return blocks(self._grid, self._merge)
+        return blocks(self.grid, self._merge)
 
 
 def blocks(grid: tuple[int, int], side: int) -> Tensor:
@@ -118,14 +119,16 @@ class ReadAdapter(VLMAdapter):
     @cached_property
     def read_encoder(self) -> ShownEncoder | None:
         """The encoder as signals are read of it."""
-        if self.config.model_type not in READ:
-            return None
+        return self.shown_encoder(self.tower) if self.config.model_type in READ else None
+
+    def shown_encoder(self, tower: nn.Module) -> ShownEncoder:
+        """An encoder, as signals are read of it."""
         vision = self.config.vision_config
         sizes = (vision.image_size, vision.patch_size)
         (height, width), (down, across) = (
             size if isinstance(size, list | tuple) else (size, size) for size in sizes
         )
-        return ShownEncoder(self.tower, (height // down, width // across), self.merge)
+        return ShownEncoder(tower, (height // down, width // across), self.merge)
 
     @cached_property
     def encoder(self) -> EncoderAdapter | None:
@@ -187,7 +190,7 @@ class ReadAdapter(VLMAdapter):
         for picture in pictures:
             own = encoder.blocks()
             count = int(picture.free.sum()) // len(own)
-            if count * len(own) != len(picture.free):
+            if count * len(own) != int(picture.free.sum()):
                 return  # not one grid for each tile
             parts = [own + (first + n) * encoder.patches for n in range(count)]
             source = torch.cat(parts)

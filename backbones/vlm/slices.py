@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ import torch
 from visprune.backbones.vlm.generic import GenericAdapter, Kind, MarkedTilesAdapter
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.picture import ImageLayout
+from visprune.cost.cost import ModelShape
+from visprune.cost.layers import Encoder
 
 
 class NaFlexTilesAdapter(MarkedTilesAdapter):
@@ -19,6 +22,17 @@ class NaFlexTilesAdapter(MarkedTilesAdapter):
     def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
         """(t, h, w) in patches of each tile."""
         return [(1, *row) for row in torch.as_tensor(call["spatial_shapes"]).tolist()]
+
+    def cost_shape(self) -> ModelShape:
+        """As of others; the table of positions is resized by a product for each patch.
+
+        Raises:
+            UnsupportedModel: a module holds what cannot be counted.
+        """
+        shape = super().cost_shape()
+        table = self.tower.embeddings.position_embedding.weight.numel()
+        assert isinstance(shape.vision, Encoder), "read from modules"
+        return replace(shape, vision=replace(shape.vision, patch=shape.vision.patch + table))
 
     @property
     def padding_counts(self) -> bool:

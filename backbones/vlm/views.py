@@ -4,21 +4,46 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from visprune.backbones.cost.matrices import token_macs
 from visprune.backbones.hf.features import lengths
 from visprune.backbones.vlm.generic import GenericAdapter, Kind
 from visprune.backbones.vlm.picture import Picture, grid
+from visprune.cost.cost import ModelShape
+from visprune.cost.layers import Projector
 
 
 class ViewsAdapter(GenericAdapter):
     """Local views one after the other, then the whole picture, as one entry (Step 3.7).
 
-    ``t`` of a token is the number of its view.
+    ``t`` of a token is the number of its view. Two convolutions behind the encoder's layers halve
+    the grid twice.
     """
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that becomes one token."""
+        return 4
+
+    @property
+    def projecting(self) -> list[nn.Module]:
+        """The convolutions, and the projector."""
+        return [self.projector, self.tower.downsampler1, self.tower.downsampler2]
+
+    def cost_shape(self) -> ModelShape:
+        """As of others; the first convolution gives four places for each token.
+
+        Raises:
+            UnsupportedModel: a module holds what cannot be counted.
+        """
+        shape = super().cost_shape()
+        macs = shape.projector.macs_per_token + 3 * token_macs(self.tower.downsampler1)
+        return replace(shape, projector=Projector(macs, merge=self.merge))
 
     def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
         """One picture for each entry: its views have the sizes of the pixels."""
@@ -59,4 +84,5 @@ class ViewsAdapter(GenericAdapter):
         pos = torch.cat(
             [grid(1, side, side) + torch.tensor([t, 0, 0]) for t, side in enumerate(sides)]
         )
-        return torch.ones(total, dtype=torch.bool), pos, tuple((1, s, s) for s in sides)
+        patches = tuple((1, self.merge * side, self.merge * side) for side in sides)
+        return torch.ones(total, dtype=torch.bool), pos, patches

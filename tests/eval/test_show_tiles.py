@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.eval.family_processor import FamilyProcessor
 from tests.families import tiny
 from visprune.backbones.vlm.generic import NamedTilesAdapter, OvisAdapter, TilesAdapter
-from visprune.backbones.vlm.marked import PerceptionAdapter
+from visprune.backbones.vlm.perception import PerceptionAdapter
 from visprune.backbones.vlm.regions import WHOLE, layout
 from visprune.errors import ConfigError
 from visprune.eval.show.kept import KeptMap, mosaic, seen_part

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,15 @@ from visprune.machine.find import find_adapter
 # Their encoders take all pictures as one sequence and hide them from each other: a counter of
 # matrix products sees the whole square, and the padding of smaller pictures.
 PACKED = ("mistral3", "lighton_ocr", "hyperclovax_vision_v2", "video_llama_3")
-EXPERTS = ("qwen3_vl_moe", "glm4v_moe", "kimi_k25", "qwen3_omni_moe_thinker", "qwen3_5_moe")
+EXPERTS = (
+    *("qwen3_vl_moe", "glm4v_moe", "kimi_k25", "qwen3_omni_moe_thinker", "qwen3_5_moe"),
+    *("muse_spark", "step3p7"),
+)
+# Pads its frames, which is not counted; class tokens of frames pass the projector; frames are
+# pooled before it.
+NO_CLIPS = ("gemma4", "video_llava", "llava_next_video")
+
+CLIPS = [name for name in COUNTED if tiny.FAMILIES[name].clip and name not in NO_CLIPS]
 
 
 def delta_rule(
@@ -62,9 +71,22 @@ def convolved(
     return out if activation is None else F.silu(out)
 
 
+def pooled(
+    self: Any, hidden_states: Tensor, pixel_position_ids: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Gemma 4's means over blocks of patches, which it writes as a product with zeros and ones."""
+    batch, count, width = hidden_states.shape
+    side = math.isqrt(count // length)
+    x, y = pixel_position_ids.clamp(min=0).unbind(-1)
+    block = x // side + (x.amax(-1, keepdim=True) + 1) // side * (y // side)
+    out = hidden_states.new_zeros(batch, length, width)
+    out.scatter_add_(1, block[..., None].expand_as(hidden_states), hidden_states / side**2)
+    return out, torch.zeros(batch, length, dtype=torch.bool).scatter(1, block, True)
+
+
 @contextmanager
 def countable(model: Any) -> Iterator[None]:
-    """Recurrent layers by their definition, in place of kernels that work in chunks."""
+    """Recurrent layers by their definition, in place of kernels that work in chunks; means."""
     own = {"torch_chunk_gated_delta_rule": delta_rule, "causal_conv1d_fn": convolved}
     layers = find_adapter(model).layers
     with pytest.MonkeyPatch.context() as patch:
@@ -72,6 +94,12 @@ def countable(model: Any) -> Iterator[None]:
             for name, made in own.items():
                 if hasattr(module, name):
                     patch.setattr(module, name, made)
+        for kind in {type(part) for part in model.modules()}:
+            if hasattr(kind, "_avg_pool_by_positions"):
+                patch.setattr(kind, "_avg_pool_by_positions", pooled)
+        for part in model.modules():
+            if hasattr(part, "fused_attn"):  # of timm
+                patch.setattr(part, "fused_attn", False)
         yield
 
 
@@ -82,7 +110,7 @@ def test_recurrent_layers_by_their_definition_are_those_of_the_model(family: str
     plain = model(**inputs, use_cache=False).logits
     with countable(model):
         made = model(**inputs, use_cache=False).logits
-    assert not torch.equal(made, plain)  # others ran
+    assert family.startswith("lfm") or not torch.equal(made, plain)  # others ran
     assert error(made, plain) < 1e-4
 
 
@@ -118,4 +146,26 @@ def test_what_was_not_compared_is_not_told(family: str, models: Any) -> None:
     with visprune.prune(model, "random", num_keep=3) as run:
         model(**tiny.inputs(family, [[3, "a", 6]]))
         with pytest.raises(UnsupportedModel, match="has not been compared"):
+            run.cost()
+
+
+@pytest.mark.parametrize("family", CLIPS)
+@torch.no_grad()
+def test_operations_of_a_clip(family: str) -> None:
+    model, inputs = tiny.build(family, attn="eager"), tiny.inputs(family, [[3, "v", 6]])
+    if family in EXPERTS:
+        model.set_experts_implementation("eager")
+    last = {} if find_adapter(model).heads_all else {"logits_to_keep": 1}
+    with countable(model), FlopCounterMode(display=False) as counter:
+        model(**inputs, **last, use_cache=False)
+    with visprune.prune(model, "keep_all") as run:
+        model(**inputs)
+        assert run.cost(causal="dense").macs == counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def test_layers_that_run_for_the_last_token_alone_are_not_priced(models: Any) -> None:
+    with visprune.prune(models("gemma4_small"), "random", num_keep=3) as run:
+        models("gemma4_small")(**tiny.inputs("gemma4_small", [[3, "a", 6]]))
+        with pytest.raises(UnsupportedModel, match="attend to keys of earlier ones"):
             run.cost()

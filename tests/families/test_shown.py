@@ -87,11 +87,15 @@ def test_a_patch_changes_the_tokens_that_are_made_of_it(family: str, models: Any
 
 
 def attention_maps(model: Any, inputs: dict[str, Any], layer: int) -> Tensor:
-    """``[P, H, T, T]`` of an encoder layer, as eager attention returns it."""
+    """``[P, H, T, T]`` of an encoder layer, as eager attention has it."""
     block = find_adapter(model).read_encoder.layers[layer]
-    found: list[Tensor] = []
-    handle = find_attention(block).register_forward_hook(lambda m, a, out: found.append(out[1]))
-    with torch.no_grad():
+    attention, found = find_attention(block), []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        if hasattr(attention, "fused_attn"):  # of timm
+            patch.setattr(attention, "fused_attn", False)
+            handle = attention.attn_drop.register_forward_hook(lambda m, a, out: found.append(out))
+        else:
+            handle = attention.register_forward_hook(lambda m, a, out: found.append(out[1]))
         model(**inputs)
     handle.remove()
     return found[0]
@@ -164,6 +168,7 @@ WHY = {
     "qwen3_vl": "packs the patches of all pictures into one sequence",
     "aria": "learned queries, and no patches",
     "mistral3": "which of the tokens of mistral3 is which patch of its encoder is not known",
+    "granite4_vision": "several look at all patches of one window",
 }
 
 
@@ -186,17 +191,18 @@ def test_tokens_do_not_leave_inside_an_encoder_that_is_only_read(models: Any) ->
 def features_of_a_layer(model: Any) -> Iterator[list[Tensor]]:
     """What the encoder's layer that is read gives, patches alone, ``[P, N, D]``."""
     adapter, found = find_adapter(model), []
-    block, prefix = adapter.encoder_block(adapter.encoder_end), adapter.encoder_prefix
+    blocks, prefix = adapter.encoder_blocks(adapter.encoder_end), adapter.encoder_prefix
 
     def left(module: Any, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         found.append(hidden[:, prefix:])
 
-    handle = block.register_forward_hook(left)
+    handles = [block.register_forward_hook(left) for block in blocks]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @pytest.mark.parametrize("picture", "aB")
@@ -231,6 +237,22 @@ def test_signals_of_clips_are_pooled_as_features_are(family: str, models: Any) -
     pool = core.apply_pooling if family == "llava_onevision" else core.vision_resampler
     want = pool(found[0]).reshape(2, -1, found[0].shape[-1])
     assert torch.allclose(torch.cat(list(got)).reshape(want.shape), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["video_llava", "perception_lm"])
+@torch.no_grad()
+def test_signals_of_frames_are_those_of_their_encoder(family: str, models: Any) -> None:
+    model, adapter = models(family), find_adapter(models(family))
+    inputs = tiny.inputs(family, [[3, "v", 6], [2, "v", 4]])
+    got = looked(model, inputs, EncoderFeatures("feature"), Site.projector())
+    with features_of_a_layer(model) as found:
+        model(**inputs)
+    want = found[0][:, adapter.read_encoder.blocks()].mean(2)
+    want = want.reshape(2, -1, want.shape[-1])
+    assert torch.allclose(torch.cat(list(got)).reshape(want.shape), want, atol=1e-5)
+    with visprune.prune(model, "visionzip", num_keep=4) as run:
+        model(**inputs)
+    assert [len(kept) for kept in run.trace.kept] == [4, 4]
 
 
 @pytest.mark.parametrize("family", [*PACKED, "llava_onevision_shrunk"])

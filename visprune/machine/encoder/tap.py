@@ -86,9 +86,9 @@ class EncoderTap:
                 record = functools.partial(self._attended, attention)
                 self._handles += self.adapter.watch_encoder(layer, record)
             if output:
-                block = self.adapter.encoder_block(layer)
                 hook = functools.partial(self._left, output)
-                self._handles.append(block.register_forward_hook(hook))
+                for block in self.adapter.encoder_blocks(layer):
+                    self._handles.append(block.register_forward_hook(hook))
 
     def remove(self) -> None:
         """Stop listening; the instance is as it was."""
