@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -29,8 +29,8 @@ class NaFlexTilesAdapter(MarkedTilesAdapter):
         Raises:
             UnsupportedModel: a module holds what cannot be counted.
         """
-        shape = super().cost_shape()
-        table = self.tower.embeddings.position_embedding.weight.numel()
+        shape, tower = super().cost_shape(), cast(Any, self.tower)
+        table = tower.embeddings.position_embedding.weight.numel()
         assert isinstance(shape.vision, Encoder), "read from modules"
         return replace(shape, vision=replace(shape.vision, patch=shape.vision.patch + table))
 

@@ -33,7 +33,8 @@ class ViewsAdapter(GenericAdapter):
     @property
     def projecting(self) -> list[nn.Module]:
         """The convolutions, and the projector."""
-        return [self.projector, self.tower.downsampler1, self.tower.downsampler2]
+        tower: Any = self.tower
+        return [self.projector, tower.downsampler1, tower.downsampler2]
 
     def cost_shape(self) -> ModelShape:
         """As of others; the first convolution gives four places for each token.
@@ -41,8 +42,8 @@ class ViewsAdapter(GenericAdapter):
         Raises:
             UnsupportedModel: a module holds what cannot be counted.
         """
-        shape = super().cost_shape()
-        macs = shape.projector.macs_per_token + 3 * token_macs(self.tower.downsampler1)
+        shape, first = super().cost_shape(), self.projecting[1]
+        macs = shape.projector.macs_per_token + 3 * token_macs(first)
         return replace(shape, projector=Projector(macs, merge=self.merge))
 
     def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
