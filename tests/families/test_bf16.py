@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In bf16 a pruned run is as near to what it should say as the oracle with hidden keys itself is.
+
+Both are compared with the oracle in fp32, whose weights and pixels were rounded to bf16 too: what
+is left is the rounding of the products alone, and the untouched model's code has as much of it. All
+run the same kernel (eager): another one rounds otherwise, and sends a token to other experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import visprune
+from tests.contract.oracle import alive, error, forwards
+from tests.families.claimed import CLAIMED, inputs
+from tests.families.oracle import gone_logits
+
+Inputs = dict[str, Any]
+
+
+def cast(made: Inputs, dtype: torch.dtype) -> Inputs:
+    """Pixels and what else is a fraction."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
+
+
+@pytest.mark.parametrize("family", CLAIMED)
+@torch.no_grad()
+def test_bf16_is_within_the_noise_of_the_oracle(family: str, models: Any) -> None:
+    half = copy.deepcopy(models(family, "eager")).to(torch.bfloat16)
+    exact = copy.deepcopy(half).float()
+    prompt = cast(inputs(family, [[3, "a", 6]]), torch.bfloat16)
+    whole = cast(prompt, torch.float32)
+    for name in ("random", "fastv"):
+        with forwards() as seen, visprune.prune(half, name, num_keep=3, positions="original"):
+            logits = half(**prompt).logits
+        keep = alive(seen[0])
+        there = keep[-1]
+        truth = gone_logits(family, exact, whole, keep)[there]
+        oracle = gone_logits(family, half, prompt, keep)[there]
+        noise = error(oracle, truth)
+        assert error(logits[there], truth) <= 2 * noise
+        assert error(logits[there], oracle) <= noise
