@@ -462,7 +462,10 @@ def test_budgets_are_checked(models: Any) -> None:
     model = models("llava")
     for params, message in (
         ({}, "got neither"),
-        ({"num_keep": 4, "max_cache": 9}, "num_keep, keep_ratio or max_cache.*exactly one"),
+        (
+            {"num_keep": 4, "max_cache": 9},
+            "num_keep, keep_ratio, num_keep_per_frame or max_cache.*exactly one",
+        ),
         ({"max_cache": 0}, "at least 1; got 0"),
         ({"num_keep": 4, "scope": "prompt"}, "counts visual tokens; with scope='prompt'"),
     ):
