@@ -11,7 +11,7 @@ from torch import nn
 
 import visprune
 from tests import tiny
-from tests.contract.cases import ALL_PAIRS, UNSUPPORTED, batch, every_family, every_pair, few
+from tests.contract.cases import ALL_PAIRS, PAIRS, UNSUPPORTED, batch, every_family, every_pair, few
 from visprune.catalog import model_names
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs",
@@ -66,7 +66,9 @@ def test_an_exception_in_forward_restores(name: str, family: str, models: Any) -
 
     layers = model.model.language_model.layers
     places = (layers[2].mlp, layers[1].self_attn.q_proj, model.lm_head, _tower_layer(model))
-    for place in places:
+    # All places under one method; under each other the places take turns.
+    turn = places[PAIRS.index((name, family)) % len(places)]
+    for place in places if name == "fastv" else (turn,):
         handle = place.register_forward_pre_hook(boom)
         try:
             with pytest.raises(Boom), visprune.prune(model, name, **few(name)):

@@ -20,7 +20,7 @@ import visprune
 from tests import tiny as first
 from tests.contract.oracle import TOLERANCE, alive, error, forwards
 from tests.contract.test_removal import state
-from tests.families.claimed import CLAIMED, inputs
+from tests.families.claimed import CLAIMED, KINDS, TWINS, inputs
 from tests.families.oracle import extended, gone_logits, two_kernels
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, cache_of, new_cache
 from visprune.errors import ConfigError, UnsupportedModel, VispruneError
@@ -29,6 +29,7 @@ from visprune.machine.find import find_adapter
 
 Inputs = dict[str, Any]
 every_family = pytest.mark.parametrize("family", CLAIMED)
+every_kind = pytest.mark.parametrize("family", KINDS)
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 2, "do_sample": False, "suppress_tokens": list(range(86, 100)),
 }  # fmt: skip
@@ -53,6 +54,18 @@ def placeholders(family: str, made: Inputs) -> Tensor:
 def pixels(made: Inputs) -> list[str]:
     """What holds pictures, and what is said of them."""
     return [name for name in made if name not in by_token(made)]
+
+
+def kind(family: str, models: Any) -> tuple[Any, ...]:
+    """What decides how the machine goes about a call."""
+    adapter = find_adapter(models(family))
+    return (type(adapter), adapter.windowed, bool(adapter.recurrent), adapter.spec.multi_axis_rope)
+
+
+def test_twins_are_of_the_kind_of_another_family(models: Any) -> None:
+    kinds = {kind(family, models) for family in KINDS}
+    assert len(kinds) == len(KINDS)
+    assert {kind(family, models) for family in TWINS} <= kinds
 
 
 # Placeholders ------------------------------------------------------------------------------------
@@ -171,7 +184,7 @@ def after(model: Any, made: Inputs, cache: Any) -> Inputs:
     return {**new, "attention_mask": longer["attention_mask"], CACHE_ARGUMENT: cache}
 
 
-@every_family
+@every_kind
 @torch.no_grad()
 def test_a_cache_of_another_run_is_refused(family: str, models: Any) -> None:
     model, prompt = models(family), inputs(family, [[3, "a", 6]])
@@ -186,7 +199,7 @@ def test_a_cache_of_another_run_is_refused(family: str, models: Any) -> None:
         model(**after(model, prompt, cache))
 
 
-@every_family
+@every_kind
 @torch.no_grad()
 def test_a_static_cache_is_refused_before_any_layer_runs(family: str, models: Any) -> None:
     model, prompt = models(family), inputs(family, [[3, "a", 6]])
@@ -212,7 +225,7 @@ def test_a_static_cache_is_refused_before_any_layer_runs(family: str, models: An
 # Two forwards, and forwards in parts -------------------------------------------------------------
 
 
-@every_family
+@every_kind
 @torch.no_grad()
 def test_guidance_by_a_second_forward(family: str, models: Any) -> None:
     model, prompt = models(family), inputs(family, [[3, "a", 6]])
@@ -249,7 +262,7 @@ def in_parts(model: Any, made: Inputs, size: int) -> Any:
     return outcome(lambda: model.generate(**made, **GREEDY, **LOGITS, prefill_chunk_size=size))
 
 
-@every_family
+@every_kind
 @torch.no_grad()
 def test_borders_of_chunks_inside_a_picture_and_behind_it(family: str, models: Any) -> None:
     model, prompt = models(family), inputs(family, [[3, "a", 6]])

@@ -15,7 +15,8 @@ from torch import Tensor
 import visprune
 from tests.contract.oracle import assert_close, error
 from tests.families import tiny
-from tests.families.test_contract import GENERATE, batch, every_family
+from tests.families.claimed import TWINS
+from tests.families.test_contract import GENERATE, batch
 from visprune.backbones.hf.cache import cache_of
 from visprune.core.cache import CacheTrace
 from visprune.errors import UnsupportedModel
@@ -56,8 +57,15 @@ def hiding(model: Any, trace: CacheTrace, valid: Tensor) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["snapkv", "adakv"])
-@every_family
+PAIRS = [
+    (name, family)
+    for family in tiny.FAMILIES
+    for name in ("snapkv", "adakv")
+    if name == "adakv" or family not in TWINS
+]
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
 @torch.no_grad()
 def test_dropping_equals_hiding_by_head(name: str, family: str, models: Any) -> None:
     model, inputs = models(family, "eager"), batch(family)
