@@ -315,7 +315,7 @@ def test_others_are_refused_with_the_reason(built: Any) -> None:
     ):
         visprune.prune(first_tiny.build("llava"), "pixelprune")
     with pytest.raises(UnsupportedModel, match="can do without some of its patches is not known"):
-        visprune.prune(tiny.build("smolvlm"), "pixelprune")
+        visprune.prune(tiny.build("idefics2"), "pixelprune")
     import timm
 
     with pytest.raises(UnsupportedModel, match="before a VLM's encoder"):
