@@ -108,7 +108,7 @@ def test_placeholders_that_do_not_fit_are_refused(family: str, models: Any) -> N
     assert state(model) == before
 
 
-@every_family
+@every_kind
 @torch.no_grad()
 def test_placeholders_without_a_picture_are_words(family: str, models: Any) -> None:
     model, prompt = models(family), inputs(family, [[3, "a", 6]])
