@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input on every family: refused with a reason, or what the untouched model says; never wrong.
 
+What does not touch a family's pictures is tried on one family of each kind (``claimed.KINDS``).
 What the untouched model itself refuses may be refused in its words. What it takes, a run that keeps
 everything computes to the bit, and a run that drops computes as with hidden keys or absent tokens.
 """
@@ -58,8 +59,14 @@ def pixels(made: Inputs) -> list[str]:
 
 def kind(family: str, models: Any) -> tuple[Any, ...]:
     """What decides how the machine goes about a call."""
-    adapter = find_adapter(models(family))
-    return (type(adapter), adapter.windowed, bool(adapter.recurrent), adapter.spec.multi_axis_rope)
+    model = models(family)
+    adapter = find_adapter(model)
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", None)
+    ways = (adapter.adds_later, adapter.starts_empty, adapter.merges_inside, adapter.same_id)
+    reads = (adapter.spec.multi_axis_rope, adapter.reads_positions, adapter.heads_all)
+    layers = (adapter.windowed, bool(adapter.recurrent), bool(shared))
+    arguments = tuple(by_token(inputs(family, [[3, "a", 6]])))
+    return (type(adapter), *layers, *ways, *reads, *arguments)
 
 
 def test_twins_are_of_the_kind_of_another_family(models: Any) -> None:

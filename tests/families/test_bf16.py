@@ -21,6 +21,7 @@ from tests.families.claimed import CLAIMED, inputs
 from tests.families.oracle import gone_logits
 
 Inputs = dict[str, Any]
+NOISY = ("chameleon", "chameleon_swin", "apertus1p5", "emu3", "muse_spark")
 BOTH = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "qwen3_5", "smolvlm")
 
 
@@ -48,6 +49,9 @@ def test_bf16_is_within_the_noise_of_the_oracle(family: str, models: Any) -> Non
         there = keep[-1]
         truth = gone_logits(family, exact, whole, keep)[there]
         said = truth.abs() < 1e30  # words that Chameleon never says lie at the dtype's least
-        noise = rms((gone_logits(family, half, prompt, keep)[there] - truth)[said])
+        oracle = gone_logits(family, half, prompt, keep)[there]
+        noise = rms((oracle - truth)[said])
         assert rms((logits[there] - truth)[said]) <= 2 * noise
-        assert noise < rms(truth[said])  # pictures of discrete codes get other codes in bf16
+        assert rms((logits[there] - oracle)[said]) <= noise
+        # Where noise is as large as what is said, the bounds above hold little; these are named.
+        assert (noise < 0.2 * rms(truth[said])) == (family not in NOISY)

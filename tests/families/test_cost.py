@@ -114,28 +114,38 @@ def test_recurrent_layers_by_their_definition_are_those_of_the_model(family: str
     assert error(made, plain) < 1e-4
 
 
-@pytest.mark.parametrize("family", COUNTED)
-@torch.no_grad()
-def test_operations_are_those_that_run(family: str) -> None:
+def counting(family: str) -> Any:
+    """A tiny model whose operations torch's counter sees."""
     model = tiny.build(family, attn="eager")
-    inputs = tiny.inputs(family, [[3, "A", 6, *([] if family in PACKED else ["B", 2])]])
     if family in EXPERTS:
         model.set_experts_implementation("eager")
+    return model
+
+
+def seen(model: Any, inputs: dict[str, Any]) -> int:
+    """Multiply-adds of a forward by torch's counter, with the head on what it is needed for."""
     last = {} if find_adapter(model).heads_all else {"logits_to_keep": 1}
     with countable(model), FlopCounterMode(display=False) as counter:
         model(**inputs, **last, use_cache=False)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("family", COUNTED)
+@torch.no_grad()
+def test_operations_are_those_that_run(family: str) -> None:
+    model = counting(family)
+    inputs = tiny.inputs(family, [[3, "A", 6, *([] if family in PACKED else ["B", 2])]])
     with visprune.prune(model, "keep_all") as run:
         model(**inputs)
         cost = run.cost(causal="dense")
-    assert cost.macs == counter.get_total_flops() // 2
+    assert cost.macs == seen(model, inputs)
     assert cost.vision > 0
     assert cost.projector > 0
     with visprune.prune(model, "random", num_keep=3) as run:
-        with countable(model), FlopCounterMode(display=False) as counter:
-            model(**inputs, **last, use_cache=False)
+        counted = seen(model, inputs)
         pruned = run.cost(causal="dense")
     # Of the random order of tokens nothing is a product of matrices.
-    assert pruned.macs - pruned.selection == counter.get_total_flops() // 2
+    assert pruned.macs - pruned.selection == counted
     assert pruned.prefill < cost.prefill
 
 
@@ -152,15 +162,10 @@ def test_what_was_not_compared_is_not_told(family: str, models: Any) -> None:
 @pytest.mark.parametrize("family", CLIPS)
 @torch.no_grad()
 def test_operations_of_a_clip(family: str) -> None:
-    model, inputs = tiny.build(family, attn="eager"), tiny.inputs(family, [[3, "v", 6]])
-    if family in EXPERTS:
-        model.set_experts_implementation("eager")
-    last = {} if find_adapter(model).heads_all else {"logits_to_keep": 1}
-    with countable(model), FlopCounterMode(display=False) as counter:
-        model(**inputs, **last, use_cache=False)
+    model, inputs = counting(family), tiny.inputs(family, [[3, "v", 6]])
     with visprune.prune(model, "keep_all") as run:
         model(**inputs)
-        assert run.cost(causal="dense").macs == counter.get_total_flops() // 2
+        assert run.cost(causal="dense").macs == seen(model, inputs)
 
 
 @torch.no_grad()

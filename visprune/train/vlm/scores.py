@@ -64,7 +64,8 @@ def score(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str
         found: dict[str, dict[str, float]] = {"dense": {}, "pruned": {}}
         for record in results.records():
             arm = "dense" if cells[record.cell].method["method"] == NONE else "pruned"
-            found[arm][record.sample] = float(record.score or 0.0)
+            assert record.score is not None, "the task is scored, and nothing failed"
+            found[arm][record.sample] = record.score
     scores = {}
     for arm, of in found.items():
         if not of:
