@@ -202,9 +202,6 @@ class VLMAdapter(DecoderAdapter):
         """Side of the block of patches that the projector makes one token of."""
         return int(getattr(self.tower, "spatial_merge_size", 1))
 
-    merges_vary = False
-    """Whether each picture says what block of patches becomes a token; nothing but these is one."""
-
     @property
     def keeps_cls(self) -> bool:
         """Whether the class token is among the visual tokens."""

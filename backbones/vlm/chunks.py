@@ -25,8 +25,6 @@ class ChunksAdapter(GenericAdapter):
     the time that the one before it began with. All chunks but the last hold as many frames.
     """
 
-    merges_vary = True  # of a chunk, all frames become one
-
     def piece(
         self, count: int, pixels: Tensor | None, cells: tuple[int, int, int] | None, kind: Kind
     ) -> Picture:

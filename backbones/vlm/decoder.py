@@ -278,6 +278,11 @@ class DecoderAdapter(Placeholders):
         width = queries + (1 + values) * config.num_key_value_heads * head
         return int(config.hidden_size * width)
 
+    @property
+    def before_layers(self) -> bool:
+        """Whether the decoder multiplies tokens with matrices before its first layer."""
+        return False
+
     @cached_property
     def heads_all(self) -> bool:
         """Whether the output head is applied to every token, in ``generate`` too."""

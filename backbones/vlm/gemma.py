@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visprune.backbones.cost.matrices import token_macs
 from visprune.backbones.vlm.generic import GenericAdapter, Kind
+from visprune.backbones.vlm.picture import Picture
 from visprune.cost.cost import ModelShape
-from visprune.errors import UnsupportedModel
+from visprune.cost.layers import Decoder
 
 
 class PerLayerInputsAdapter(GenericAdapter):
@@ -35,19 +38,31 @@ class PerLayerInputsAdapter(GenericAdapter):
         return {"shared_kv_states": {}}
 
     def cost_shape(self) -> ModelShape:
-        """What the whole model costs by token, where every layer has keys of its own.
+        """As of others; inputs of all layers are projected at once, and later layers run for few.
+
+        Layers without keys of their own run for the tokens whose logits are wanted alone (not in
+        older transformers).
 
         Raises:
-            UnsupportedModel: later layers have none.
+            UnsupportedModel: a module holds what cannot be counted.
         """
-        shared = [n for n in range(len(self.layers)) if self.keeper(n) != n]
-        if shared:
-            raise UnsupportedModel(
-                f"Layers {shared} of this {self.config.model_type} attend to keys of earlier ones, "
-                f"and run for the last token alone where no other's logits are "
-                f"wanted: what they cost is not counted."
-            )
-        return super().cost_shape()
+        shape = super().cost_shape()
+        assert isinstance(shape.decoder, Decoder), "read from modules"
+        layers = list(shape.decoder.layers)
+        if self.before_layers:
+            project = token_macs(self.language_model.per_layer_model_projection)
+            layers[0] = replace(layers[0], token=layers[0].token + project)
+        if hasattr(self.language_model, "_maybe_slice_kv_shared_inputs"):
+            layers = [
+                replace(layer, last_rows=self.keeper(number) != number)
+                for number, layer in enumerate(layers)
+            ]
+        return replace(shape, decoder=replace(shape.decoder, layers=tuple(layers)))
+
+    @property
+    def before_layers(self) -> bool:
+        """Whether the decoder projects tokens before its first layer."""
+        return getattr(self.language_model, "per_layer_model_projection", None) is not None
 
 
 class Gemma4Adapter(PerLayerInputsAdapter):
@@ -79,6 +94,14 @@ class Gemma4Adapter(PerLayerInputsAdapter):
     def sees_both_ways(self) -> bool:
         """Whether tokens of a picture see those behind them."""
         return self.text_config.use_bidirectional_attention == "vision"
+
+    def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
+        """One picture or clip for each entry, encoded together with what pads it."""
+        made = super().pieces(call, kind, output)
+        places = self._by_entry(call, kind, call[f"{kind}_position_ids"])
+        for (picture,), own in zip(made, places, strict=True):
+            picture.encoded = (own.shape[1],) * len(own), ()
+        return made
 
     def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
         """(t, h, w) in patches of each picture or clip, from the places of its patches."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visprune.backbones.hf.features import lengths
 from visprune.backbones.vlm.join import join
-from visprune.backbones.vlm.known import COUNTED
+from visprune.backbones.vlm.known import COUNTED, UNCOUNTED
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
 from visprune.backbones.vlm.regions import Region, tiled
 from visprune.backbones.vlm.shown import ReadAdapter
@@ -113,13 +113,18 @@ class GenericAdapter(ReadAdapter):
         Raises:
             UnsupportedModel: it was not.
         """
+        self.check_counted()
+        return super().cost_shape()
+
+    def check_counted(self) -> None:
+        """Raise ``UnsupportedModel`` where what the model costs was not compared with a count."""
         kind = self.config.model_type
         if kind not in COUNTED:
+            why = UNCOUNTED.get(kind, "it has not been compared with an independent count")
             raise UnsupportedModel(
-                f"What {kind} costs by token has not been compared with an independent count, so "
-                f"it is not told. Families of this adapter whose cost is: {', '.join(COUNTED)}."
+                f"What {kind} costs by token is not told: {why}. Families of this adapter whose "
+                f"cost is: {', '.join(COUNTED)}."
             )
-        return super().cost_shape()
 
     def _part(self, names: tuple[str, ...], what: str) -> nn.Module:
         for name in names:
@@ -176,8 +181,9 @@ class GenericAdapter(ReadAdapter):
         free = self.free(count, cells)
         pos, placed, grids = self.places(int(free.sum()), pixels, cells)
         return Picture(
-            free=free, pos=pos, source=None, pixels=pixels, kind=kind, grids=grids, placed=placed
-        )
+            free=free, pos=pos, source=None, pixels=pixels, kind=kind, grids=grids, placed=placed,
+            projected=int(free.sum()),
+        )  # fmt: skip
 
     def free(self, count: int, cells: tuple[int, int, int] | None) -> Tensor:
         """Which tokens of a picture are of its patches, ``[count]`` bool; the others are marks.
@@ -250,12 +256,6 @@ class OneIdAdapter(GenericAdapter):
     """A family that writes clips with the placeholder of pictures (GLM-4V)."""
 
     same_id = True
-
-
-class VaryingAdapter(GenericAdapter):
-    """VideoLLaMA 3: frames are merged by 2, pictures as each of them says."""
-
-    merges_vary = True
 
 
 class QueriesAdapter(GenericAdapter):

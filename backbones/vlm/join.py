@@ -60,7 +60,23 @@ def _picture(pieces: list[Picture]) -> Picture:
         alive=_alive(pieces),
         size=_cat([piece.size for piece in pieces]),
         placed=pieces[0].placed,
+        encoded=_encoded(pieces),
+        projected=_sum([piece.projected for piece in pieces]),
     )
+
+
+def _encoded(pieces: list[Picture]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What the encoder was given of all, where it is known of all."""
+    each = [piece.encoded for piece in pieces if piece.encoded is not None]
+    if len(each) < len(pieces):
+        return None
+    frames = tuple(count for own, _ in each for count in own)
+    return frames, tuple(count for _, own in each for count in own)
+
+
+def _sum(counts: list[int | None]) -> int | None:
+    there = [count for count in counts if count is not None]
+    return sum(there) if len(there) == len(counts) else None
 
 
 def _alive(pieces: list[Picture]) -> Tensor | None:

@@ -90,8 +90,29 @@ COUNTED: tuple[str, ...] = (
     *("aya_vision", "cohere2_vision", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("video_llama_3", "paligemma", "ovis2", "hunyuan_vl", "qwen3_5", "qwen3_5_moe"),
     *("cohere_compass", "muse_glimmer", "muse_spark", "lfm2_vl", "lfm3_vl", "perception_lm"),
-    *("gemma4", "step3p7"),
+    *("gemma4", "step3p7", "got_ocr2", "pp_chart2table"),
 )
+
+_CODES = "its encoder is a convolutional network that makes codes of pixels"
+_JOINS = "its encoder joins blocks of patches between two of its layers, or not, as a call says"
+# The others, and why what they cost is not told.
+UNCOUNTED: dict[str, str] = {
+    "idefics2": "learned queries look at its pictures in layers of their own (a Perceiver)",
+    "aria": "learned queries look at its pictures in its projector",
+    "granite4_vision": "learned queries look at windows of its pictures, for several layers",
+    "molmo2": "its projector attends within windows of two layers of its encoder",
+    "fast_vlm": "its encoder is a convolutional network",
+    "gemma3n": "its layers multiply tokens by matrices that they make of tokens (AltUp)",
+    "deepseek_vl_hybrid": "it has two encoders, of grids of two sizes",
+    "deepseek_ocr2": "it has two encoders, of which one is a decoder with learned queries",
+    "gemma4_unified": "it has no encoder",
+    "ernie4_5_vl_moe": "tokens of pictures and of text go to experts of different sizes",
+    "granite_docling": "its connector has two paths, and a call says which one a page takes",
+    "phi4_multimodal": "its projector works on the marks between rows and crops too",
+    "nemotron_h_omni": "patches of pictures and of clips are embedded by matrices of two sizes",
+    **dict.fromkeys(("emu3", "apertus1p5", "chameleon"), _CODES),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), _JOINS),
+}
 
 
 # Whose image encoder can be read, with a class token or without: shown by tests that change one

@@ -23,6 +23,8 @@ from visprune.backbones.vlm.generic import GenericAdapter, Kind
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
 from visprune.backbones.vlm.shown import ShownEncoder, blocks
+from visprune.cost.cost import ModelShape
+from visprune.errors import UnsupportedModel
 
 
 def packed_places(free: Tensor, side: int) -> Tensor:
@@ -263,6 +265,20 @@ class NextVideoAdapter(PackedAdapter):
         """What is followed by the whole grid, where tokens left inside the encoder."""
         return "encoder"
 
+    def cost_shape(self) -> ModelShape:
+        """As of others, where nothing but the projector works on frames.
+
+        Raises:
+            UnsupportedModel: a convolution pools frames; pictures do not pass it.
+        """
+        pool = self.core.vision_resampler.pool
+        if next(pool.parameters(), None) is not None:
+            raise UnsupportedModel(
+                f"This {self.config.model_type} pools frames by a {type(pool).__name__}, which "
+                f"pictures do not pass: what it costs by token is not counted."
+            )
+        return super().cost_shape()
+
     def clips(self, call: dict[str, Any], output: Any) -> list[list[Picture]]:
         """Clips, every frame pooled."""
         stride, clips = self.config.spatial_pool_stride, call["pixel_values_videos"]
@@ -273,7 +289,9 @@ class NextVideoAdapter(PackedAdapter):
                 frames = torch.arange(number * len(pixels), (number + 1) * len(pixels))
                 source = blocks((aside, aside), stride) + frames[:, None, None] * aside**2
                 source = source.flatten(0, 1)
-            found.append(self.clip(pixels, aside // stride, 0, source))
+            made = self.clip(pixels, aside // stride, 0, source)
+            made[0].projected = len(made[0].pos)
+            found.append(made)
         return found
 
 
@@ -344,7 +362,7 @@ class VideoLlavaAdapter(GenericAdapter):
         pos, placed, grids = self.places(count - 1, pixels, None)
         return Picture(
             free=torch.arange(count) > 0, pos=pos, source=None, pixels=pixels,
-            kind="video", grids=grids, placed=placed,
+            kind="video", grids=grids, placed=placed, projected=count,
         )  # fmt: skip
 
     def joined(self, call: dict[str, Any], layouts: list[ImageLayout]) -> list[ImageLayout]:

@@ -32,8 +32,9 @@ class Picture:
         alive: where tokens left inside the encoder, the free tokens that stand for those that are
             left, in raster order, ``[K]``.
         size: patches merged into each of them, ``[K]``.
-        encoded: where patches were left out before the encoder, how many it got of each frame,
-            and of each window if it has windows.
+        encoded: where the encoder got another number of patches than ``grids`` (some left out,
+            some to pad it), how many it got of each frame, and of each window if it has windows.
+        projected: tokens that leave the projector; ``None``: one for each block of ``grids``.
         spent: multiply-adds of that choice.
         placed: how ``pos`` is known: ``"grid"``: from the grid that the encoder worked on;
             ``"guessed"``: from the number of tokens, in raster order; ``"queries"``: the tokens
@@ -50,6 +51,7 @@ class Picture:
     alive: Tensor | None = None
     size: Tensor | None = None
     encoded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    projected: int | None = None
     spent: int = 0
     placed: Literal["grid", "guessed", "queries"] = "grid"
     weight: Tensor | None = None

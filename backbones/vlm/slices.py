@@ -11,7 +11,7 @@ import torch
 
 from visprune.backbones.vlm.generic import GenericAdapter, Kind, MarkedTilesAdapter
 from visprune.backbones.vlm.join import join
-from visprune.backbones.vlm.picture import ImageLayout
+from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.cost.cost import ModelShape
 from visprune.cost.layers import Encoder
 
@@ -22,6 +22,13 @@ class NaFlexTilesAdapter(MarkedTilesAdapter):
     def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
         """(t, h, w) in patches of each tile."""
         return [(1, *row) for row in torch.as_tensor(call["spatial_shapes"]).tolist()]
+
+    def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
+        """Of each tile, which is encoded and projected together with what pads it."""
+        made, room = super().pieces(call, kind, output), int(call["pixel_values"].shape[1])
+        for (picture,) in made:
+            picture.encoded, picture.projected = ((room,), ()), room // self.merge**2
+        return made
 
     def cost_shape(self) -> ModelShape:
         """As of others; the table of positions is resized by a product for each patch.

@@ -38,8 +38,11 @@ class Trace:
         num_tokens: tokens that each image had (protected ones not counted).
         image_rows: the sample that each image belongs to.
         grids: for every image, (t, h, w) in patches of all that the encoder saw of it.
-        encoded: for every image, where patches were left out before the encoder: how many it was
-            given of each frame and of each window, else ``None``.
+        encoded: for every image, where the encoder was given another number of patches than
+            ``grids`` (some left out, some to pad it): how many of each frame and of each window,
+            else ``None``.
+        projected: for every image, the tokens that left the projector; ``None``: one for each block
+            of ``grids``.
         placed: for every image, how the places of its tokens are known: ``"grid"``, ``"guessed"``
             from their number, or ``"queries"``: they are no patches.
         stages: one dict per stage that ran: its site, tokens per image before and after,
@@ -78,6 +81,7 @@ class Trace:
     image_rows: list[int] = field(default_factory=list)
     grids: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
     encoded: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = field(default_factory=list)
+    projected: list[int | None] = field(default_factory=list)
     placed: list[str] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     chosen: list[list[Selection]] = field(default_factory=list)

@@ -181,6 +181,7 @@ def sample_cost(
     dtype: torch.dtype | int,
     grids: Iterable[Sequence[int]] = (),
     encoder_counts: Sequence[tuple[int, int]] | None = None,
+    vision: int | None = None,
     projected: int | None = None,
     stored_per_layer: int | Iterable[int] | None = None,
     cached: int | Iterable[int] = 0,
@@ -198,6 +199,7 @@ def sample_cost(
         grids: ``(t, h, w)`` in patches of everything the vision tower encodes in this call.
         encoder_counts: Patches of a frame before and behind each encoder layer's attention, where
             a method takes some inside the encoder; ``None``: all.
+        vision: Multiply-adds of the encoder; ``None``: those of ``grids`` and ``encoder_counts``.
         projected: Tokens out of the projector; ``None``: those of the whole ``grids``.
         stored_per_layer: Tokens in each layer's cache after the prefill; ``None``: ``cached`` and
             the tokens that entered. Less where a method evicts (site ``cache``).
@@ -219,13 +221,20 @@ def sample_cost(
         stored = per_layer("stored_per_layer", stored_per_layer, decoder.num_layers)
     if projected is None:
         projected = projected_tokens(model.projector, pictures)
-    steps = as_count("decode_steps", decode_steps)
+    if vision is None:
+        vision = vision_macs(model.vision, pictures, encoder_counts)
+    steps, rows = as_count("decode_steps", decode_steps), as_count("head_rows", head_rows)
+    queries = [
+        min(n, rows) if layer.last_rows else n
+        for n, layer in zip(tokens, decoder.layers, strict=True)
+    ]
+    seen = [old + n - q for old, n, q in zip(before, tokens, queries, strict=True)]
     return Cost(
-        vision=vision_macs(model.vision, pictures, encoder_counts),
+        vision=vision,
         projector=projector_macs(model.projector, projected, pictures),
         selection=selection,
-        prefill=prefill_macs(decoder, tokens, causal=causal, cached=before),
-        lm_head=lm_head_macs(decoder, as_count("head_rows", head_rows) + steps),
+        prefill=prefill_macs(decoder, queries, causal=causal, cached=seen),
+        lm_head=lm_head_macs(decoder, rows + steps),
         decode=decode_macs(decoder, stored, steps),
         kv_bytes=kv_bytes(decoder, stored, dtype),
     )

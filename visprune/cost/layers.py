@@ -69,6 +69,8 @@ class DecoderLayer:
         cache: Numbers stored for each token.
         state: Numbers stored whatever the length (a recurrent layer).
         window: Most keys that a query sees, itself included; ``None``: all.
+        last_rows: Whether a prefill runs it for the tokens alone that the head is applied to: all
+            layers from here on read the keys of earlier ones.
 
     Raises:
         ConfigError: A number is negative or not whole, or ``window`` is below 1.
@@ -80,6 +82,7 @@ class DecoderLayer:
     cache: int = 0
     state: int = 0
     window: int | None = None
+    last_rows: bool = False
 
     def __post_init__(self) -> None:
         _check(self)

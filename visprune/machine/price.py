@@ -14,9 +14,19 @@ from visprune.backbones.encoders.base import EncoderAdapter
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.method import PruningMethod
+from visprune.core.site import Site
 from visprune.core.trace import Trace
-from visprune.cost.cost import Causal, Cost, ModelShape, packed_macs, prefill_macs, sample_cost
-from visprune.errors import ConfigError
+from visprune.cost.cost import (
+    Causal,
+    Cost,
+    ModelShape,
+    packed_macs,
+    prefill_macs,
+    projected_tokens,
+    sample_cost,
+    vision_macs,
+)
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.plan import EncoderPlan
 from visprune.machine.encoder.price import encoder_cost
@@ -87,6 +97,7 @@ def sample_costs(
 
     Raises:
         ConfigError: nothing with a picture has run yet, or the lengths differ.
+        UnsupportedModel: what the model costs is not known, or not behind this method.
     """
     trace = run.trace
     if not trace.tokens_per_layer:
@@ -94,15 +105,21 @@ def sample_costs(
             "There is nothing to price: no prompt with a picture has run. Pass inputs, or call the "
             "model first."
         )
+    if run.adapter.before_layers and any(x["site"] == str(Site.decoder(0)) for x in trace.stages):
+        raise UnsupportedModel(
+            f"This {run.adapter.config.model_type} projects tokens before its first layer, where "
+            f"those are there that left on entering layer 0: what it cost is not counted. Choose "
+            f"a later layer."
+        )
     shape = run.adapter.cost_shape() if shape is None else shape
     dtype = next(run.adapter.language_model.parameters()).dtype
     samples = len(trace.tokens_per_layer)
     _check_lengths(new_tokens, samples)
-    counts = projected = None
+    counts = each = None
     if isinstance(run.encoder, EncoderReduction):
         counts = run.encoder.counts()
         if run.adapter.whole_from == "projector":
-            projected = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
+            each = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
     costs = []
     for row in range(samples):
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
@@ -118,11 +135,12 @@ def sample_costs(
         if trace.cache is not None:  # a head's own slots, to the nearest whole mean
             stored = [round(mean) for mean in trace.cache.mean_slots(row)]
         grids = [grid for i in images for grid in trace.grids[i]]
-        frames, windows = _encoded(trace, images)
+        encoded = [(trace.encoded[i], trace.grids[i]) for i in images]
+        projected = _projected(shape, [(trace.projected[i], trace.grids[i]) for i in images])
         cost = sample_cost(
             shape,
-            encoder_counts=counts,
-            projected=_projected(run, trace, images, projected, sum(t for t, _, _ in grids)),
+            vision=_encoder_macs(shape, encoded, counts),
+            projected=projected if each is None else each * sum(t for t, _, _ in grids),
             tokens_per_layer=sequence,
             stored_per_layer=stored,
             cached=cached,
@@ -133,8 +151,6 @@ def sample_costs(
             selection=spent,
             causal=causal,
         )
-        if frames:
-            cost = replace(cost, vision=packed_macs(shape.vision, frames, windows))
         if trace.cache is not None:
             cost = replace(cost, kv_bytes=trace.cache.bytes_of(row))
         costs.append(cost)
@@ -173,39 +189,45 @@ def prompt_costs(
         sample_cost(
             shape,
             tokens_per_layer=int(length),
-            projected=_tokens(adapter, (len(x.picture.pos) for x in layouts if x.row == row)),
-            grids=[grid for x in layouts if x.row == row for grid in x.picture.grids],
+            vision=_encoder_macs(shape, [(x.picture.encoded, x.picture.grids) for x in own]),
+            projected=_projected(shape, [(x.picture.projected, x.picture.grids) for x in own]),
+            grids=[grid for x in own for grid in x.picture.grids],
             dtype=dtype,
             head_rows=int(length) if adapter.heads_all else 1,
             decode_steps=max(0, new_tokens[row] - 1),
             causal=causal,
         )
         for row, length in enumerate(lengths)
+        for own in [[x for x in layouts if x.row == row]]
     ]
 
 
-def _encoded(trace: Trace, images: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Patches of each frame and window that the encoder was given; empty: of whole pictures."""
-    known = [pair for i in images if (pair := trace.encoded[i]) is not None]
-    frames = [count for own, _ in known for count in own]
-    return frames, [count for _, own in known for count in own]
+# (t, h, w) of each grid.
+_Grids = Sequence[tuple[int, int, int]]
 
 
-def _projected(
-    run: Priced, trace: Trace, images: Sequence[int], each: int | None, pictures: int
-) -> int | None:
-    """Tokens out of the projector; ``None``: those of whole grids."""
-    if each is not None:
-        return each * pictures
-    frames, _ = _encoded(trace, images)
-    if frames:
-        return sum(frames) // run.adapter.merge**2
-    return _tokens(run.adapter, (trace.num_tokens[i] for i in images))
+def _encoder_macs(
+    shape: ModelShape,
+    pictures: Iterable[tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, _Grids]],
+    counts: Sequence[tuple[int, int]] | None = None,
+) -> int:
+    """The image encoder's, of pictures by the patches that it was given, or else by their grids."""
+    macs = 0
+    whole: list[tuple[int, int, int]] = []
+    for given, grids in pictures:
+        if given is None:
+            whole += grids
+        else:
+            macs += packed_macs(shape.vision, *given)
+    return macs + vision_macs(shape.vision, whole, counts)
 
 
-def _tokens(adapter: VLMAdapter, counts: Iterable[int]) -> int | None:
-    """What comes out of the projector, where the size of a block differs by picture."""
-    return sum(counts) if adapter.merges_vary else None
+def _projected(shape: ModelShape, pictures: Iterable[tuple[int | None, _Grids]]) -> int:
+    """Tokens that leave the projector: as pictures say, or else those of their grids."""
+    return sum(
+        projected_tokens(shape.projector, grids) if told is None else told
+        for told, grids in pictures
+    )
 
 
 def vit_cost(

@@ -407,6 +407,7 @@ class Forward(Call):
             trace.grids.append(picture.grids)
             trace.placed.append(picture.placed)
             trace.encoded.append(picture.encoded)
+            trace.projected.append(picture.projected)
         trace.index = self.table.places()
         return trace
 

@@ -130,6 +130,7 @@ class PatchReduction:
             picture.alive = _kept(selection).nonzero()[:, 0]
             picture.size = torch.ones(len(picture.alive), device=picture.alive.device)
             picture.encoded = cut.frames[number], cut.windows[number]
+            picture.projected = sum(cut.frames[number]) // self.packed.merge**2
             picture.spent = selection.macs
 
     def start(self, fwd: Forward) -> Step:
