@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import visprune.core.registry
 from visprune.core.registry import Registry
 from visprune.errors import ConfigError
 
@@ -97,3 +98,23 @@ def test_other_packages_cannot_replace_a_row(plugin: Path) -> None:
     plugin.write_text("[visprune.things]\nfraction = someplugin:Mine\n")
     with pytest.raises(ConfigError, match=r"Two packages define the thing 'fraction'.*someplugin"):
         Registry("thing", TABLE, group="visprune.things").names()
+
+
+def test_installed_packages_are_read_again_only_when_they_change(
+    plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin.write_text("[visprune.test_rows]\nfirst = someplugin:Mine\n")
+    registry, calls = Registry("thing", TABLE, group="visprune.test_rows"), []
+    plain = visprune.core.registry.entry_points
+    monkeypatch.setattr(
+        "visprune.core.registry.entry_points",
+        lambda group: calls.append(group) or plain(group=group),
+    )
+    assert "first" in registry
+    assert registry.names()[-1] == "first"
+    assert len(calls) == 1
+    later = plugin.parent.with_name("otherplugin-1.0.dist-info")
+    later.mkdir()
+    (later / "METADATA").write_text("Metadata-Version: 2.1\nName: otherplugin\nVersion: 1.0\n")
+    (later / "entry_points.txt").write_text("[visprune.test_rows]\nsecond = someplugin:Mine\n")
+    assert "second" in registry  # installed while Python runs
