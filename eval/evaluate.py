@@ -71,6 +71,7 @@ def evaluate(
     prompt_style: str | None = None,
     generation: Mapping[str, Any] | None = None,
     turns: int | None = None,
+    query_aware: bool = True,
     speed: bool | Mapping[str, Any] = False,
     name: str | None = None,
     pad: bool = False,
@@ -96,6 +97,7 @@ def evaluate(
         generation: options of ``generate`` in place of greedy search.
         turns: questions about one picture that share one cache, see
             :class:`visprune.eval.study.grid.Study`.
+        query_aware: methods see the question, see :class:`visprune.eval.study.grid.Study`.
         speed: also measure latency by part: ``True``, or options of
             :class:`visprune.eval.study.grid.SpeedPlan`.
         name: what tables call the model.
@@ -128,7 +130,8 @@ def evaluate(
             "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,
             "limit": limit, "seeds": seeds, "controls": controls, "batch_size": batch_size,
             "prompt_style": prompt_style, "generation": generation or {},
-            "turns": turns, "pictures": out is not None, "speed": speed,
+            "turns": turns, "query_aware": query_aware, "pictures": out is not None,
+            "speed": speed,
         }
     )  # fmt: skip
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="visprune-eval-"))

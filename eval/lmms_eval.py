@@ -36,7 +36,6 @@ from visprune.eval.models.base import NONE, ModelEntry
 from visprune.eval.models.load_vlm import load as load_vlm
 from visprune.eval.models.vlm import VLM
 from visprune.eval.run.runner import process_number
-from visprune.machine.run import prune
 from visprune.machine.saved import read_method
 
 __all__ = ["Visprune"]
@@ -94,7 +93,7 @@ class Visprune(lmms):
             pretrained, dtype=dtype, device=wanted, attention=attn_implementation, revision=revision
         )
         self.vlm: VLM = load_vlm(spec, local)
-        self.run = None if chosen is None else prune(self.vlm.model, chosen)
+        self.run = None if chosen is None else self.vlm.attach(chosen)
         if method is None and chosen is not None and self._rank == 0:
             logger.warning(f"{pretrained} was saved with {chosen}: answers are of that method; "
                         f"method={NONE} asks the untouched model.")  # fmt: skip

@@ -21,6 +21,7 @@ class BothWaysAdapter(GenericAdapter):
     """PaliGemma: all of the prompt is seen both ways, what is generated is causal."""
 
     masks_before = True
+    continues = False  # the picture sees what is asked behind it
     answer_types: ClassVar[dict[str, int]] = {"token_type_ids": 1}
 
     @cached_property
@@ -36,6 +37,7 @@ class PooledAdapter(BothWaysAdapter):
     the embeddings of the placeholders, and some layers may have another rotary embedding.
     """
 
+    continues = True
     same_id = True
     answer_types: ClassVar[dict[str, int]] = {}
 

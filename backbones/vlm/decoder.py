@@ -37,6 +37,11 @@ class DecoderAdapter(Placeholders):
         self.layers: list[Any] = list(self.language_model.layers)
         self._check_layers()
 
+    @property
+    def continues(self) -> bool:
+        """Whether text that is put to a cache that ends with a picture is as in one prompt."""
+        return True
+
     def find_decoder(self) -> Any:
         """The decoder inside of :attr:`core`."""
         return self.core.language_model

@@ -302,6 +302,8 @@ class OvisAdapter(MarkedTilesAdapter):
     A feature is a mean of the rows of a table, by probabilities that the encoder's head gives them.
     """
 
+    continues = False  # the mark behind a picture is embedded together with it
+
     @property
     def projector(self) -> nn.Module:
         """The encoder's head."""

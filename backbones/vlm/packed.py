@@ -302,6 +302,7 @@ class GraniteAdapter(PackedAdapter):
     """
 
     starts_empty = True
+    continues = False  # its forward hands out no cache
 
     @cached_property
     def adds_later(self) -> bool:

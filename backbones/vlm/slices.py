@@ -60,6 +60,11 @@ class SlicesAdapter(GenericAdapter):
     between: ClassVar[int] = 3
     packed = MappingProxyType({"pixel_values": -1, "pixel_values_videos": -1})
 
+    @property
+    def continues(self) -> bool:
+        """Not where positions have several axes: a tiny model shows other logits."""
+        return not self.multi_axis_rope
+
     def grids_of(self, call: dict[str, Any], kind: Kind) -> list[Any] | None:
         """(t, h, w) in patches of each piece."""
         sizes = call.get("target_sizes" if kind == "image" else "target_sizes_videos")

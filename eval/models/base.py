@@ -114,8 +114,12 @@ class EvalModel(Protocol):
     def forget(self) -> None:
         """Drop what is held of pictures that were asked about."""
 
-    def no_turns(self) -> str | None:
-        """Return why several questions cannot be put to one cache; ``None``: they can."""
+    def no_turns(self, *, query_aware: bool = True) -> str | None:
+        """Return why several questions cannot be put to one cache; ``None``: they can.
+
+        Args:
+            query_aware: the cache is made with the first question in the prompt.
+        """
 
     def prompt_length(self, prompt: str) -> int:
         """Return how long a prompt is: prompts of one length are best asked together."""

@@ -25,6 +25,7 @@ __all__ = [
     "plain",
     "processor_hash",
     "structure_hash",
+    "tensors_hash",
     "transform_hash",
     "weights_hash",
 ]
@@ -163,6 +164,14 @@ def weights_hash(model: nn.Module) -> str:
         raw = flat.cpu().contiguous()
         digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
     return digest.hexdigest()[:16]
+
+
+def tensors_hash(*tensors: torch.Tensor) -> str:
+    """The same over tensors in their order."""
+    holder = nn.Module()
+    for number, tensor in enumerate(tensors):
+        holder.register_buffer(f"tensor{number}", tensor)
+    return weights_hash(holder)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

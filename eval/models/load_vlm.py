@@ -12,7 +12,7 @@ from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.eval.environment import quiet_loading
 from visprune.eval.models.base import EMBEDDED, ModelEntry, offline
 from visprune.eval.models.vlm import PLAIN, VLM
-from visprune.machine.saved import PROCESSOR_FILES, read_asked
+from visprune.machine.saved import PROCESSOR_FILES, read_asked, read_learned
 
 __all__ = ["load"]
 
@@ -38,7 +38,7 @@ def load(spec: ModelEntry, local_rank: int = 0) -> VLM:
     asked: Any = read_asked(spec.name) or {}  # a folder of this library says how it was taught
     template, style = spec.template or asked.get("template"), asked.get("style")
     return VLM(model.eval().to(device), processor, name=spec.name, template=template, style=style,
-               pad=spec.pad)  # fmt: skip
+               pad=spec.pad, learned=read_learned(spec.name))  # fmt: skip
 
 
 def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:

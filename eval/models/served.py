@@ -94,9 +94,9 @@ class Served(VLM):
             return f"{error}{f' With {choice.name},{fits} it can.' if fits else ''}"
         return None
 
-    def no_turns(self) -> str | None:
+    def no_turns(self, *, query_aware: bool = True) -> str | None:
         """The engine keeps caches of its own."""
-        return "vLLM makes the cache of each prompt itself. Leave turns out, or the engine."
+        return "vLLM makes the cache of each prompt itself. Take the engine transformers."
 
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         """Greedy, as long as the task asks for, with the penalty that the model comes with.

@@ -23,8 +23,14 @@ from visprune.eval.models.base import (
     Request,
 )
 from visprune.eval.models.held import Held
-from visprune.eval.models.identity import structure_hash, transform_hash, weights_hash
+from visprune.eval.models.identity import (
+    structure_hash,
+    tensors_hash,
+    transform_hash,
+    weights_hash,
+)
 from visprune.eval.models.kept import bits_of
+from visprune.eval.models.learned import about_learned, teach
 from visprune.eval.models.seen import describe_seen, seen_by_transform, seen_of_record
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.imagenet import ImageNet, ranking_text
@@ -125,25 +131,11 @@ class Classifier:
         """
         run = prune(self.tower, choice)
         try:
-            if run.learned is not None:
-                self._teach(run.learned, choice.name)
+            teach(run, self.learned, self.name)
         except ConfigError:
             run.remove()
             raise
         return run
-
-    def _teach(self, module: nn.Module, method: str) -> None:
-        if self.learned is None:
-            raise ConfigError(
-                f"{method} chooses by a predictor that is learned, and {self.name} comes without "
-                f"one. Train it (`visprune train`) and evaluate the folder that comes out."
-            )
-        try:
-            module.load_state_dict(dict(self.learned))
-        except RuntimeError as error:
-            raise ConfigError(f"What {self.name} has learned does not fit {method}: {error}") from (
-                error
-            )
 
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing is generated."""
@@ -157,7 +149,7 @@ class Classifier:
         """Drop what is held of pictures."""
         self._pixels.forget()
 
-    def no_turns(self) -> str | None:
+    def no_turns(self, *, query_aware: bool = True) -> str | None:
         """There is no cache."""
         return f"{self.name} is an image classifier, which has no cache."
 
@@ -271,9 +263,8 @@ class TimmClassifier(Classifier):
             int(model.num_classes),
             _labels(cfg.get("label_names"), int(model.num_classes)),
         )
-        if learned is not None:
-            self.learned = learned
-            about["learned"] = _hash(*learned.values())
+        self.learned = learned
+        about |= about_learned(learned)
 
 
 class ZeroShot(Classifier):
@@ -292,7 +283,7 @@ class ZeroShot(Classifier):
         self, model: Any, transform: Callable[[Any], Tensor], classifier: Tensor, *, name: str
     ) -> None:
         about = {
-            "classes": classifier.shape[1], "classifier": _hash(classifier),
+            "classes": classifier.shape[1], "classifier": tensors_hash(classifier),
             "transform": transform_hash(transform),
         }  # fmt: skip
         super().__init__(name, model.visual, transform, about, classifier.shape[1])
@@ -310,10 +301,3 @@ def _labels(names: Any, count: int) -> list[str] | None:
     if not names or len(names) != count or None in names:
         return None
     return [str(name) for name in names]
-
-
-def _hash(*tensors: Tensor) -> str:
-    holder = nn.Module()
-    for number, tensor in enumerate(tensors):
-        holder.register_buffer(f"tensor{number}", tensor)
-    return weights_hash(holder)

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from visprune.eval.models.base import (
 from visprune.eval.models.encodings import Encodings, image_token
 from visprune.eval.models.identity import config_hash, plain, processor_hash, weights_hash
 from visprune.eval.models.kept import kept_map
+from visprune.eval.models.learned import about_learned, teach
 from visprune.eval.models.seen import describe_seen, pad_to_square, seen_of_record
 from visprune.eval.models.turns import OneCache, no_turns
 from visprune.eval.tasks import prompts
@@ -68,6 +69,7 @@ class VLM:
         style: how questions are put; ``None``: by family.
         pad: put pictures into a square of the processor's mean colour before it prepares them, as
             LLaVA's own evaluation does.
+        learned: what the method that it is asked under has learned, by name.
     """
 
     generates = True
@@ -81,8 +83,10 @@ class VLM:
         template: str | None = None,
         style: PromptStyle | None = None,
         pad: bool = False,
+        learned: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.processor, self.template = model, processor, template
+        self.learned = learned
         # A folder's name alone: where it lies is nobody's business, and differs between machines.
         self.name = name or Path(model.config._name_or_path).name or type(model).__name__
         self.pad = pad
@@ -112,6 +116,7 @@ class VLM:
             "processor": processor_hash(self.processor),
             "generation_config": plain({k: v for k, v in config.items() if k not in _SILENT}),
             **({"pad": True} if self.pad else {}),
+            **about_learned(self.learned),
         }
 
     @property
@@ -140,13 +145,27 @@ class VLM:
             return None
         if self.adapter is None:
             return self.no_adapter
-        if choice.build_learned(self.adapter.spec) is not None:
-            return f"{choice.name} chooses by a predictor that is learned; {self.name} has none."
         try:
-            Run(self.adapter, choice).remove()
+            self.attach(choice).remove()
         except (ConfigError, UnsupportedModel) as error:
             return str(error)
         return None
+
+    def attach(self, method: PruningMethod) -> Run:
+        """Prune the model, with what the method has learned.
+
+        Raises:
+            ConfigError: the method wants something learned, and the model came without it, or with
+                something that does not fit; or the model is pruned already.
+            UnsupportedModel: the method does not act on this model.
+        """
+        run = Run(find_adapter(self.model), method)
+        try:
+            teach(run, self.learned, self.name)
+        except ConfigError:
+            run.remove()
+            raise
+        return run
 
     def _other_pixels(self, task: RefCOCO) -> str | None:
         """Why boxes in pixels would be read wrongly: the model sees another size than the task."""
@@ -180,13 +199,17 @@ class VLM:
         self._shape  # noqa: B018 - read before anything is attached to the model
 
         options = dict(generation)
-        answer = self._answer if options.pop("turns", None) is None else self._answer_in_turn
+        query_aware = options.pop("query_aware", True)
+        if options.pop("turns", None) is None and query_aware:
+            answer = self._answer
+        else:
+            answer = partial(self._answer_on_one_cache, query_aware=query_aware)
 
         def ask(run: Run | None) -> Answerer:
             return lambda requests: answer(requests, run, style, options)
 
         if isinstance(choice, PruningMethod):
-            with Run(find_adapter(self.model), choice) as run:
+            with self.attach(choice) as run:
                 yield ask(run)
         elif choice in (NONE, NO_IMAGE):
             yield ask(None)
@@ -204,9 +227,11 @@ class VLM:
         """Drop what is held of pictures."""
         self.encodings.forget()
 
-    def no_turns(self) -> str | None:
+    def no_turns(self, *, query_aware: bool = True) -> str | None:
         """Why several questions cannot be put to one cache, or ``None``."""
-        return self.no_adapter if self.adapter is None else no_turns(self.adapter)
+        if self.adapter is None:
+            return self.no_adapter
+        return no_turns(self.adapter, query_aware=query_aware)
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt, without what is put around it."""
@@ -241,20 +266,27 @@ class VLM:
         ]
 
     @torch.inference_mode()
-    def _answer_in_turn(
-        self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any]
-    ) -> list[Output]:
-        """Put questions about one picture to one cache, which the prompt of the first one makes.
+    def _answer_on_one_cache(
+        self, requests: Sequence[Request], run: Run | None, style: str, generation: dict[str, Any],
+        *, query_aware: bool,
+    ) -> list[Output]:  # fmt: skip
+        """Put questions about one picture to one cache; see :class:`OneCache`.
 
         Operations are not counted: they belong to all questions together.
+
+        Raises:
+            UnsupportedModel: they are about several pictures.
         """
         if requests[0].image is None or self.adapter is None:  # there is nothing to share
             return [self._answer([request], run, style, generation)[0] for request in requests]
+        if len({request.digest or id(request.image) for request in requests}) > 1:
+            raise UnsupportedModel("Questions share a cache where they are about one picture.")
         prepared = [self._prepared([request], run, style) for request in requests]
         inputs, layouts = prepared[0]
         with self._heard(layouts is None and run is None) as heard:
-            cache = OneCache(self.model, self.adapter, inputs)
-        costs, tokens = self._spent(run, inputs, self._places(inputs, layouts, heard), [1])
+            cache = OneCache(self.model, self.adapter, inputs, query_aware=query_aware)
+        places = self._places(inputs, layouts, heard)
+        costs, tokens = self._spent(run, cache.inputs, places, [1])
         kept = self._kept(run, 0, requests[0])
         outputs = []
         for one, _ in prepared:

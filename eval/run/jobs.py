@@ -51,10 +51,14 @@ def jobs_of(study: Study, model: EvalModel) -> list[Job]:
         if study.batch_size > 1 and described.get("dtype", "float32") != "float32":
             # In half precision sums depend on the shape of the batch, and answers on sums.
             generation["batch_size"] = study.batch_size
-        if study.turns is not None:
-            if (why := model.no_turns()) is not None:
-                raise ConfigError(f"turns={study.turns}: {why}")
-            options["turns"] = generation["turns"] = study.turns
+        shared: dict[str, Any] = {} if study.turns is None else {"turns": study.turns}
+        shared |= {} if study.query_aware else {"query_aware": False}
+        if shared:
+            if (why := model.no_turns(query_aware=study.query_aware)) is not None:
+                said = ", ".join(f"{key}={value}" for key, value in shared.items())
+                raise ConfigError(f"{said}: {why}")
+            options |= shared
+            generation |= shared
         for seed in study.seeds:
             seeded = task_at(task, seed)
             for variant in study.variants:
@@ -176,10 +180,12 @@ def _entry_key(
     """Hash of one cell of a study's grid (hex)."""
     model, parts = ({k: v for k, v in x.items() if k not in _NOT_IDENTITY} for x in (spec, method))
     asked = {**{k: v for k, v in task.items() if k != "limit"}, "seed": seed}
-    shared = {key: study[key] for key in ("prompt_style", "generation", "turns") if key in study}
+    shared = {key: study[key] for key in _SHARED if key in study}
     return hashlib.sha256(canonical([model, asked, parts, seed, shared])).hexdigest()[:16]
 
 
+# What all cells of a study have in common.
+_SHARED = ("prompt_style", "generation", "turns", "query_aware")
 # What a study may change without changing an answer.
 _NOT_IDENTITY = ("label", "control", "device")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["blocks_between", "dialogues"]
+__all__ = ["blocks_between", "by_picture", "dialogues"]
 
 
 def dialogues(pictures: Sequence[str], turns: int) -> list[list[int]]:
@@ -42,3 +42,11 @@ def blocks_between(spans: Sequence[range], pictures: Sequence[str]) -> list[rang
             found.append(range(start, end))
         start = end
     return found
+
+
+def by_picture(pictures: Sequence[str]) -> list[list[int]]:
+    """Return the places of samples that are about one picture, together."""
+    found: dict[str, list[int]] = {}
+    for place, picture in enumerate(pictures):
+        found.setdefault(picture, []).append(place)
+    return list(found.values())

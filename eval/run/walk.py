@@ -30,7 +30,7 @@ from visprune.eval.run.ask import Asker
 from visprune.eval.run.claims import Claims, Done, asked_hash, lock_of, own_first
 from visprune.eval.run.jobs import Job
 from visprune.eval.run.progress import Silent
-from visprune.eval.run.turns import blocks_between, dialogues
+from visprune.eval.run.turns import blocks_between, by_picture, dialogues
 from visprune.eval.study.grid import Study
 from visprune.eval.tasks.base import Sample, SampleError
 
@@ -154,8 +154,9 @@ class _Walk:
         self.desk, self.model, self.jobs, self.samples = desk, model, list(jobs), samples
         self.album = Album(desk.folder if desk.study.pictures else None, tell.picture)
         self.tell = tell.records
-        self.turns = desk.study.turns
-        self.pictures = [] if self.turns is None else [x.cluster or x.id for x in samples]
+        self.turns, self.query_aware = desk.study.turns, desk.study.query_aware
+        apart = self.turns is None and self.query_aware
+        self.pictures = [] if apart else [sample.cluster or sample.id for sample in samples]
         self.encodings = {job.cell.id: self._encoding(job) for job in jobs}
 
     def _encoding(self, job: Job) -> Hashable:
@@ -204,6 +205,8 @@ class _Walk:
 
     def _batches(self, job: Job, block: Sequence[Sample], span: range) -> list[list[int]]:
         """Places in a block that are asked together: about the same length, or on one cache."""
+        if not self.query_aware:
+            return by_picture(self.pictures[span.start : span.stop])
         if self.turns is None:
             lengths = [self._length(job, sample) for sample in block]
             return batches_of(lengths, self.desk.study.batch_size)

@@ -25,7 +25,7 @@ from visprune.eval.show.kept import KeptMap, kept_of, mosaic, paint, place, seen
 from visprune.eval.tasks.base import Sample
 from visprune.machine.find import find_adapter
 from visprune.machine.plan import inside_only
-from visprune.machine.run import Run, prune
+from visprune.machine.run import Run
 
 __all__ = ["open_picture", "show"]
 
@@ -71,14 +71,14 @@ def show(
     chosen = _method(method, num_keep)
     vlm = _loaded(model, pad)
     loaded, processor = vlm.model, vlm.processor
-    prune(loaded, chosen).remove()  # a refusal comes before the first answer
+    vlm.attach(chosen).remove()  # a refusal comes before the first answer
     own_notes = _unseen(vlm, image)
     if model is None or model == EMBEDDED:
         own_notes += _unknown_words(processor, question)
     # "chat": the model's own template, or that of the folder, in place of a benchmark's.
     inputs = vlm.inputs([Request(Sample("0", question, lambda: image), question, image)], "chat")
     unpruned = _answer(loaded, processor, inputs, max_new_tokens)
-    with prune(loaded, chosen) as run:
+    with vlm.attach(chosen) as run:
         answer = _answer(loaded, processor, inputs, max_new_tokens)
     kept = kept_of(run.trace)
     notes = _notes(run, chosen, kept) + own_notes

@@ -72,6 +72,8 @@ class Study:
         turns: questions about one picture that share one cache: it is made by the prompt of the
             first, and each of them, the first too, is then put to it as if it were the only one.
             ``None``: every question is a prompt of its own.
+        query_aware: methods see the question. If not, the prompt up to the end of the picture is
+            read first, and its cache cut; all questions about the picture go on from copies of it.
         pictures: keep a small copy of every picture for the report.
         speed: how latency is measured; ``None``: not.
         published: numbers to compare with: ``source``, ``note``, ``rows``.
@@ -92,6 +94,7 @@ class Study:
     prompt_style: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     turns: int | None = None
+    query_aware: bool = True
     pictures: bool = True
     speed: SpeedPlan | None = None
     published: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +114,12 @@ class Study:
             check_style(self.prompt_style)
         if self.turns is not None and (type(self.turns) is not int or self.turns < 1):
             raise ConfigError(f"turns is a whole number of at least 1, got {self.turns!r}.")
+        if self.turns is not None and not self.query_aware:
+            raise ConfigError(
+                "turns puts questions to the cache of the first one's prompt, which a method then "
+                "has seen; with query_aware=false it sees none, and every question of a picture is "
+                "put to one cache anyway. Leave one of the two out."
+            )
         self._check_repetition()
         served = next((model.name for model in self.models if model.engine == "vllm"), None)
         if self.speed is not None and served is not None:
@@ -152,6 +161,7 @@ class Study:
             "prompt_style": self.prompt_style,
             "generation": dict(self.generation),
             **({} if self.turns is None else {"turns": self.turns}),
+            **({} if self.query_aware else {"query_aware": False}),
             "pictures": self.pictures,
             "speed": None if self.speed is None else dataclasses.asdict(self.speed),
             "published": dict(self.published),
@@ -231,7 +241,8 @@ def build_study(raw: Mapping[str, Any]) -> Study:
 _IN_FLIGHT = 64  # questions that an engine is given at once, which batches them itself
 
 # Options that are fields of a study as they are.
-_PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "turns", "pictures")
+_PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "turns",
+          "query_aware", "pictures")  # fmt: skip
 
 
 def _check_generation(options: Mapping[str, Any]) -> None:

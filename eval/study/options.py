@@ -152,6 +152,16 @@ class Options:
             )
         ),
     )
+    query_aware: bool = field(
+        default=True,
+        metadata=_flags(
+            query_aware=_flag(
+                bool,
+                "Methods see the question; without, they cut a cache that ends with the picture.",
+                show_default="query-aware",
+            )
+        ),
+    )
     pictures: bool = field(
         default=True,
         metadata=_flags(

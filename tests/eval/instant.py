@@ -106,7 +106,7 @@ class Instant:
     def forget(self) -> None:
         self.forgot += 1
 
-    def no_turns(self) -> str | None:
+    def no_turns(self, *, query_aware: bool = True) -> str | None:
         return None
 
     def prompt_length(self, prompt: str) -> int:

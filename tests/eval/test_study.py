@@ -345,6 +345,7 @@ def test_every_flag_reaches_its_key() -> None:
         "seed": [1], "batch_size": 4, "controls": False, "speed": True, "device": "cpu",
         "attention": "eager", "prompt_style": "plain", "max_new_tokens": 5, "pictures": False,
         "pad": True, "engine": "vllm", "engine_option": ["seed=1"], "turns": 3,
+        "query_aware": False,
     }  # fmt: skip
     assert set(given) == set(FLAGS)
     options = {"dtype": "float32", "device": "cpu", "attention": "eager", "pad": True,
@@ -356,7 +357,7 @@ def test_every_flag_reaches_its_key() -> None:
         "budgets": [8, 0.5, {"num_keep_per_frame": 2}], "limit": 3,
         "seeds": [1], "batch_size": 4, "controls": False,
         "speed": True, "prompt_style": "plain", "generation": {"max_new_tokens": 5},
-        "pictures": False, "turns": 3,
+        "pictures": False, "turns": 3, "query_aware": False,
     }  # fmt: skip
 
 

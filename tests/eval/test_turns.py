@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.eval.instant import Instant, instant_study, loader
 from tests.eval.small import small_embedded
 from visprune.backbones.vlm import embedded
 from visprune.catalog import get_method
-from visprune.errors import ConfigError
+from visprune.errors import ConfigError, UnsupportedModel
 from visprune.eval.models.base import NONE, Request
 from visprune.eval.models.vit import TimmClassifier
 from visprune.eval.models.vlm import VLM
@@ -23,6 +25,7 @@ from visprune.eval.run.runner import run_study
 from visprune.eval.run.turns import blocks_between, dialogues
 from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.embedded.task import EmbeddedTask
+from visprune.machine.run import prune
 
 
 def test_dialogues_are_of_one_picture_and_every_place_comes_in_every_turn() -> None:
@@ -80,7 +83,7 @@ def test_a_dialogue_that_fails_is_not_asked_one_by_one(tmp_path: Path) -> None:
 
 def test_who_takes_no_turns_says_why(tmp_path: Path) -> None:
     class Refusing(Instant):
-        def no_turns(self) -> str | None:
+        def no_turns(self, *, query_aware: bool = True) -> str | None:
             return "It forgets."
 
     with pytest.raises(ConfigError, match="turns=2: It forgets"):
@@ -174,3 +177,88 @@ def test_a_later_question_is_put_to_what_the_first_one_kept(
     assert three[2].kv_bytes == first[0].kv_bytes
     whole = answers(vlm, NONE, requests[:1], 1)
     assert three[0].kv_bytes < whole[0].kv_bytes
+
+
+# Questions that no method has seen: the cache is cut when it ends with the picture.
+
+
+def test_the_runner_asks_about_a_picture_together_where_methods_see_no_question(
+    tmp_path: Path,
+) -> None:
+    model = Instant()
+    folder = run_study(instant_study(query_aware=False, limit=7), tmp_path, loader=loader(model))
+    assert model.asked == [["0/0", "0/1", "0/2"], ["0/3", "0/4", "0/5"], ["0/6"]]
+    (cell,) = folder.cells().values()
+    assert cell.generation["query_aware"] is False
+    assert "turn" not in folder.records()[0].meta
+    # One that fails is asked alone: answers do not depend on what else is asked.
+    model = Instant(failing=(1,))
+    study = instant_study(query_aware=False, limit=3)
+    folder = run_study(study, tmp_path / "failing", loader=loader(model))
+    assert model.asked == [["0/0", "0/1", "0/2"], ["0/0"], ["0/1"], ["0/2"]]
+    assert [record.error is not None for record in folder.records()] == [False, True, False]
+
+
+def test_turns_and_no_question_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="Leave one of the two out"):
+        build_study({"models": "embedded", "tasks": "embedded", "turns": 2, "query_aware": False})
+
+
+def unseen(vlm: VLM, choice: Any, asked: list[Request]) -> list[Any]:
+    task = EmbeddedTask(limit=6)
+    options = {**vlm.generation(task, {}), "query_aware": False}
+    with vlm.answering(choice, task, "plain", options) as answer:
+        return list(answer(asked))
+
+
+@torch.no_grad()
+def by_hand(vlm: VLM, method: Any, asked: list[Request]) -> list[str]:
+    """Read up to the end of the picture once, and let every question go on from a copy."""
+    found = []
+    with prune(vlm.model, method):
+        for request in asked:
+            inputs = vlm.inputs([request], "plain")
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            end = int((ids[0] == vlm.model.config.image_token_id).nonzero()[-1]) + 1
+            first = {"input_ids": ids[:, :end], "attention_mask": mask[:, :end]}
+            cache = vlm.model(
+                **first, pixel_values=inputs["pixel_values"], use_cache=True
+            ).past_key_values
+            out = vlm.model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2,
+                do_sample=False,
+            )  # fmt: skip
+            found.append(vlm.processor.tokenizer.decode(out[0, ids.shape[1] :], True).strip())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("knorm", {"num_keep": 40}), ("adakv", {"keep_ratio": 0.1}), ("visionzip", {"num_keep": 16}),
+     ("streaming_llm", {"num_keep": 32}), ("kvquant", {"bits": 2})],
+)  # fmt: skip
+def test_a_cache_that_no_question_was_in_when_it_was_cut(
+    name: str, params: dict[str, Any], vlm: VLM, requests: list[Request]
+) -> None:
+    method = get_method(name, **params)
+    outputs = unseen(vlm, method, requests)
+    assert texts(outputs) == by_hand(vlm, method, requests)
+    # In another order, and alone: what was asked before leaves no trace.
+    assert texts(unseen(vlm, method, requests[::-1])) == texts(outputs)[::-1]
+    assert texts(unseen(vlm, method, requests[2:3])) == texts(outputs)[2:3]
+
+
+def test_with_all_slots_it_makes_no_difference_where_the_prompt_was_cut(
+    vlm: VLM, requests: list[Request]
+) -> None:
+    plain = [answers(vlm, NONE, [request], None)[0] for request in requests]
+    outputs = unseen(vlm, NONE, requests)
+    assert texts(outputs) == texts(plain)
+    assert {one.tokens for one in outputs} == {576.0}
+    assert outputs[0].kv_bytes < plain[0].kv_bytes  # of the picture and what stands before it
+
+
+def test_questions_about_two_pictures_share_no_cache(vlm: VLM, requests: list[Request]) -> None:
+    other = dataclasses.replace(requests[1], digest="another")
+    with pytest.raises(UnsupportedModel, match="one picture"):
+        unseen(vlm, NONE, [requests[0], other])

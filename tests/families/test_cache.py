@@ -20,6 +20,7 @@ from tests.families.test_contract import GENERATE, batch
 from visprune.backbones.hf.cache import cache_of
 from visprune.core.cache import CacheTrace
 from visprune.errors import UnsupportedModel
+from visprune.eval.models.turns import OneCache, no_turns
 from visprune.machine.find import find_adapter
 
 ALL_WINDOWS = ("idefics2_sliding",)
@@ -145,3 +146,29 @@ def _each(entry: Any, name: str) -> list[Tensor]:
     found = list(states.values()) if isinstance(states, dict) else states
     found = found if isinstance(found, list | tuple) else [found]
     return [state for state in found if state is not None]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "qwen3_5", "internvl", "ernie4_5_vl_moe"])
+@torch.no_grad()
+def test_a_question_goes_on_from_a_copy_of_the_cache_of_its_picture(family: str) -> None:
+    """Positions on several axes, windows and recurrent layers too, as in one prompt."""
+    model, inputs = tiny.build(family), tiny.inputs(family, [[3, "a", 6]])
+    adapter = find_adapter(model)
+    assert no_turns(adapter, query_aware=False) is None
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    cache = OneCache(model, adapter, inputs, query_aware=False)
+    assert cache.inputs["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+    seen: list[torch.Tensor] = []
+    hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
+    whole = model.generate(**inputs, **greedy)[0, inputs["input_ids"].shape[1] :]
+    count = len(seen)
+    assert torch.equal(cache.ask(inputs, greedy), whole)
+    hook.remove()
+    torch.testing.assert_close(torch.cat(seen[count:]), torch.cat(seen[:count]))
+
+
+@pytest.mark.parametrize("family", ["paligemma", "ovis2", "granite4_vision", "minicpmv4_7"])
+def test_families_whose_questions_belong_to_the_whole_prompt(family: str) -> None:
+    adapter = find_adapter(tiny.build(family))
+    for query_aware in (True, False):
+        assert "than of a whole prompt" in str(no_turns(adapter, query_aware=query_aware))

@@ -16,6 +16,8 @@ from tests import tiny
 from tests.contract.cases import batch, places
 from visprune.core.method import ModelSpec
 from visprune.errors import ConfigError, UnsupportedModel
+from visprune.eval.models.load import load_model
+from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.methods.learned import HeadScorer, Learned
 from visprune.train.start import TASKS, train
 
@@ -91,7 +93,19 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
     stored = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert set(stored["score"]) == {"dense", "dense_tuned", "pruned", "pruned_tuned"}
-    _, run = visprune.load_pretrained(tmp_path / "weights")
+    # The folder is evaluated with what was learned, to the same score.
+    folder = str(tmp_path / "weights")
+    asked = visprune.evaluate(
+        folder, tasks={"task": "embedded", "limit": 14}, controls=False, query_aware=False,
+        progress=False,
+    )  # fmt: skip
+    assert [row["score"] for row in asked.rows] == [result["score"]["pruned_tuned"]]
+    vlm = load_model(folder)
+    other = Learned(num_keep=9, hidden=3)
+    assert "does not fit learned" in str(vlm.refusal(other, EmbeddedTask()))
+    own = Learned(num_keep=9, learned=nn.ModuleList([nn.ModuleList([ByNorm() for _ in range(8)])]))
+    assert "modules of its own" in str(vlm.refusal(own, EmbeddedTask()))
+    _, run = visprune.load_pretrained(folder)
     assert run is not None
     assert run.method == Learned(num_keep=24)
     assert any(bool(p.any()) for name, p in run.learned.named_parameters() if "bias" in name)

@@ -28,10 +28,9 @@ from visprune.machine.run import prune
 from visprune.machine.saved import save_pretrained
 from visprune.methods.learned import Learned
 from visprune.train.sections import build_section
-from visprune.train.vlm.ahead import score_after
 from visprune.train.vlm.questions import Collator, Questions
 from visprune.train.vlm.recipe import MethodSection, TaskSection
-from visprune.train.vlm.scores import summary
+from visprune.train.vlm.scores import score, summary
 
 __all__ = ["ScorerRecipe", "train"]
 
@@ -110,10 +109,10 @@ def train(
     The networks see keys and values alone, and learn the share of the attention that the text
     behind a picture gives to each of its slots: the mean over that text and over the query heads of
     a key head, the divergence of the two distributions as the loss. Scored on the same test
-    questions, none of which a cache has seen when it is cut (:func:`score_after`): all slots, new
-    networks, trained networks, with paired intervals. ``OUT/weights`` is
-    the model with method and networks (:func:`visprune.load_pretrained`), ``OUT/result.json`` the
-    numbers.
+    questions, none of which a cache has seen when it is cut (``query_aware=False`` of
+    :class:`visprune.eval.study.grid.Study`): all slots, new networks, trained networks, with paired
+    intervals. ``OUT/weights`` is the model with method and networks
+    (:func:`visprune.load_pretrained`, ``visprune eval``), ``OUT/result.json`` the numbers.
 
     Args:
         raw: Content of the recipe's YAML, overrides applied.
@@ -135,19 +134,22 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     questions = Questions(get_task(recipe.train.task, **recipe.train.options))
-    test = get_task(recipe.test.task, **recipe.test.options)
+    get_task(recipe.test.task, **recipe.test.options)  # refused before anything is loaded
     Path(out).mkdir(parents=True, exist_ok=True)
     vlm = load(ModelEntry(recipe.model, dtype=recipe.dtype, device=recipe.device))
     torch.manual_seed(recipe.seed)
     made = method.build_learned(find_adapter(vlm.model).spec)
-    method = replace(method, learned=made)
-    scores = {"dense": score_after(vlm, None, test), "pruned": score_after(vlm, method, test)}
+    vlm.learned = made.state_dict()
+    scores = score(vlm, method, recipe.test, query_aware=False)
+    taught = replace(method, learned=made)
     begin = time.monotonic()
-    losses = _fit(vlm, method, questions, recipe)
+    losses = _fit(vlm, taught, questions, recipe)
     seconds = time.monotonic() - begin
-    scores |= {"dense_tuned": scores["dense"], "pruned_tuned": score_after(vlm, method, test)}
+    vlm.learned = made.state_dict()
+    after = score(vlm, method, recipe.test, query_aware=False, dense=False)
+    scores |= {"dense_tuned": scores["dense"], "pruned_tuned": after["pruned"]}
     asked = {"style": vlm.style, "template": vlm.template}
-    with prune(vlm.model, method) as run:
+    with prune(vlm.model, taught) as run:
         weights = save_pretrained(run, Path(out) / "weights", processor=vlm.processor, asked=asked)
     result = {**summary(scores, recipe), "losses": losses, "train_seconds": round(seconds, 1)}
     result |= {"weights": str(weights), "environment": describe(), "recipe": asdict(recipe)}

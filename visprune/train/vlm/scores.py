@@ -17,7 +17,7 @@ from visprune.eval.run.runner import run_study
 from visprune.eval.stats import PairedDifference, paired_bootstrap
 from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.base import get_task
-from visprune.train.vlm.recipe import TaskSection, VLMRecipe
+from visprune.train.vlm.recipe import TaskSection
 
 __all__ = ["score", "summary"]
 
@@ -29,19 +29,26 @@ class Tested(Protocol):
     test: TaskSection
 
 
-def score(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str, list[float]]:
+def score(
+    vlm: VLM, method: PruningMethod | None, test: TaskSection, *, batch_size: int = 1,
+    query_aware: bool = True, dense: bool = True,
+) -> dict[str, list[float]]:  # fmt: skip
     """Score of every test question, in order: ``dense`` of all tokens, ``pruned`` of the method.
 
     Args:
-        vlm: The model.
+        vlm: The model, with what the method has learned.
         method: Also scored, if given.
-        recipe: Names the questions.
+        test: The questions.
+        batch_size: Questions that are asked together.
+        query_aware: Whether the method has seen the question
+            (:class:`visprune.eval.study.grid.Study`).
+        dense: Also ask with all tokens.
 
     Raises:
-        ConfigError: The task's references are not public.
+        ConfigError: The task's references are not public, or the method does not act on the model.
         VispruneError: A question could not be asked.
     """
-    task = get_task(recipe.test.task, **recipe.test.options)
+    task = get_task(test.task, **test.options)
     if not task.scored:
         raise ConfigError(
             f"test: the references of {task.name} are not public, so nothing can be scored. Name a "
@@ -49,9 +56,9 @@ def score(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str
         )
     study = build_study(
         {
-            "models": [ModelEntry(vlm.name)], "tasks": [task], "controls": [NONE],
-            "methods": [] if method is None else [method], "batch_size": recipe.score_batch,
-            "pictures": False,
+            "models": [ModelEntry(vlm.name)], "tasks": [task], "controls": [NONE] * dense,
+            "methods": [] if method is None else [method], "batch_size": batch_size,
+            "query_aware": query_aware, "pictures": False,
         }
     )  # fmt: skip
     vlm.model.eval()
@@ -61,6 +68,9 @@ def score(vlm: VLM, method: PruningMethod | None, recipe: VLMRecipe) -> dict[str
         if failures is not None:
             raise VispruneError(f"The test questions cannot be scored. {failures.text}")
         cells = results.cells()
+        refused = [cell.refused for cell in cells.values() if cell.refused is not None]
+        if refused:
+            raise ConfigError(f"The test questions cannot be scored. {refused[0]}")
         found: dict[str, dict[str, float]] = {"dense": {}, "pruned": {}}
         for record in results.records():
             arm = "dense" if cells[record.cell].method["method"] == NONE else "pruned"

@@ -70,7 +70,7 @@ def train(
     get_task(recipe.test.task, **recipe.test.options)  # refused before anything is loaded
     arguments = _arguments(recipe, out)
     vlm = _load(recipe)
-    scores = score(vlm, method, recipe)
+    scores = score(vlm, method, recipe.test, batch_size=recipe.score_batch)
     model = prepared(vlm, questions, recipe)
     collator = _collator(model, vlm, questions, recipe)
     with _in_force(model, method):
@@ -79,7 +79,8 @@ def train(
         replace_files(out / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
     vlm.model = model.eval()
-    scores |= {f"{name}_tuned": of for name, of in score(vlm, method, recipe).items()}
+    after = score(vlm, method, recipe.test, batch_size=recipe.score_batch)
+    scores |= {f"{name}_tuned": of for name, of in after.items()}
     asked = {"style": vlm.style, "template": vlm.template}
     with _in_force(vlm.model, method) as run:
         weights = save_pretrained(
