@@ -78,7 +78,13 @@ def test_what_does_not_fit_says_why() -> None:
     assert "inside the decoder" in str(why["fastv"])
     assert "inside the image encoder" in str(why["tome"])
     assert "without a text" in str(why["cdpruner"])
+    for name in ("snapkv", "streaming_llm", "kvquant"):
+        assert "a server's cache is the server's own" in str(why[name])
     assert fitting(LLAVA, NONE)["divprune"] is None
+    with pytest.raises(visprune.UnsupportedModel, match=r"a server prunes by one.*can: todre, "):
+        asked({"visprune": "divprune+fastv", "visprune_num_keep": 8})
+    with pytest.raises(visprune.ConfigError, match="Did you mean 'divprune'"):
+        asked({"visprune": "divprun+fastv", "visprune_num_keep": 8})
 
 
 @pytest.mark.parametrize("method", ["todre", "divprune", "pool", "uniform", "random"])

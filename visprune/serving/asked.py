@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from visprune.catalog import get_method, list_methods, methods
+from visprune.catalog import check_method, get_method, list_methods, methods
 from visprune.core.budget import Budget, Stage
 from visprune.core.method import ModelSpec, PruningMethod
 from visprune.core.numeric import is_number, is_whole
@@ -177,6 +177,10 @@ def fitting(spec: ModelSpec, shows: frozenset[str]) -> dict[str, str | None]:
     return found
 
 
+def _fits(spec: ModelSpec, shows: frozenset[str]) -> list[str]:
+    return [name for name, why in fitting(spec, shows).items() if why is None]
+
+
 def why_not(method: PruningMethod, spec: ModelSpec, shows: frozenset[str]) -> str | None:
     """Return why a server cannot prune by a method, ``None``: it can."""
     try:
@@ -206,6 +210,11 @@ def _stage(
         return (
             "it acts inside the decoder, and a block of a server's cache holds the same tokens for "
             "all layers"
+        )
+    if kind == "cache":
+        return (
+            "it acts on stored keys and values, and a server's cache is the server's own: a block "
+            "of it holds the same tokens for all layers"
         )
     if kind != "projector":
         return _INSIDE
@@ -271,14 +280,19 @@ def _built(settings: str, spec: ModelSpec, shows: frozenset[str], strict: bool) 
     double = sorted(set(budget) & set(params))
     if double:
         raise ConfigError(f"visprune_{double[0]} and visprune_params both give {double[0]}.")
+    if "+" in name:
+        check_method(name)
+        raise UnsupportedModel(
+            f"{name} is several methods, one after another, and a server prunes by one. Methods "
+            f"that can: {', '.join(_fits(spec, shows))}."
+        )
     strictly = {"strict": True} if strict and num_keep is not None else {}
     served = {**methods.get(name).served}
     method = get_method(name, **{**strictly, **served, **params, **budget})
     reason = why_not(method, spec, shows)
     if reason is not None:
-        fits = [other for other, why in fitting(spec, shows).items() if why is None]
         raise UnsupportedModel(
             f"{name} cannot prune {spec.family} in a server: {reason}. Methods that can: "
-            f"{', '.join(fits)}."
+            f"{', '.join(_fits(spec, shows))}."
         )
     return Asked(method, json.dumps([__version__, method.to_dict()], sort_keys=True, default=repr))
