@@ -79,8 +79,9 @@ def test_the_promise_is_a_short_prompt_and_what_a_picture_costs() -> None:
     assert found["requests_per_s"] == pytest.approx(8 / 6.5)
     assert found["ttft_ms"] == pytest.approx(100.0)
     assert found["speedup"] == pytest.approx(2.25)  # 10 / 5 and 20 / 8
-    assert found["promised"] == pytest.approx(2.5)  # 10 / (2 + 2) and 20 / (4 + 4)
-    assert found["share"] == pytest.approx(0.9)  # 4 / 5 and 8 / 8
+    # Pictures cost 2 and 4, so 3: the promise is 2 + 3 and 4 + 3.
+    assert found["promised"] == pytest.approx((10 / 5 + 20 / 7) / 2)
+    assert found["share"] == pytest.approx((5 / 5 + 7 / 8) / 2)
     assert row(DENSE, 4, 8, Timings(seconds), answers)["share"] is None
 
 

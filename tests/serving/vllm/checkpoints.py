@@ -19,6 +19,8 @@ from transformers import (
     InternVLProcessor,
     InternVLVideoProcessor,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
@@ -28,6 +30,9 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -196,6 +201,21 @@ def _internvl() -> tuple[Any, Any]:
     return InternVLForConditionalGeneration(config), processor
 
 
+def _pixtral() -> tuple[Any, Any]:
+    vision = PixtralVisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                 num_attention_heads=2, image_size=112, patch_size=14)  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**_text()), image_token_index=10,
+        vision_feature_select_strategy="full", vision_feature_layer=-1, tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = PixtralProcessor(
+        PixtralImageProcessor(size={"longest_edge": 112}, patch_size=14), _tokenizer(),
+        patch_size=14, image_token="<img>", image_break_token="</img>", image_end_token="<image>",
+        chat_template="{{ messages }}",
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config), processor
+
+
 _BUILDERS = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -203,6 +223,7 @@ _BUILDERS = {
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
+    "pixtral": _pixtral,
 }
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines in processes of their own, which find the plug-in as a server's do."""
+"""Engines that tests share, which find the plug-in as a server's do.
+
+They live in this process; the server, the benchmark and studies have theirs in processes of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +45,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def options(family: str) -> dict[str, Any]:
     """How engines of a family are started."""
+    # One engine for all that ask LLaVA: by the encoder's cache alone, three whole pictures a call.
+    more = {"enable_prefix_caching": False, "max_num_batched_tokens": 1800}
     limits = {"image": 3} if family in ("llava", "llava_next") else {"image": 3, "video": 1}
     return {
         "dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8,
         "limit_mm_per_prompt": limits, "disable_log_stats": True, "block_size": 32,
+        **(more if family == "llava" else {}),
     }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def engines(folders: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     """An engine for a family, started once; the few that were asked for last live."""
-    from vllm import LLM
+    from vllm import LLM, envs
 
     alive: dict[str, Any] = {}
 
@@ -67,7 +74,11 @@ def engines(folders: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
         else:
             if len(alive) == ENGINES:
                 end(next(iter(alive)))
-            alive[name] = LLM(**given)
+            # In this process: on a CPU each of the two that vLLM would start imports it anew.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+                alive[name] = LLM(**given)
+            envs.disable_envs_cache()  # which would hold on to that setting
         return alive[name]
 
     yield start

@@ -43,23 +43,47 @@ def test_a_request_again_encodes_nothing_and_other_settings_are_other_pictures(
     engines: Callable[..., Any],
 ) -> None:
     """By the encoder's cache alone: no prefix of a prompt is kept."""
-    engine, own = engines("llava", enable_prefix_caching=False), [picture(200, 200)]
-    assert engine.apply_model(encoded) == [0]
+    engine, own = engines("llava"), [picture(200, 201)]
+    (before,) = engine.apply_model(encoded)
     requests = [request("llava", own, one) for one in SETTINGS]
     first = asked(engine, *requests)
     assert [length for length, _ in first] == [585, 41, 42, 41, 41]
-    assert engine.apply_model(encoded) == [len(SETTINGS)]
+    assert engine.apply_model(encoded) == [before + len(SETTINGS)]
     assert asked(engine, *requests[::-1]) == first[::-1]
     # Equal settings in other words: a parameter's own default.
     same = {**A, "visprune_params": {"objective": "k_center", "stage2": False}}
     assert asked(engine, request("llava", own, same)) == [first[1]]
-    assert engine.apply_model(encoded) == [len(SETTINGS)]
+    assert engine.apply_model(encoded) == [before + len(SETTINGS)]
+
+
+def encoder_calls(model: Any) -> list[int]:
+    """Pictures in each call of a worker's encoder since this was called first."""
+    if not hasattr(model, "encoder_calls"):
+        model.encoder_calls = []
+        model.vision_tower.register_forward_pre_hook(
+            lambda module, args: model.encoder_calls.append(len(args[0]))
+        )
+    return list(model.encoder_calls)
+
+
+def test_pruned_pictures_are_encoded_as_many_at_once_as_whole_ones(
+    engines: Callable[..., Any],
+) -> None:
+    """Memory was measured for those; by their placeholders all of them would fit into a call."""
+    engine = engines("llava")  # 1,800 tokens a call, 576 a picture
+    before = len(engine.apply_model(encoder_calls)[0])
+    few = {"visprune": "uniform", "visprune_num_keep": 8}
+    requests = [request("llava", [picture(112, 112, n)], few) for n in range(5)]
+    first = asked(engine, *requests)
+    assert engine.apply_model(encoder_calls)[0][before:] == [3, 2]
+    assert asked(engine, *requests) == first
+    assert len(engine.apply_model(encoder_calls)[0]) == before + 2
 
 
 def test_a_clients_own_id_is_one_picture_for_each_of_its_settings(
     engines: Callable[..., Any],
 ) -> None:
-    engine, own = engines("llava", enable_prefix_caching=False), [picture(200, 200)]
+    engine, own = engines("llava"), [picture(200, 200)]
     named = [{**request("llava", own, one), "multi_modal_uuids": {"image": ["mine"]}}
              for one in SETTINGS]  # fmt: skip
     before = engine.apply_model(encoded)[0]
@@ -82,7 +106,7 @@ def test_another_version_is_another_picture(
     engines: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hash that every cache goes by, outside of this process too."""
-    engine, own = engines("llava", enable_prefix_caching=False), [picture(200, 200)]
+    engine, own = engines("llava"), [picture(200, 200)]
 
     def hashed(settings: dict[str, Any]) -> str:
         processor = engine.llm_engine.renderer.get_mm_processor()

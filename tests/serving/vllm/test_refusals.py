@@ -5,14 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from vllm.multimodal.processing import ProcessorInputs
+from vllm.multimodal.processing.context import TimingContext
 
 import visprune
 from tests.serving.vllm.asking import TOKENS, Clip, Transformers, picture, request, sampling
+from tests.serving.vllm.checkpoints import build
 from visprune.backbones.vlm import embedded
+from visprune.serving.vllm.internvl import InternVL
+from visprune.serving.vllm.llava import Llava, LlavaNext
+from visprune.serving.vllm.onevision import OneVision
+from visprune.serving.vllm.qwen import Qwen2VL, Qwen3VL, Qwen25VL
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing left": ({"visprune": "todre", "visprune_num_keep": 0}, "at least 1, got 0"),
@@ -33,6 +42,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a stage there": (
         {"visprune": "todre", "visprune_num_keep": 8, "visprune_params": {"stage2": True}},
         "acts inside the decoder"),
+    "the cache": (
+        {"visprune": "snapkv", "visprune_num_keep": 8}, "a server's cache is the server's own"),
+    "two methods": (
+        {"visprune": "divprune+random", "visprune_num_keep": 8}, "a server prunes by one"),
     "the encoder": ({"visprune": "tome", "visprune_params": {"r": 2}}, "inside the image encoder"),
     "the text": ({"visprune": "cdpruner", "visprune_num_keep": 8}, "without a text"),
     "gaps in a line": (
@@ -44,8 +57,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_each_is_a_sentence_and_the_engine_answers_after_it(engines: Callable[..., Any]) -> None:
     engine, own = engines("llava"), [picture(200, 200)]
     for settings, words in BAD.values():
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=words) as said:
             engine.generate([request("llava", own, settings)], sampling(), use_tqdm=False)
+        if "cannot prune" in str(said.value):
+            assert "Methods that can: todre, divprune, " in str(said.value)
     good = {"visprune": "todre", "visprune_num_keep": 8}
     output = engine.generate([request("llava", own, good)], sampling(), use_tqdm=False)
     assert len(output[0].prompt_token_ids) == 585 - 576 + 8
@@ -116,3 +131,55 @@ def test_a_default_that_cannot_be_served_does_not_start(
         visprune.save_pretrained(run, tmp_path / "saved", processor=processor)
     with pytest.raises(ValueError, match="fastv cannot prune llava in a server: it acts inside"):
         engines("llava", model=tmp_path / "saved")
+
+
+def processor(folder: Path, **more: Any) -> Any:
+    """What prepares the prompts of a server, which this does not start."""
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return MULTIMODAL_REGISTRY.create_processor(
+        ModelConfig(model=str(folder), dtype="float32", **more)
+    )
+
+
+def test_pictures_that_come_as_features_are_not_pruned(folders: Callable[[str], Path]) -> None:
+    """Of which it is not known which is where; without settings they are vLLM's own matter."""
+    made = processor(folders("llava"), enable_mm_embeds=True)
+    items = made.info.parse_mm_data({"image": torch.zeros(1, 576, 128)})
+    own = {"visprune": "divprune", "visprune_num_keep": 8}
+    with pytest.raises(ValueError, match=r"an image that comes as embeddings.*Send the image"):
+        made.apply(ProcessorInputs([4], items, hf_processor_mm_kwargs=own), TimingContext())
+    found = made.apply(ProcessorInputs([4], items), TimingContext())
+    assert len(found["prompt_token_ids"]) == 576
+
+
+def test_pixtral_is_served_as_it_is(tmp_path: Path) -> None:
+    """By the same class of vLLM's as LLaVA; settings are refused, at the start and of a request."""
+    folder = build("pixtral", tmp_path / "model")
+    own = {"visprune": "divprune", "visprune_keep_ratio": 0.5}
+    with pytest.raises(ValueError, match="its pictures have tokens between their rows"):
+        processor(folder, mm_processor_kwargs=own)
+    made = processor(folder)
+    items = made.info.parse_mm_data({"image": [picture(56, 84)]})
+    with pytest.raises(ValueError, match="its pictures have tokens between their rows"):
+        made.apply(ProcessorInputs([10], items, hf_processor_mm_kwargs=own), TimingContext())
+    found = made.apply(ProcessorInputs([10], items), TimingContext())
+    assert len(found["prompt_token_ids"]) == 6 * (4 + 1)
+
+
+def test_what_a_worker_cannot_do_ends_its_start() -> None:
+    """Encoders in CUDA graphs, of any family; Qwen-VL in more than one pipeline stage."""
+    graphs = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=True),
+    )
+    for kind in (Llava, LlavaNext, OneVision, InternVL, Qwen2VL, Qwen25VL, Qwen3VL):
+        with pytest.raises(ValueError, match="encoded in CUDA graphs: set cudagraph_mm_encoder"):
+            kind(vllm_config=graphs)
+    stages = SimpleNamespace(parallel_config=SimpleNamespace(pipeline_parallel_size=2))
+    for kind in (Qwen2VL, Qwen25VL, Qwen3VL):
+        with pytest.raises(ValueError, match=r"the first of 2 pipeline stages alone\. Use tensor"):
+            kind(vllm_config=stages)

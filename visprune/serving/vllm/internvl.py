@@ -18,7 +18,14 @@ from visprune.core.signals.base import EncoderSeen
 from visprune.serving.asked import Asked
 from visprune.serving.places import blocks, shown_layers, spec_of, tiles
 from visprune.serving.shorten import Encoded, shorten
-from visprune.serving.vllm.processor import Prunes, Refuses, check_graphs, taken
+from visprune.serving.vllm.processor import (
+    Prunes,
+    Refuses,
+    check_graphs,
+    encoded_together,
+    parts,
+    taken,
+)
 
 
 class InternVLProcessor(Prunes, interns1.InternS1MultiModalProcessor):
@@ -62,13 +69,23 @@ class InternVL(interns1.InternS1ForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_graphs(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.together = encoded_together(vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode pictures, and prune them."""
         asked = taken(kwargs, "image")
         if asked is None:
             return super().embed_multimodal(**kwargs)
-        spec, counts = spec_of(self.config), [int(n) for n in kwargs["image_num_patches"]]
+        counts = [int(n) for n in kwargs["image_num_patches"]]
+        sizes = [len(tiles(self.config, count)) for count in counts]
+        flat = {"pixel_values": counts}
+        return [one for own, part in parts(kwargs, sizes, self.together, flat)
+                for one in self._pruned(asked[own], part, counts[own])]  # fmt: skip
+
+    def _pruned(
+        self, asked: list[Asked], kwargs: dict[str, Any], counts: list[int]
+    ) -> list[Tensor]:
+        spec = spec_of(self.config)
         with self._reading(asked, spec) as heard:
             whole = super().embed_multimodal(**kwargs)
         left, first = [], 0

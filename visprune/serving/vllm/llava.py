@@ -29,7 +29,14 @@ from visprune.core.signals.base import EncoderSeen
 from visprune.serving.asked import Asked
 from visprune.serving.places import shown_layers, spec_of, square, tiled
 from visprune.serving.shorten import Encoded, shorten
-from visprune.serving.vllm.processor import Prunes, Refuses, check_graphs, taken
+from visprune.serving.vllm.processor import (
+    Prunes,
+    Refuses,
+    check_graphs,
+    encoded_together,
+    parts,
+    taken,
+)
 
 # Names of CLIP's and SigLIP's weights as transformers has them since 5: one level less than here.
 NAMES = WeightsMapper(
@@ -123,6 +130,7 @@ class _Reads:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_graphs(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.together = encoded_together(vllm_config)
         own = "last" in shown_layers(self.config) and _feature(self.config) != "last"
         self.visprune_last = _LastLayer(self.config.vision_config) if own else None
 
@@ -216,6 +224,11 @@ class Llava(_Reads, llava.LlavaForConditionalGeneration):
         asked = taken(kwargs, "image")
         if asked is None:
             return super().embed_multimodal(**kwargs)
+        sizes = [len(square(self.config)[1])] * len(asked)
+        return [one for own, part in parts(kwargs, sizes, self.together)
+                for one in self._pruned(asked[own], part)]  # fmt: skip
+
+    def _pruned(self, asked: list[Asked], kwargs: dict[str, Any]) -> list[Tensor]:
         spec, pixels = spec_of(self.config), kwargs["pixel_values"]
         with self.reading(asked, spec) as heard:
             whole = super().embed_multimodal(**kwargs)
@@ -243,6 +256,11 @@ class LlavaNext(_Reads, llava_next.LlavaNextForConditionalGeneration):
         asked = taken(kwargs, "image")
         if asked is None:
             return super().embed_multimodal(**kwargs)
+        sizes = [len(_tiled(self.config, (int(h), int(w)))[1]) for h, w in kwargs["image_sizes"]]
+        return [one for own, part in parts(kwargs, sizes, self.together)
+                for one in self._pruned(asked[own], part)]  # fmt: skip
+
+    def _pruned(self, asked: list[Asked], kwargs: dict[str, Any]) -> list[Tensor]:
         spec, pixels, sizes = spec_of(self.config), kwargs["pixel_values"], kwargs["image_sizes"]
         with self.reading(asked, spec) as heard:
             whole = super().embed_multimodal(**kwargs)

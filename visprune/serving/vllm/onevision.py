@@ -19,7 +19,7 @@ from visprune.serving.asked import Asked
 from visprune.serving.places import pooled, spec_of, tiled
 from visprune.serving.shorten import Encoded, shorten
 from visprune.serving.vllm.llava import NAMES
-from visprune.serving.vllm.processor import Prunes, check_graphs, taken
+from visprune.serving.vllm.processor import Prunes, check_graphs, encoded_together, parts, taken
 
 # Crops whose tokens a picture has at most; vLLM takes this many whatever the checkpoint says.
 _MOST = 9
@@ -61,26 +61,38 @@ class OneVision(llava_onevision.LlavaOnevisionForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_graphs(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.together = encoded_together(vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Encode pictures or clips, and prune them."""
         pictures, clips = taken(kwargs, "image"), taken(kwargs, "video")
-        whole = super().embed_multimodal(**kwargs)
         if pictures is not None:
-            sizes = [(int(h), int(w)) for h, w in kwargs["image_sizes"]]
-            return [
-                self._left(one, rows.flatten(0, -2), own[: self._crops(size)], "image",
-                           *_tiled(self.config, size))
-                for one, rows, own, size in zip(
-                    pictures, whole, kwargs["pixel_values"], sizes, strict=True)
-            ]  # fmt: skip
+            places = [_tiled(self.config, (int(h), int(w))) for h, w in kwargs["image_sizes"]]
+            return self._pruned("image", pictures, kwargs, places)
         if clips is not None:
-            return [
-                self._left(one, rows.flatten(0, -2), own, "video",
-                           *pooled(self.config, len(own)))
-                for one, rows, own in zip(clips, whole, kwargs["pixel_values_videos"], strict=True)
+            places = [pooled(self.config, len(own)) for own in kwargs["pixel_values_videos"]]
+            return self._pruned("video", clips, kwargs, places)
+        return super().embed_multimodal(**kwargs)
+
+    def _pruned(
+        self, kind: Literal["image", "video"], asked: list[Asked], kwargs: dict[str, Any],
+        places: list[tuple[Tensor, Tensor]],
+    ) -> list[Tensor]:  # fmt: skip
+        left = []
+        for own, part in parts(kwargs, [len(free) for _, free in places], self.together):
+            whole = super().embed_multimodal(**part)
+            if kind == "video":
+                pixels = list(part["pixel_values_videos"])
+            else:  # without what others of its request pad it with
+                pixels = [crops[: self._crops((int(h), int(w)))]
+                          for crops, (h, w) in zip(part["pixel_values"], part["image_sizes"],
+                                                   strict=True)]  # fmt: skip
+            left += [
+                self._left(one, rows.flatten(0, -2), seen, kind, *at)
+                for one, rows, seen, at in zip(
+                    asked[own], whole, pixels, places[own], strict=True)
             ]  # fmt: skip
-        return whole
+        return left
 
     def _crops(self, size: tuple[int, int]) -> int:
         """Crops of a picture and its thumbnail, behind which others of its request pad it."""

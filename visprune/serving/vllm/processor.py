@@ -8,7 +8,7 @@ of a picture go with it to the workers, as bytes in a field of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar
@@ -265,6 +265,46 @@ def taken(kwargs: dict[str, Any], kind: str) -> list[Asked] | None:
     """Take the settings of each item out of the arguments of a model; ``None``: whole items."""
     field = kwargs.pop(_field(kind), None)
     return None if field is None else [_read_back(bytes(row.tolist())) for row in field]
+
+
+def encoded_together(vllm_config: Any) -> int:
+    """Tokens of whole items that vLLM encodes in one call of a model, at most."""
+    return int(vllm_config.scheduler_config.max_num_encoder_input_tokens)
+
+
+def parts(
+    kwargs: Mapping[str, Any], sizes: Sequence[int], most: int,
+    flat: Mapping[str, Sequence[int]] | None = None,
+) -> Iterator[tuple[slice, dict[str, Any]]]:  # fmt: skip
+    """Cut a call of a model into such as vLLM would make of whole items.
+
+    Its budget of an encoder's call counts placeholders, of which pruned items have few. In one call
+    they would take memory that the engine, which was measured with whole ones, does not have; and
+    beyond a processor's caches each costs more than in several.
+
+    Args:
+        kwargs: fields of the items.
+        sizes: tokens of each item, before any leaves.
+        most: see :func:`encoded_together`; an item that has more is alone.
+        flat: rows of each item in the fields where they lie one behind the other; others have one
+            entry an item, or are shared by all.
+
+    Yields:
+        Which items, and their fields.
+    """
+    first = 0
+    while first < len(sizes):
+        last = first + 1
+        while last < len(sizes) and sum(sizes[first : last + 1]) <= most:
+            last += 1
+        own = dict(kwargs)
+        for key, value in kwargs.items():
+            if flat is not None and key in flat:
+                own[key] = value[sum(flat[key][:first]) : sum(flat[key][:last])]
+            elif isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0):
+                own[key] = value[first:last] if len(value) == len(sizes) else value
+        yield slice(first, last), own
+        first = last
 
 
 @lru_cache(maxsize=1024)

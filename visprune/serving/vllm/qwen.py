@@ -22,7 +22,14 @@ from visprune.core.signals import Fingerprint, Signal
 from visprune.serving.asked import Asked
 from visprune.serving.places import from_digits, merged, spec_of, to_digits
 from visprune.serving.shorten import Encoded, shorten
-from visprune.serving.vllm.processor import FIELD, Prunes, check_graphs, taken
+from visprune.serving.vllm.processor import (
+    FIELD,
+    Prunes,
+    check_graphs,
+    encoded_together,
+    parts,
+    taken,
+)
 
 _DIGITS = 6
 
@@ -76,6 +83,7 @@ class _Qwen:
             )
         check_graphs(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.together = encoded_together(vllm_config)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
@@ -115,11 +123,20 @@ class _Qwen:
         """Encode pictures or clips; what is left of pruned ones has its places behind it."""
         asked = {kind: found for kind in ("image", "video")
                  if (found := taken(kwargs, kind)) is not None}  # fmt: skip
-        given = dict(kwargs)
-        whole = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if not asked:
-            return whole
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         ((kind, settings),) = asked.items()
+        grids = kwargs[f"{kind}_grid_thw"]
+        patches = [int(thw.prod()) for thw in grids]
+        flat = {"pixel_values" if kind == "image" else "pixel_values_videos": patches}
+        sizes = [count // self._merge**2 for count in patches]
+        return tuple(
+            one for own, part in parts(kwargs, sizes, self.together, flat)
+            for one in self._pruned(kind, settings[own], part)
+        )  # fmt: skip
+
+    def _pruned(self, kind: str, settings: list[Asked], given: dict[str, Any]) -> list[Tensor]:
+        whole = super().embed_multimodal(**given)  # type: ignore[misc]
         spec, out, first = spec_of(self.config), [], 0
         pixels = given["pixel_values" if kind == "image" else "pixel_values_videos"]
         seconds = given.get("second_per_grid_ts")
@@ -130,7 +147,7 @@ class _Qwen:
             first += patches
             out.append(self._left(one, rows, thw, own, kind, spec,
                                   None if seconds is None else seconds[number]))  # fmt: skip
-        return tuple(out)
+        return out
 
     def _left(
         self, asked: Asked, rows: Tensor, thw: Tensor, pixels: Tensor, kind: Any, spec: Any,
