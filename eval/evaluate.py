@@ -92,7 +92,8 @@ def evaluate(
         seeds: of question sets and random draws.
         controls: the untouched model, keep_all, random, uniform, pool and no_image beside the
             methods; or a list of some of them.
-        batch_size: samples asked together; ``None``: 1, and 64 of the engine vllm.
+        batch_size: samples asked together; ``None``: 1, but 16 of a small model (below 50
+            million weights) in single precision on the CPU, and 64 of the engine vllm.
         prompt_style: ``"llava15"``, ``"chat"`` or ``"plain"``; ``None``: as the model likes it.
         generation: options of ``generate`` in place of greedy search.
         turns: questions about one picture that share one cache, see

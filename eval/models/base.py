@@ -94,6 +94,10 @@ class EvalModel(Protocol):
     generates: bool
     style: PromptStyle
 
+    @property
+    def together(self) -> int:
+        """Samples that are best asked together, where nobody says how many."""
+
     def describe(self) -> dict[str, Any]:
         """Return what identifies it: name, weights, dtype ... (enters every key)."""
 

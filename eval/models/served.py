@@ -44,6 +44,7 @@ _GENERATION = {
     "min_new_tokens": "min_tokens",
     "repetition_penalty": "repetition_penalty",
 }
+_IN_FLIGHT = 64  # questions that it is given at once
 _GREEDY = {"do_sample": False, "num_beams": 1}
 _CHUNK, _CHUNKS = 4096, 256
 
@@ -93,6 +94,11 @@ class Served(VLM):
             fits = ",".join(f"{k}={str(v).lower()}" for k, v in choice.served.items())
             return f"{error}{f' With {choice.name},{fits} it can.' if fits else ''}"
         return None
+
+    @property
+    def together(self) -> int:
+        """The engine batches what it is given by itself."""
+        return _IN_FLIGHT
 
     def no_turns(self, *, query_aware: bool = True) -> str | None:
         """The engine keeps caches of its own."""

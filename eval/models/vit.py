@@ -73,6 +73,11 @@ class Classifier:
         first = next(tower.parameters())
         self.device, self.dtype = first.device, first.dtype
 
+    @property
+    def together(self) -> int:
+        """One by one."""
+        return 1
+
     def describe(self) -> dict[str, Any]:
         """What identifies the model; see :class:`visprune.eval.models.base.EvalModel`."""
         dtype = str(self.dtype).removeprefix("torch.")

@@ -47,6 +47,7 @@ from visprune.machine.sharing import encodes_alike
 __all__ = ["PLAIN", "VLM"]
 
 PLAIN = "USER: <image>\n{prompt} ASSISTANT:"
+_SMALL, _TOGETHER = 50_000_000, 16  # weights of a small model; samples of it in a batch
 _SAMPLING = ("temperature", "top_p", "top_k")
 # Fields of a generation config that say nothing about the answers, or that greedy search ignores.
 _SILENT = ("transformers_version", "_from_model_config", "max_new_tokens", "max_length",
@@ -118,6 +119,17 @@ class VLM:
             **({"pad": True} if self.pad else {}),
             **about_learned(self.learned),
         }
+
+    @property
+    def together(self) -> int:
+        """Several where they cost little memory and one of them mostly what surrounds the model.
+
+        In half precision answers depend on what is asked together; on a GPU the bound is its
+        memory, which is for the user to say.
+        """
+        small = sum(weight.numel() for weight in self.model.parameters()) < _SMALL
+        single = self.dtype == torch.float32 and self.model.device.type == "cpu"
+        return _TOGETHER if small and single else 1
 
     @property
     def dtype(self) -> torch.dtype:

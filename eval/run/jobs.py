@@ -20,7 +20,7 @@ from visprune.eval.study.variants import Variant, method_dict
 from visprune.eval.tasks.base import Task
 from visprune.version import __version__
 
-__all__ = ["Job", "adopt_study", "jobs_of", "register", "task_at"]
+__all__ = ["Job", "adopt_study", "jobs_of", "register", "task_at", "together"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ def jobs_of(study: Study, model: EvalModel) -> list[Job]:
     for task in study.tasks:
         options = dict(model.generation(task, study.generation))
         generation = dict(options)
-        if study.batch_size > 1 and described.get("dtype", "float32") != "float32":
+        size = together(study, model)
+        if size > 1 and described.get("dtype", "float32") != "float32":
             # In half precision sums depend on the shape of the batch, and answers on sums.
-            generation["batch_size"] = study.batch_size
+            generation["batch_size"] = size
         shared: dict[str, Any] = {} if study.turns is None else {"turns": study.turns}
         shared |= {} if study.query_aware else {"query_aware": False}
         if shared:
@@ -77,6 +78,11 @@ def jobs_of(study: Study, model: EvalModel) -> list[Job]:
                 )
                 jobs.append(Job(cell, variant, seeded, options))
     return jobs
+
+
+def together(study: Study, model: EvalModel) -> int:
+    """How many samples of a model are asked together."""
+    return study.batch_size or model.together
 
 
 def task_at(task: Task, seed: int) -> Task:

@@ -13,7 +13,7 @@ from visprune.eval.models.base import EvalModel, ModelEntry
 from visprune.eval.models.load import load_model
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.run.claims import Done, Presence
-from visprune.eval.run.jobs import Job, adopt_study, jobs_of, register
+from visprune.eval.run.jobs import Job, adopt_study, jobs_of, register, together
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.walk import Desk, walk_model
 from visprune.eval.study.grid import Study
@@ -80,7 +80,7 @@ def run_study(
     rank, world, local = process_number()
     folder = ResultsFolder(out, create=True)
     done = Done(folder, retry_errors=retry_errors)
-    environment = folder.add_environment({**describe(), "rank": rank, "processes": world})
+    described = {**describe(), "rank": rank, "processes": world}
     progress = progress or Silent()
     for note in study.notes:
         progress.note(note)
@@ -89,7 +89,6 @@ def run_study(
     locks = folder.path / ".locks"
     with Presence(locks / "at work") as presence, folder.writer(rank) as writer:
         adopt_study(folder, study, done.cells(), presence)
-        desk = Desk(study, folder, writer, done, environment, progress)
         for spec in study.models:
             model = loader(spec) if loader else load_model(spec, local_rank=local)
             jobs = distinct(jobs_of(study, model), seen)
@@ -99,6 +98,11 @@ def run_study(
                 idle += jobs
                 continue
             _say_refused(progress, jobs)
+            size = together(study, model)
+            if size != (study.batch_size or 1):
+                progress.note(f"{model.name}: {size} questions are asked together (--batch-size).")
+            environment = folder.add_environment({**described, "batch_size": size})
+            desk = Desk(study, folder, writer, done, environment, progress)
             walk_model(desk, model, runs, rank, world)
     if len(idle) == len(seen):
         reasons = list(dict.fromkeys(str(job.cell.refused) for job in idle))

@@ -28,7 +28,7 @@ from visprune.eval.records.record import Cell, Record, canonical
 from visprune.eval.run.album import Album, picture_hash
 from visprune.eval.run.ask import Asker
 from visprune.eval.run.claims import Claims, Done, asked_hash, lock_of, own_first
-from visprune.eval.run.jobs import Job
+from visprune.eval.run.jobs import Job, together
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.turns import blocks_between, by_picture, dialogues
 from visprune.eval.study.grid import Study
@@ -154,6 +154,7 @@ class _Walk:
         self.desk, self.model, self.jobs, self.samples = desk, model, list(jobs), samples
         self.album = Album(desk.folder if desk.study.pictures else None, tell.picture)
         self.tell = tell.records
+        self.batch_size = together(desk.study, model)
         self.turns, self.query_aware = desk.study.turns, desk.study.query_aware
         apart = self.turns is None and self.query_aware
         self.pictures = [] if apart else [sample.cluster or sample.id for sample in samples]
@@ -200,7 +201,7 @@ class _Walk:
 
     def _blocks(self) -> list[range]:
         """Numbers of the samples, block by block."""
-        spans = blocks_of(len(self.samples), self.desk.study.batch_size)
+        spans = blocks_of(len(self.samples), self.batch_size)
         return spans if self.turns is None else blocks_between(spans, self.pictures)
 
     def _batches(self, job: Job, block: Sequence[Sample], span: range) -> list[list[int]]:
@@ -209,7 +210,7 @@ class _Walk:
             return by_picture(self.pictures[span.start : span.stop])
         if self.turns is None:
             lengths = [self._length(job, sample) for sample in block]
-            return batches_of(lengths, self.desk.study.batch_size)
+            return batches_of(lengths, self.batch_size)
         return [
             [number - span.start for number in dialogue]
             for dialogue in dialogues(self.pictures, self.turns)
@@ -218,7 +219,7 @@ class _Walk:
 
     def _length(self, job: Job, sample: Sample) -> int:
         """Length of a sample's prompt, where it matters."""
-        if self.desk.study.batch_size == 1:
+        if self.batch_size == 1:
             return 0
         return self.model.prompt_length(job.task.prompt(sample, job.cell.prompt_style))  # type: ignore[arg-type]
 

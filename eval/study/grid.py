@@ -66,7 +66,7 @@ class Study:
         tasks: tasks; ``seed`` of each is set by ``seeds``.
         seeds: of question sets and random draws.
         name: what reports call it.
-        batch_size: samples that are asked together.
+        batch_size: samples that are asked together; ``None``: as many as each model likes.
         prompt_style: ``None``: as each model likes it.
         generation: options of ``generate`` in place of greedy search.
         turns: questions about one picture that share one cache: it is made by the prompt of the
@@ -90,7 +90,7 @@ class Study:
     tasks: tuple[Task, ...]
     seeds: tuple[int, ...] = (0,)
     name: str = ""
-    batch_size: int = 1
+    batch_size: int | None = None
     prompt_style: str | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     turns: int | None = None
@@ -106,7 +106,9 @@ class Study:
         for what in ("models", "variants", "tasks", "seeds"):
             if not getattr(self, what):
                 raise ConfigError(f"The study has no {what.replace('variants', 'methods')}.")
-        if type(self.batch_size) is not int or self.batch_size < 1:
+        if self.batch_size is not None and (
+            type(self.batch_size) is not int or self.batch_size < 1
+        ):
             raise ConfigError(
                 f"batch_size is a whole number of at least 1, got {self.batch_size!r}."
             )
@@ -219,8 +221,6 @@ def build_study(raw: Mapping[str, Any]) -> Study:
     options = Options(**check_values(Options, said, "The study"))
     _check_generation(options.generation)
     models = tuple(_model(entry) for entry in listed("models", options.models))
-    if "batch_size" not in said and all(model.engine == "vllm" for model in models):
-        options = dataclasses.replace(options, batch_size=_IN_FLIGHT)
     methods = [*listed("methods", options.methods), *_saved_methods(models)]
     seeds = tuple(listed("seeds", options.seeds))
     variants, notes = expand(methods, options.budgets, options.controls)
@@ -237,8 +237,6 @@ def build_study(raw: Mapping[str, Any]) -> Study:
         **{key: getattr(options, key) for key in _PLAIN},
     )
 
-
-_IN_FLIGHT = 64  # questions that an engine is given at once, which batches them itself
 
 # Options that are fields of a study as they are.
 _PLAIN = ("name", "status", "batch_size", "prompt_style", "generation", "turns",

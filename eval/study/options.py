@@ -110,11 +110,14 @@ class Options:
         metadata=_flags(limit=_flag(int, "Samples of each task, whatever the study says.", min=1)),
     )
     seeds: Any = field(default=0, metadata=_flags(seed=_flag(list[int], "Seed; repeat.", min=0)))
-    batch_size: int = field(
-        default=1,
+    batch_size: int | None = field(
+        default=None,
         metadata=_flags(
             batch_size=_flag(
-                int, "Samples asked together.", min=1, show_default="1; 64 of the engine vllm"
+                int,
+                "Samples asked together.",
+                min=1,
+                show_default="1; 16 of a small model on the CPU, 64 of the engine vllm",
             )
         ),
     )

@@ -89,6 +89,7 @@ class Instant:
     asked: list[list[str]] = field(default_factory=list)
     keep_log: bool = True
     forgot: int = 0
+    together: int = 1
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "weights": self.weights, "dtype": self.dtype}

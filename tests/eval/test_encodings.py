@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from visprune.eval.models.held import Held
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.run.album import picture_hash
+from visprune.eval.run.progress import Silent
 from visprune.eval.run.runner import run_study
 from visprune.eval.study.grid import build_study
 from visprune.eval.tasks.embedded.task import EmbeddedTask
@@ -177,6 +179,35 @@ def test_records_of_a_batch_are_those_of_single_questions(vlm: VLM, tmp_path: Pa
         return [{k: v for k, v in row.items() if k not in ("seconds", "env")} for row in rows]
 
     assert run(1) == run(8)
+
+
+def test_a_small_model_is_asked_several_at_once_and_the_folder_says_so(
+    vlm: VLM, tmp_path: Path
+) -> None:
+    assert vlm.together == 16
+    half = VLM(copy.deepcopy(vlm.model).to(torch.bfloat16), vlm.processor, name="small")
+    assert half.together == 1  # its answers depend on what is asked together
+    raw = {"models": ["small"], "tasks": [{"task": "embedded", "limit": 5}], "controls": ["none"]}
+    said: list[str] = []
+
+    class Heard(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    def run(**changes: Any) -> ResultsFolder:
+        where = tmp_path / str(len(said))
+        return run_study(build_study({**raw, **changes}), where, loader=lambda _: vlm,
+                         progress=Heard())  # fmt: skip
+
+    alone = run(batch_size=1)
+    assert said == []
+    said.append("")
+    folder = run()
+    assert said[1:] == ["small: 16 questions are asked together (--batch-size)."]
+    for found, size in ((alone, 1), (folder, 16)):
+        (name,) = {record.env for record in found.records()}
+        assert found.environments()[name]["batch_size"] == size
+    assert [r.text for r in folder.records()] == [r.text for r in alone.records()]
 
 
 TEMPLATES = {
