@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that tests share, which find the plug-in as a server's do.
 
-They live in this process; the server, the benchmark and studies have theirs in processes of their
-own.
+They live in this process; the server and the benchmark have theirs in processes of their own.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def test_requests_that_were_thrown_out_are_answered_as_if_alone(
         family, num_gpu_blocks_override=34, max_model_len=1024, max_num_batched_tokens=64,
         disable_log_stats=False, enable_prefix_caching=False,
     )  # fmt: skip
-    pictures = [picture(280, 140, n) for n in range(4)]
+    pictures = [picture(280, 140, n) for n in range(3)]
     settings: list[dict[str, Any]] = [
         {"visprune": "divprune", "visprune_keep_ratio": 0.5}, {},
         {"visprune": "pool", "visprune_num_keep": 12},
@@ -145,7 +145,7 @@ def test_requests_that_were_thrown_out_are_answered_as_if_alone(
     requests = [request(family, [one], own) for one in pictures for own in settings[:2]]
     requests += [request(family, pictures[:2], own) for own in settings[2:]]
     how = sampling()
-    how.max_tokens = how.min_tokens = 150
+    how.max_tokens = how.min_tokens = 100
     alone = [engine.generate([one], how, use_tqdm=False)[0] for one in requests]
     assert preempted(engine) == 0
     together = engine.generate(requests, how, use_tqdm=False)

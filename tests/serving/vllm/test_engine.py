@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import envs
 
 from tests.serving.vllm.checkpoints import build
 from visprune.errors import ConfigError
@@ -29,7 +30,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "divprune", "positions": "compact"},
     {"method": "random", "positions": "compact"},
 ]
-QUESTIONS = 36
+QUESTIONS = 24
 
 
 def study(*models: Any, **more: Any) -> Study:
@@ -44,8 +45,11 @@ def study(*models: Any, **more: Any) -> Study:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Any]:
     model: Any = load_model(ModelEntry(**SERVED))
-    yield model
-    model.close()
+    with pytest.MonkeyPatch.context() as patch:  # as the engines of conftest.py
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield model
+        model.close()
+    envs.disable_envs_cache()
 
 
 def test_answers_of_both_engines_are_equal_and_lie_side_by_side(
