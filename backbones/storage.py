@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from visprune.backbones.encoders import AROUND, PLAIN
+from visprune.backbones.vlm.known import lacking
 from visprune.errors import ConfigError, UnsupportedModel, first_line
 
 __all__ = ["read_model", "write_model"]
@@ -70,9 +71,8 @@ def read_model(folder: Path, **options: Any) -> nn.Module:
             return _timm_model(folder, options)
         return _transformers_model(folder, options)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ConfigError(
-            f"Cannot load the model in {str(folder)!r}: {first_line(error)}."
-        ) from error
+        why = lacking(str(fields.get("model_type"))) or first_line(error)
+        raise ConfigError(f"Cannot load the model in {str(folder)!r}: {why}.") from error
 
 
 def _timm_model(folder: Path, options: dict[str, Any]) -> nn.Module:

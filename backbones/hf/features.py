@@ -44,9 +44,18 @@ def entries(output: Any) -> Tensor | Sequence[Tensor]:
     return output if found is None else found
 
 
+def together(output: Any) -> bool:
+    """Whether the tokens of all entries stand in one line, ``[N, D]`` (older transformers)."""
+    found = entries(output)
+    return isinstance(found, Tensor) and found.dim() == 2
+
+
 def lengths(output: Any) -> list[int]:
-    """Tokens of each entry."""
-    return [entry.shape[:-1].numel() for entry in entries(output)]
+    """Tokens of each entry; those of all, where they stand in one line."""
+    found = entries(output)
+    if isinstance(found, Tensor) and found.dim() == 2:
+        return [len(found)]
+    return [entry.shape[:-1].numel() for entry in found]
 
 
 def mark(output: Any, known: Sequence[Any]) -> None:

@@ -112,13 +112,14 @@ class DecoderAdapter(Placeholders):
 
     @cached_property
     def _keepers(self) -> list[int]:
-        modes = getattr(self.text_config, "kv_sharing_modes", None) or []
+        # Those behind this one share. (Newer configs say so by layer too: kv_sharing_modes.)
+        own = len(self.layers) - (getattr(self.text_config, "num_kv_shared_layers", None) or 0)
         first = next(n for n in range(len(self.layers)) if n not in self.recurrent)
         last: dict[str, int] = {}
         found = []
         for layer in range(len(self.layers)):
             kind = self.kind_of(layer)
-            if layer < len(modes) and modes[layer] == "reuse":
+            if layer >= own > 0:
                 found.append(last[kind])
                 continue
             last[kind] = layer

@@ -125,6 +125,8 @@ class Gemma4Adapter(PerLayerInputsAdapter):
         """The rows ``[t, n, ...]`` of each entry: a picture has one, a clip one for each frame."""
         if kind == "image":
             return list(rows[:, None])
+        if call.get("num_frames_per_video") is None:  # stacked, in older transformers
+            return list(rows)
         return list(rows.split(torch.as_tensor(call["num_frames_per_video"]).tolist()))
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from visprune.backbones.hf.features import lengths
+from visprune.backbones.hf.features import lengths, together
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.known import COUNTED, UNCOUNTED
 from visprune.backbones.vlm.picture import ImageLayout, Picture, grid
@@ -154,6 +154,8 @@ class GenericAdapter(ReadAdapter):
     def pieces(self, call: dict[str, Any], kind: Kind, output: Any) -> list[list[Picture]]:
         """One picture for each entry of the encoder's output."""
         counts = lengths(output)
+        if together(output):
+            counts = self._apart(call, kind, counts[0])
         pixels = self.pixels_of(call, kind, counts)
         grids = self.grids_of(call, kind)
         if grids is None or len(grids) != len(counts):
@@ -162,6 +164,21 @@ class GenericAdapter(ReadAdapter):
             [self.piece(count, own, cells, kind)]
             for count, own, cells in zip(counts, pixels, grids, strict=True)
         ]
+
+    def _apart(self, call: dict[str, Any], kind: Kind, total: int) -> list[int]:
+        """Tokens of each entry, where the encoder's output does not tell them apart.
+
+        Raises:
+            UnsupportedModel: nor do grids.
+        """
+        counts = self.promised(call, kind)
+        if counts is None or sum(counts) != total:
+            raise UnsupportedModel(
+                f"The encoder of this {self.config.model_type} gives all {total} tokens in one "
+                f"line, and which are of which picture is not known: their grids make "
+                f"{counts or 'nothing'}. Upgrade transformers."
+            )
+        return counts
 
     def piece(
         self,

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
+
 CLIPS = "pictures, clips"
 PICTURES = "pictures"
 TILES = "pictures (tiles are one)"
@@ -81,6 +84,23 @@ KNOWN: dict[str, tuple[str, str]] = {
     "minicpmv4_7": ("MiniCPM-V 4.7 (recurrent layers)", CLIPS),
 }
 
+# The first transformers that has a family, or in which it sees (Emu3) and has an inner model that
+# merges pictures (the thinkers), of those that the lowest one allowed has not.
+SINCE: dict[str, str] = {
+    "minicpmv4_6": "5.7",
+    **dict.fromkeys(("granite4_vision", "exaone4_5"), "5.8"),
+    **dict.fromkeys(("glmga", "deepseek_ocr2", "gemma4_unified"), "5.10"),
+    "cosmos3_omni": "5.11",
+    **dict.fromkeys(("kimi_k25", "hunyuan_vl"), "5.13"),
+    **dict.fromkeys(("cosmos3_edge", "muse_glimmer"), "5.15"),
+    **dict.fromkeys(("cohere_compass", "step3p7", "emu3"), "5.16"),
+    **dict.fromkeys(("hyperclovax_vision_v2", "nemotron_h_omni", "minicpmv4_7"), "5.18"),
+    **dict.fromkeys(("molmo2", "muse_spark"), "5.20"),
+    **dict.fromkeys(("minicpm_ocr", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), "5.21"),
+    **dict.fromkeys(("granite_docling", "lfm3_vl"), "5.23"),
+    "apertus1p5": "5.24",
+}
+
 # Families of the generic adapter whose operations are those that an independent counter sees.
 COUNTED: tuple[str, ...] = (
     *("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge", "internvl", "qianfan_ocr"),
@@ -151,6 +171,26 @@ FIRST: tuple[str, ...] = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
 EVERY_METHOD: tuple[str, ...] = (
     *FIRST, "qwen3_vl", "internvl", "gemma3", "qwen3_5", "smolvlm",
 )  # fmt: skip
+
+
+def behind(since: str) -> str:
+    """What to do where transformers here is older than ``since``; empty where it is not."""
+    here = version("transformers")
+    if _numbers(here) >= _numbers(since):
+        return ""
+    return (
+        f"it needs transformers {since} or later, and {here} is installed (pip install -U "
+        f"'transformers>={since}')"
+    )
+
+
+def lacking(family: str) -> str:
+    """The same of the first version that has a family, or in which it can be pruned."""
+    return behind(SINCE[family]) if family in SINCE else ""
+
+
+def _numbers(told: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", told)[:2])
 
 
 def signals(family: str) -> tuple[str, ...]:

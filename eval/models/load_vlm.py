@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from visprune.backbones.vlm.known import lacking
 from visprune.errors import ConfigError, did_you_mean, first_line
 from visprune.eval.environment import quiet_loading
 from visprune.eval.models.base import EMBEDDED, ModelEntry, offline
@@ -62,7 +63,8 @@ def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:
         model = AutoModelForImageTextToText.from_pretrained(spec.name, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         there = {path.name for path in Path(spec.name).iterdir()} if here else set()
-        if "config.json" in there and not there.intersection(PROCESSOR_FILES):
+        lack = _lacking(spec.name, common)
+        if not lack and "config.json" in there and not there.intersection(PROCESSOR_FILES):
             raise ConfigError(
                 f"{spec.name!r} holds no processor (tokenizer, picture sizes), so no question can "
                 f"be put to the model in it. Save one beside it: visprune.save_pretrained(run, "
@@ -71,6 +73,17 @@ def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:
         away = " The Hub is not asked (HF_HUB_OFFLINE)." if offline() and not here else ""
         raise ConfigError(
             f"transformers cannot load a vision-language model and its processor from "
-            f"{spec.name!r}: {first_line(error)}.{away}"
+            f"{spec.name!r}: {lack or first_line(error)}.{away}"
         ) from error
     return model, processor
+
+
+def _lacking(name: str, options: dict[str, Any]) -> str:
+    """What to install where this transformers has not the family of a model; empty: it has."""
+    from transformers import PretrainedConfig
+
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(name, **options)
+    except (OSError, ValueError):
+        return ""
+    return lacking(str(fields.get("model_type")))

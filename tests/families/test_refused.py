@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from torch import nn
 
 import visprune
 from tests.families.tiny.parts import noise, text, vit
-from visprune.backbones.vlm import REFUSED, TABLE
-from visprune.errors import UnsupportedModel
+from visprune.backbones.hf.features import encoder_output
+from visprune.backbones.storage import read_model
+from visprune.backbones.vlm import REFUSED, TABLE, known
+from visprune.errors import ConfigError, UnsupportedModel
+from visprune.eval.models.base import ModelEntry
+from visprune.eval.models.load_vlm import load
+from visprune.machine.find import find_adapter
 
 
 class Named(nn.Module):
@@ -33,6 +41,38 @@ def test_the_reason_is_told(kind: str) -> None:
     with pytest.raises(UnsupportedModel) as told:
         visprune.prune(Named(kind), "random", num_keep=3)
     assert f"({kind}) is not pruned: {REFUSED[kind]}. Families with an adapter: " in str(told.value)
+
+
+def test_what_an_older_transformers_lacks_is_refused_with_the_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(known, "version", lambda name: "5.6.2")
+    assert set(known.SINCE) <= set(known.KNOWN)
+    needs = {row.name: row.needs for row in visprune.list_models("vlm")}
+    assert needs["kimi_k25"] == "transformers 5.13"
+    assert not needs["qwen3_vl"]
+    why = re.escape("it needs transformers 5.13 or later, and 5.6.2 is installed (pip install -U")
+    with pytest.raises(UnsupportedModel, match=why):
+        visprune.prune(Named("kimi_k25"), "random", num_keep=3)
+    # As it is there: transformers knows no such model.
+    fields = {"model_type": "kimi_k25", "architectures": ["None"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for read in (read_model, lambda folder: load(ModelEntry(name=str(folder)))):
+        with pytest.raises(ConfigError, match=why):
+            read(tmp_path)
+
+
+def test_tokens_in_one_line_are_told_apart_by_grids(models: Any) -> None:
+    # paddleocr_vl before transformers 5.7, among others.
+    adapter = find_adapter(models("paddleocr_vl"))
+    call = {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 8]])}
+    features = [torch.ones(6, 32), torch.ones(8, 32)]
+    wanted = adapter.pieces(call, "image", encoder_output(features))
+    made = adapter.pieces(call, "image", SimpleNamespace(pooler_output=torch.ones(14, 32)))
+    for (one,), (other,) in zip(made, wanted, strict=True):
+        assert torch.equal(one.pos, other.pos)
+    with pytest.raises(UnsupportedModel, match="all 15 tokens in one line"):
+        adapter.pieces(call, "image", SimpleNamespace(pooler_output=torch.ones(15, 32)))
 
 
 def _florence2() -> Any:

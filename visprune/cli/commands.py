@@ -210,6 +210,7 @@ def models(
             "takes": row.takes,
             "shows": ", ".join(row.signals) or "nothing of its encoder",
             "cost": "counted" if row.cost else "not known",
+            **({"needs": row.needs} if row.needs else {}),
             "proved": f"on tiny models, with {row.proved}",
             "methods": ", ".join(row.methods),
         }

@@ -12,6 +12,7 @@ from torch import nn
 from visprune.backbones.encoders import AROUND, REFUSED
 from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
 from visprune.backbones.vlm.generic import TriedAdapter
+from visprune.backbones.vlm.known import lacking
 from visprune.catalog import adapters, encoders, model_names
 from visprune.errors import UnsupportedModel
 
@@ -118,6 +119,9 @@ def find_adapter(model: Any) -> Any:
         )
     # An inner model has the same config and a decoder, but writes nothing.
     writes = bool(getattr(inner, "can_generate", lambda: False)())
+    why = lacking(kind)
+    if why:
+        raise UnsupportedModel(f"{type(inner).__name__} ({kind}) is not pruned: {why}. {have}")
     if kind in adapters and writes and hasattr(inner, "get_output_embeddings"):
         return adapters.get(kind)(inner)
     if kind not in adapters and kind not in REFUSED_FAMILIES and _reads_pictures(inner):

@@ -27,6 +27,7 @@ class ModelRow:
         signals: what it can show of its image encoder: class token, attention, features.
         cost: whether ``run.cost`` counts its operations.
         proved: what its tests run with.
+        needs: the transformers that it needs, where an older one is installed.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelRow:
     signals: tuple[str, ...]
     cost: bool
     proved: str
+    needs: str = ""
 
     @property
     def methods(self) -> list[str]:
@@ -76,6 +78,7 @@ class ModelRow:
         return (
             f"{self.models or _OTHER}; {self.takes}; shows of its encoder: {shown}"
             f"{'' if self.cost else '; cost not known'}"
+            f"{f'; needs {self.needs}' if self.needs else ''}"
         )
 
 
@@ -104,6 +107,7 @@ def _family(name: str) -> ModelRow:
         known.signals(name),
         cost=name in (*known.FIRST, *known.COUNTED),
         proved=known.proof(name) if own else "nothing of this package",
+        needs=f"transformers {known.SINCE[name]}" if known.lacking(name) else "",
     )
 
 

@@ -183,6 +183,8 @@ class EncoderTap:
             current.heard = None
         bound = signature.bind_partial(*args, **kwargs).arguments
         given = {**bound.pop("kwargs", {}), **bound}
+        if kind == "video" and "pixel_values" in given:  # its name in older transformers
+            given.setdefault("pixel_values_videos", given["pixel_values"])
         kind = self.adapter.encodes(kind, given, current.call)
         pieces = self.adapter.pieces(given, kind, output)
         pictures = [piece for entry in pieces for piece in entry]
@@ -264,6 +266,8 @@ def _refer(
     """The pictures of each entry with where its features are, without keeping those alive."""
     if isinstance(features, Tensor):
         whole = weakref.ref(features)
+        if features.dim() == 2:  # the tokens of all in one line
+            return [([piece for own in pieces for piece in own], whole, None)]
         return [(own, whole, number) for number, own in enumerate(pieces)]
     each = zip(pieces, features, strict=True)
     return [(own, weakref.ref(tensor), None) for own, tensor in each]
