@@ -11,9 +11,13 @@ import torch
 
 from visprune.backbones.vlm.generic import GenericAdapter, Kind, MarkedTilesAdapter
 from visprune.backbones.vlm.join import join
+from visprune.backbones.vlm.known import behind
 from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.cost.cost import ModelShape
 from visprune.cost.layers import Encoder
+
+# From which on LFM2 resizes positions by a product, and projects padding along.
+_PRODUCTS = "5.24"
 
 
 class NaFlexTilesAdapter(MarkedTilesAdapter):
@@ -27,7 +31,9 @@ class NaFlexTilesAdapter(MarkedTilesAdapter):
         """Of each tile, which is encoded and projected together with what pads it."""
         made, room = super().pieces(call, kind, output), int(call["pixel_values"].shape[1])
         for (picture,) in made:
-            picture.encoded, picture.projected = ((room,), ()), room // self.merge**2
+            picture.encoded = (room,), ()
+            if not behind(_PRODUCTS):
+                picture.projected = room // self.merge**2
         return made
 
     def cost_shape(self) -> ModelShape:
@@ -37,6 +43,8 @@ class NaFlexTilesAdapter(MarkedTilesAdapter):
             UnsupportedModel: a module holds what cannot be counted.
         """
         shape, tower = super().cost_shape(), cast(Any, self.tower)
+        if behind(_PRODUCTS):
+            return shape
         table = tower.embeddings.position_embedding.weight.numel()
         assert isinstance(shape.vision, Encoder), "read from modules"
         return replace(shape, vision=replace(shape.vision, patch=shape.vision.patch + table))
