@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from vllm.multimodal.processing import ProcessorInputs
 
 from tests.serving.vllm.asking import picture, request, sampling
 from visprune import __version__
 from visprune.serving import asked as asked_module
+from visprune.serving.vllm.processor import parts
 
 A = {"visprune": "todre", "visprune_num_keep": 32}
 SETTINGS: list[dict[str, Any]] = [
@@ -78,6 +80,21 @@ def test_pruned_pictures_are_encoded_as_many_at_once_as_whole_ones(
     assert engine.apply_model(encoder_calls)[0][before:] == [3, 2]
     assert asked(engine, *requests) == first
     assert len(engine.apply_model(encoder_calls)[0]) == before + 2
+
+
+def test_fields_of_a_call_are_cut_with_their_items() -> None:
+    """Rows one behind the other, an entry an item, shared by all; what is too long is alone."""
+    fields = {"rows": torch.arange(9), "grids": torch.arange(3), "names": ["a", "b", "c"],
+              "shared": torch.tensor(7), "all": [1, 2], "id": 5}  # fmt: skip
+    found = [
+        (own, [part["rows"].tolist(), part["grids"].tolist(), part["names"]])
+        for own, part in parts(fields, [4, 3, 9], 7, {"rows": [2, 3, 4]})
+        if (part["shared"], part["all"], part["id"]) == (7, [1, 2], 5)
+    ]
+    assert found == [
+        (slice(0, 2), [[0, 1, 2, 3, 4], [0, 1], ["a", "b"]]),
+        (slice(2, 3), [[5, 6, 7, 8], [2], ["c"]]),
+    ]
 
 
 def test_a_clients_own_id_is_one_picture_for_each_of_its_settings(

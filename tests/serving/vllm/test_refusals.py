@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vllm.multimodal.processing import ProcessorInputs
 from vllm.multimodal.processing.context import TimingContext
 
@@ -191,3 +193,28 @@ def test_what_a_worker_cannot_do_ends_its_start() -> None:
     for kind in (Qwen2VL, Qwen25VL, Qwen3VL):
         with pytest.raises(ValueError, match=r"the first of 2 pipeline stages alone\. Use tensor"):
             kind(vllm_config=stages)
+
+
+def test_a_layout_that_is_not_known_is_refused(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a later vLLM, say: places would be given to other tokens."""
+    made = processor(folders("llava"))
+    monkeypatch.setattr(made, "places", lambda *args: (torch.zeros(575, 3), 0))
+    own = {"visprune": "divprune", "visprune_num_keep": 8}
+    items = made.info.parse_mm_data({"image": [picture(56, 84)]})
+    with pytest.raises(ValueError, match=r"visprune counts 575 tokens of image 0, vLLM 576"):
+        made.apply(ProcessorInputs([4], items, hf_processor_mm_kwargs=own), TimingContext())
+
+
+def test_a_checkpoint_without_the_layer_that_methods_read_ends_the_start(
+    engines: Callable[..., Any], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """CLIP's last, which the model itself does not need."""
+    folder = shutil.copytree(folders("llava_next"), tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    fewer = {name: x for name, x in stored.items() if "encoder.layers.2." not in name}
+    assert 0 < len(fewer) < len(stored)
+    save_file(fewer, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks \[.*k_proj.*of the image encoder's last layer"):
+        engines("llava_next", model=folder)
