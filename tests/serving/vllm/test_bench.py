@@ -12,8 +12,9 @@ from visprune.eval.speed import bench_serving
 
 
 def test_requests_of_one_and_two_clients(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engine and worker in one process
     words = ["--quick", "--clients", "1", "2", "--requests", "1", "--rounds", "1", "--methods",
              "random", "--new-tokens", "2", "--out", str(tmp_path)]  # fmt: skip
     bench_serving.main(words)
