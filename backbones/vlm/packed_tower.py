@@ -30,7 +30,8 @@ def why_not_packed() -> str | None:
         made = getattr(vision_utils, name, None)
         if made is None or "kwargs" not in inspect.signature(made).parameters:
             return (
-                "its encoder takes no places of patches in this version of transformers; upgrade it"
+                "its encoder takes places of patches from transformers 5.9 on: pip install -U "
+                "'transformers>=5.9'"
             )
     return None
 
