@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from visprune.backbones.vlm.known import lacking
-from visprune.errors import ConfigError, did_you_mean, first_line
+from visprune.errors import ConfigError, first_line
 from visprune.eval.environment import quiet_loading
 from visprune.eval.models.base import EMBEDDED, ModelEntry, offline
+from visprune.eval.models.names import check_transformers
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.machine.saved import PROCESSOR_FILES, read_asked, read_learned
 
@@ -45,13 +46,8 @@ def load(spec: ModelEntry, local_rank: int = 0) -> VLM:
 def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    check_transformers(spec)
     here = Path(spec.name).is_dir()
-    if not here and "/" not in spec.name:
-        raise ConfigError(
-            f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
-            f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
-            f"timm:NAME, open_clip:NAME/PRETRAINED, or {EMBEDDED!r}."
-        )
     options: dict[str, Any] = {"dtype": spec.dtype, "local_files_only": here or offline()}
     if spec.attention is not None:
         options["attn_implementation"] = spec.attention

@@ -9,7 +9,7 @@ from pathlib import Path
 from visprune.errors import ConfigError, did_you_mean
 from visprune.eval.models.base import EMBEDDED, LIBRARIES, ModelEntry
 
-__all__ = ["check_name"]
+__all__ = ["check_name", "check_transformers"]
 
 
 def check_name(spec: ModelEntry) -> None:
@@ -20,7 +20,10 @@ def check_name(spec: ModelEntry) -> None:
             open_clip model has no weights named.
     """
     library, colon, name = spec.name.partition(":")
-    if not colon or Path(spec.name).is_dir():
+    if Path(spec.name).is_dir():
+        return
+    if not colon:
+        check_transformers(spec)
         return
     if library not in LIBRARIES:
         raise ConfigError(
@@ -28,6 +31,20 @@ def check_name(spec: ModelEntry) -> None:
             f"open_clip:NAME/PRETRAINED, a folder, a name on the Hub, or {EMBEDDED!r}."
         )
     (_check_timm if library == "timm" else _check_open_clip)(spec, name)
+
+
+def check_transformers(spec: ModelEntry) -> None:
+    """Refuse what is neither the embedded model, a folder, nor a name as the Hub has them.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if spec.name != EMBEDDED and "/" not in spec.name and not Path(spec.name).is_dir():
+        raise ConfigError(
+            f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
+            f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
+            f"timm:NAME, open_clip:NAME/PRETRAINED, or {EMBEDDED!r}."
+        )
 
 
 def _check_timm(spec: ModelEntry, name: str) -> None:

@@ -11,6 +11,7 @@ from visprune.errors import ConfigError
 from visprune.eval.environment import describe
 from visprune.eval.models.base import EvalModel, ModelEntry
 from visprune.eval.models.load import load_model
+from visprune.eval.models.names import check_name
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.run.claims import Done, Presence
 from visprune.eval.run.jobs import Job, adopt_study, jobs_of, register, together
@@ -77,6 +78,8 @@ def run_study(
         ConfigError: the folder holds another study, a name is unknown, nothing of the study can
             run, or the disk is full.
     """
+    for spec in study.models if loader is None else ():
+        check_name(spec)  # of the last too, before the first is asked for hours
     rank, world, local = process_number()
     folder = ResultsFolder(out, create=True)
     done = Done(folder, retry_errors=retry_errors)

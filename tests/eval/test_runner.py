@@ -24,7 +24,7 @@ from visprune.eval.run.album import picture_hash
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.runner import process_number, run_study
 from visprune.eval.run.walk import batches_of, blocks_of
-from visprune.eval.study.grid import Study
+from visprune.eval.study.grid import Study, build_study
 from visprune.eval.tasks.base import SampleError
 
 FORK = multiprocessing.get_context("fork")
@@ -541,3 +541,10 @@ def test_a_failing_device_stops_the_run_and_keeps_what_was_answered(tmp_path: Pa
     assert [r.sample for r in ResultsFolder(tmp_path).records()] == [f"0/{i}" for i in range(5)]
     folder = run(study, tmp_path)
     assert len(folder.records()) == 9
+
+
+def test_a_misspelt_model_is_refused_before_another_is_asked(tmp_path: Path) -> None:
+    study = build_study({"models": ["embedded", "embeded"], "tasks": [{"task": "embedded"}]})
+    with pytest.raises(ConfigError, match=r"no model 'embeded'\. Did you mean 'embedded'"):
+        run_study(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
