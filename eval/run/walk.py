@@ -37,6 +37,7 @@ from visprune.eval.tasks.base import Sample, SampleError
 __all__ = ["Desk", "batches_of", "blocks_of", "walk_model"]
 
 _POLL_SECONDS = 0.1
+_PADDING = 256  # tokens that are nothing beside a picture's
 _BLOCK = 64  # samples, or four batches where those are large
 
 
@@ -365,7 +366,7 @@ def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
     A batch whose prompts are all of one length needs no padding, and no mask: it is worth more than
     a full one. Each length makes such batches as far as they are at least half full; what is left
-    of all lengths is asked together, in order of length.
+    of all lengths is asked together, in order of length; a prompt that is much longer is not.
 
     Args:
         lengths: of the block's prompts.
@@ -382,12 +383,23 @@ def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
                 batches.append(part)
             else:
                 left += part
-    return batches + _parts(left, batch_size)
+    return batches + _near(left, lengths, batch_size)
 
 
 def _parts(places: list[int], size: int) -> list[list[int]]:
     """Cut a list into parts of a size; the last is what remains."""
     return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def _near(places: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Cut places in order of length into parts, in which nothing is padded to a multiple of it."""
+    parts: list[list[int]] = []
+    for place in places:
+        full = not parts or len(parts[-1]) == size
+        if full or lengths[place] > 2 * lengths[parts[-1][0]] + _PADDING:
+            parts.append([])
+        parts[-1].append(place)
+    return parts
 
 
 def _title(cell: Cell) -> str:

@@ -417,6 +417,8 @@ def test_batches_hold_questions_of_about_one_length() -> None:
     assert batches_of([1, 1, *[2] * 8, 3], 4) == [[0, 1], [2, 3, 4, 5], [6, 7, 8, 9], [10]]
     assert batches_of([1, *[2] * 8, 3], 4) == [[1, 2, 3, 4], [5, 6, 7, 8], [0, 9]]
     assert batches_of([0] * 5, 2) == [[0, 1], [2, 3], [4]]
+    # Nothing is padded to a multiple of its length: 16 prompts of 20,000 tokens fill a memory.
+    assert batches_of([5, 700, 6, 20_000, 300, 9], 16) == [[0, 2, 5], [4, 1], [3]]
 
 
 @pytest.mark.parametrize("size", [1, 4, 32, 100])
