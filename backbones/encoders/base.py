@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visprune.core.method import ModelSpec
+from visprune.core.threads import PerThread
 from visprune.cost.layers import EncoderLayer
 from visprune.errors import UnsupportedModel
 
@@ -59,18 +60,22 @@ class Noticed:
             del own["forward"]
 
 
+class _Call(PerThread):
+    """What hooks hold in the forward of a thread."""
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+
 class Hooks:
-    """Hooks that hand tensors to each other within one forward, in ``held``.
+    """Hooks that hand tensors to each other within one forward, in ``call.held``.
 
     They are methods and not functions inside a function, so that a copy of the model has copies of
     them, which act on the copy alone. It starts without what is held.
     """
 
     def __init__(self) -> None:
-        self.held: list[Tensor] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "held": []}
+        self.call = _Call()
 
 
 def refuse_scripting(model: nn.Module) -> NoReturn:

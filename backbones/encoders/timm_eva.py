@@ -61,11 +61,11 @@ class _Turned(Hooks):
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         rope = kwargs.get("rope")
-        self.held = [] if rope is None else [rope]
+        self.call.held = [] if rope is None else [rope]
 
     def turned(self, q: Tensor, k: Tensor, scale: float) -> None:
-        if self.held:
-            table = self.held.pop()
+        if self.call.held:
+            table = self.call.held.pop()
             q, k = (_rotated(part, table, self.attention) for part in (q, k))
         self.record(q, k, scale)
 

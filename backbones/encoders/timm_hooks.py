@@ -29,10 +29,10 @@ class _Norms(Hooks):
         self.attention, self.record, self.heads_last = attention, record, heads_last
 
     def query(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.held = [output]
+        self.call.held = [output]
 
     def key(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        q, k = self.held.pop(), output
+        q, k = self.call.held.pop(), output
         if self.heads_last:  # [B, T, H, d]
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         self.record(q, k, self.attention.scale)
@@ -47,11 +47,11 @@ class Branches(Hooks):
 
     def collect(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Take queries and keys ``[B, H, T, d]`` of one; show those of all with the last."""
-        held = [*self.held, q, k]
+        held = [*self.call.held, q, k]
         if len(held) == 2 * self.count:
             self.record(torch.cat(held[::2], 1), torch.cat(held[1::2], 1), scale)
             held = []
-        self.held = held
+        self.call.held = held
 
 
 class Weighing(Hooks):
@@ -84,7 +84,7 @@ class Weighing(Hooks):
         if weight is None:
             return None
         q, k, v = output.chunk(3, dim=-1)
-        self.held = [v]
+        self.call.held = [v]
         return torch.cat([q, k, v * weight[..., None].to(v.dtype)], dim=-1)
 
     def _add_up(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -95,12 +95,12 @@ class Weighing(Hooks):
             weight = weight[:, None].float()
             own = (1 - weight) * plain.diagonal(dim1=-2, dim2=-1)
             total = (plain @ weight[..., None])[..., 0] + own
-            self.held += [own.transpose(1, 2)[..., None], total.transpose(1, 2)[..., None]]
+            self.call.held += [own.transpose(1, 2)[..., None], total.transpose(1, 2)[..., None]]
 
     def _divide(self, module: nn.Module, args: Any) -> Any:
-        if len(self.held) < 3:
+        if len(self.call.held) < 3:
             return None
-        value, own, total = self.held
-        self.held = []
+        value, own, total = self.call.held
+        self.call.held = []
         heads, values = (t.unflatten(-1, (self.attention.num_heads, -1)) for t in (args[0], value))
         return (((heads + own * values) / total).flatten(-2).to(args[0].dtype),)

@@ -80,6 +80,30 @@ def test_pictures_of_one_size(method: str, params: dict[str, Any]) -> None:
         agree(call)
 
 
+@pytest.mark.parametrize("kind", ["plain", "eva_rope", "two_in_parallel"])
+def test_a_thread_that_comes_between_a_query_and_its_key(kind: str) -> None:
+    model = small.shrunk(small.KINDS[kind])
+    pictures = [small.picture(model, seed=seed) for seed in range(2)]
+    norms = [part for name, part in model.named_modules() if name.endswith("q_norm")]
+    assert norms
+    both = threading.Barrier(2, timeout=10)
+
+    def meet(*given: Any) -> None:
+        """Both threads have their queries before either has its keys."""
+        both.wait()
+
+    call = torch.no_grad()(model.forward)  # its state is a thread's own
+    with visprune.prune(model, "evit", keep_ratio=0.7):
+        want = [call(picture) for picture in pictures]
+        handles = [norm.register_forward_hook(meet) for norm in norms]
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(call, pictures))
+        for handle in handles:
+            handle.remove()
+    for mine, wanted in zip(got, want, strict=True):
+        assert torch.equal(mine, wanted)
+
+
 def test_the_trace_is_that_of_ones_own_thread(models: Any) -> None:
     model = models("llava")
     with visprune.prune(model, "uniform", num_keep=5) as run, torch.no_grad():

@@ -14,7 +14,7 @@ CLIPS = ("qwen2_vl", "qwen2_5_vl", *(name for name, spec in tiny.FAMILIES.items(
 # not with their pictures, is tested on the other.
 TWINS = (
     *("qwen2_5_vl", "paligemma2", "molmo2_scaled", "gemma4_unified", "qwen3_5_moe"),
-    *("minicpm_ocr", "chameleon_swin", "llava_onevision_shrunk", "qianfan_ocr", "got_ocr2"),
+    *("minicpm_ocr", "chameleon_swin", "llava_onevision_shrunk", "qianfan_ocr"),
     *("pp_chart2table", "lighton_ocr", "vipllava", "deepseek_vl", "deepseek_vl_hybrid"),
     *("janus", "fast_vlm", "apertus1p5", "hyperclovax_vision_v2", "smolvlm", "qwen3_vl_moe"),
     *("cosmos3_omni", "cosmos3_edge", "glm46v", "glmga", "glm4v_moe", "glm_ocr"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model, many threads: what belongs to a call, and when a run may be taken off."""
+"""One model, many threads: when a run may be taken off."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
-
-
-class PerThread(threading.local):
-    """Base of what the hooks of one model hand to each other within a call, thread by thread.
-
-    A copy of a model starts without: copies and pickles of an instance are new ones.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+from typing import Any
 
 
 class Gate:

@@ -19,8 +19,8 @@ from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.join import join
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.numeric import is_whole
+from visprune.core.threads import PerThread
 from visprune.errors import ConfigError
-from visprune.machine.threads import PerThread
 
 ARGUMENT = "clip_frames"
 

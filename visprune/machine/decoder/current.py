@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from visprune.core.threads import PerThread
 from visprune.core.trace import Trace
 from visprune.machine.decoder.forward import Forward
-from visprune.machine.threads import PerThread
 
 
 class Current(PerThread):

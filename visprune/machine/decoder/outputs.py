@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from visprune.core.slots import SlotTable
+from visprune.core.threads import PerThread
 from visprune.core.trace import Trace
 from visprune.machine.decoder.forward import Forward
-from visprune.machine.threads import PerThread
 
 IGNORE = -100
 

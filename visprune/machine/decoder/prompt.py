@@ -18,10 +18,10 @@ from torch import Tensor
 from visprune.backbones.encoders.base import Instead
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.core.signals.base import DecoderSignal
+from visprune.core.threads import PerThread
 from visprune.errors import ConfigError
 from visprune.machine.decoder.call import Call
 from visprune.machine.plan import Plan
-from visprune.machine.threads import PerThread
 
 _ARGUMENT = "prompt_length"
 

@@ -17,12 +17,12 @@ from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
 from visprune.core.signals.base import DecoderSeen, DecoderSignal
+from visprune.core.threads import PerThread
 from visprune.errors import ConfigError
 from visprune.machine.choose import Observer, now
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.shorten import read_layer, seen_by
 from visprune.machine.plan import Plan
-from visprune.machine.threads import PerThread
 
 
 class _Ahead(PerThread):

@@ -21,12 +21,12 @@ from visprune.backbones.vlm.picture import Picture, grid
 from visprune.core.budget import Stage
 from visprune.core.method import Context, PruningMethod
 from visprune.core.selection import Selection
+from visprune.core.threads import PerThread
 from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError
 from visprune.machine.choose import Observer, choose
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
-from visprune.machine.threads import PerThread
 
 
 class _Current(PerThread):

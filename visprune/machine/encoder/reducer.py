@@ -26,13 +26,13 @@ from visprune.core.method import Context, PruningMethod
 from visprune.core.selection import Selection
 from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
 from visprune.core.signals.pictures import PatchPositions
+from visprune.core.threads import PerThread
 from visprune.core.tokens import VisualTokens
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.choose import Observer, choose
 from visprune.machine.encoder import padded
 from visprune.machine.encoder.plan import EncoderPlan, step
 from visprune.machine.encoder.state import EncoderPass
-from visprune.machine.threads import PerThread
 
 _NOWHERE = torch.empty(0, 0, 3, dtype=torch.int64)
 _LEARNED = "visprune_learned"

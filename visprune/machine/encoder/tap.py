@@ -17,8 +17,8 @@ from visprune.backbones.hf.features import entries, mark, marks
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout, Picture
 from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
+from visprune.core.threads import PerThread
 from visprune.errors import ConfigError
-from visprune.machine.threads import PerThread
 
 
 class _Current(PerThread):
