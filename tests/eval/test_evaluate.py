@@ -515,7 +515,7 @@ def test_official_scorers_that_pair_by_line_agree_with_the_table(
     monkeypatch.setattr("visprune.eval.run.runner.load_model", lambda *_, **__: Guessing())
     run_command(
         None, tmp_path / "out",
-        {"models": ["instant"], "tasks": [{"task": "pope", "data": str(tmp_path / "data")}],
+        {"models": ["embedded"], "tasks": [{"task": "pope", "data": str(tmp_path / "data")}],
          "controls": ["none"]},
         dry_run=False, retry_errors=False, threads=None, answers=tmp_path / "answers",
     )  # fmt: skip
@@ -530,7 +530,7 @@ def test_official_scorers_that_pair_by_line_agree_with_the_table(
 def _failing(path: Path, monkeypatch: pytest.MonkeyPatch, failing: range) -> None:
     model = Instant(failing=tuple(failing))
     monkeypatch.setattr("visprune.eval.run.runner.load_model", lambda *_, **__: model)
-    changes = {"models": ["instant"], "tasks": [Tiling(limit=4)], "controls": ["none"]}
+    changes = {"models": ["embedded"], "tasks": [Tiling(limit=4)], "controls": ["none"]}
     run_command(
         None, path, changes, dry_run=False, retry_errors=False, threads=None,
         answers=path / "answers",
