@@ -117,7 +117,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     out, raw, _ = tuned
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "score", lambda *_: {"dense": [1.0] * 6, "pruned": [1.0] * 6})
+        patch.setattr(tune, "score", lambda *_, **__: {"dense": [1.0] * 6, "pruned": [1.0] * 6})
         step = torch.optim.AdamW.step
         count = 0
 
@@ -240,7 +240,7 @@ def test_wrong_recipes_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tune, "score", lambda *_: {"dense": [0.0], "pruned": [0.0]})
+    monkeypatch.setattr(tune, "score", lambda *_, **__: {"dense": [0.0], "pruned": [0.0]})
     with pytest.raises(ConfigError, match=message):
         run(recipe(bench, **changes), tmp_path / "out")
 

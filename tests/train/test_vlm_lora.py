@@ -121,13 +121,13 @@ def test_a_stopped_run_resumes_to_the_same_adapter(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Log, "on_log", stopping)
-        patch.setattr(tune, "score", lambda *_: {"dense": [1.0] * 7, "pruned": [1.0] * 7})
+        patch.setattr(tune, "score", lambda *_, **__: {"dense": [1.0] * 7, "pruned": [1.0] * 7})
         with pytest.raises(KeyboardInterrupt):
             run(recipe(), out)
     with pytest.raises(ConfigError, match="already holds checkpoints"):
         run(recipe(), out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "score", lambda *_: {"dense": [1.0] * 7, "pruned": [1.0] * 7})
+        patch.setattr(tune, "score", lambda *_, **__: {"dense": [1.0] * 7, "pruned": [1.0] * 7})
         run(recipe(), out, resume=True)
     want = load_file(tuned[0] / "adapter" / "adapter_model.safetensors")
     got = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -177,6 +177,6 @@ def test_encoded_once_is_the_same_loss() -> None:
 def test_wrong_recipes_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "score", lambda *_: {"dense": [0.0], "pruned": [0.0]})
+    monkeypatch.setattr(tune, "score", lambda *_, **__: {"dense": [0.0], "pruned": [0.0]})
     with pytest.raises(ConfigError, match=message):
         run(recipe(**changes), tmp_path / "out")
