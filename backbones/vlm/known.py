@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib.metadata import version
 
 CLIPS = "pictures, clips"
@@ -175,13 +176,19 @@ EVERY_METHOD: tuple[str, ...] = (
 
 def behind(since: str) -> str:
     """What to do where transformers here is older than ``since``; empty where it is not."""
-    here = version("transformers")
+    here = installed()
     if _numbers(here) >= _numbers(since):
         return ""
     return (
         f"it needs transformers {since} or later, and {here} is installed (pip install -U "
         f"'transformers>={since}')"
     )
+
+
+@cache
+def installed() -> str:
+    """The version of transformers here; its metadata is a file, and prompts ask."""
+    return version("transformers")
 
 
 def lacking(family: str) -> str:

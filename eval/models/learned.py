@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from visprune.errors import ConfigError
 from visprune.eval.models.identity import tensors_hash
 
-__all__ = ["about_learned", "teach"]
+__all__ = ["about_learned", "taught"]
 
 
-def teach(run: Any, learned: Mapping[str, Tensor] | None, name: str) -> None:
-    """Give the method of a run what it has learned; nothing where it learns nothing.
+def taught(run: Any, learned: Mapping[str, Tensor] | None, name: str) -> Any:
+    """The run, whose method is given what it has learned; nothing where it learns nothing.
 
     Args:
-        run: in force.
+        run: in force; removed where this raises.
         learned: what came with the model (:func:`visprune.machine.saved.read_learned`).
         name: of the model.
 
@@ -26,8 +26,16 @@ def teach(run: Any, learned: Mapping[str, Tensor] | None, name: str) -> None:
         ConfigError: nothing came with it, it does not fit, or the method was built with modules of
             its own, which no record could name.
     """
-    if run.learned is None:
-        return
+    try:
+        if run.learned is not None:
+            _teach(run, learned, name)
+    except ConfigError:
+        run.remove()
+        raise
+    return run
+
+
+def _teach(run: Any, learned: Mapping[str, Tensor] | None, name: str) -> None:
     method = run.method.name
     if isinstance(getattr(run.method, "learned", None), nn.Module):
         raise ConfigError(

@@ -30,7 +30,7 @@ from visprune.eval.models.identity import (
     weights_hash,
 )
 from visprune.eval.models.kept import bits_of
-from visprune.eval.models.learned import about_learned, teach
+from visprune.eval.models.learned import about_learned, taught
 from visprune.eval.models.seen import describe_seen, seen_by_transform, seen_of_record
 from visprune.eval.tasks.base import PromptStyle, Task
 from visprune.eval.tasks.imagenet import ImageNet, ranking_text
@@ -134,13 +134,7 @@ class Classifier:
             ConfigError: the method wants a predictor, and the model came without one that fits.
             UnsupportedModel: the method does not act on this model.
         """
-        run = prune(self.tower, choice)
-        try:
-            teach(run, self.learned, self.name)
-        except ConfigError:
-            run.remove()
-            raise
-        return run
+        return taught(prune(self.tower, choice), self.learned, self.name)
 
     def generation(self, task: Task, options: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing is generated."""

@@ -32,7 +32,7 @@ from visprune.eval.models.base import (
 from visprune.eval.models.encodings import Encodings, image_token
 from visprune.eval.models.identity import config_hash, plain, processor_hash, weights_hash
 from visprune.eval.models.kept import kept_map
-from visprune.eval.models.learned import about_learned, teach
+from visprune.eval.models.learned import about_learned, taught
 from visprune.eval.models.seen import describe_seen, pad_to_square, seen_of_record
 from visprune.eval.models.turns import OneCache, no_turns
 from visprune.eval.tasks import prompts
@@ -171,12 +171,7 @@ class VLM:
                 something that does not fit; or the model is pruned already.
             UnsupportedModel: the method does not act on this model.
         """
-        run = Run(find_adapter(self.model), method)
-        try:
-            teach(run, self.learned, self.name)
-        except ConfigError:
-            run.remove()
-            raise
+        run: Run = taught(Run(find_adapter(self.model), method), self.learned, self.name)
         return run
 
     def _other_pixels(self, task: RefCOCO) -> str | None:

@@ -27,6 +27,7 @@ from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Cell, Record, canonical
 from visprune.eval.run.album import Album, picture_hash
 from visprune.eval.run.ask import Asker
+from visprune.eval.run.batches import batches_of, blocks_of
 from visprune.eval.run.claims import Claims, Done, asked_hash, lock_of, own_first
 from visprune.eval.run.jobs import Job, together
 from visprune.eval.run.progress import Silent
@@ -34,11 +35,9 @@ from visprune.eval.run.turns import blocks_between, by_picture, dialogues
 from visprune.eval.study.grid import Study
 from visprune.eval.tasks.base import Sample, SampleError
 
-__all__ = ["Desk", "batches_of", "blocks_of", "walk_model"]
+__all__ = ["Desk", "walk_model"]
 
 _POLL_SECONDS = 0.1
-_PADDING = 256  # tokens that are nothing beside a picture's
-_BLOCK = 64  # samples, or four batches where those are large
 
 
 @dataclass(frozen=True)
@@ -353,53 +352,6 @@ class _Visit:
         finally:
             for place in held:
                 claims.release(lock_of(self.block[place].id))
-
-
-def blocks_of(count: int, batch_size: int) -> list[range]:
-    """The numbers of so many samples, block by block."""
-    size = batch_size * max(4, _BLOCK // batch_size)
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def batches_of(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Places in a block, cut into batches of about the same length.
-
-    A batch whose prompts are all of one length needs no padding, and no mask: it is worth more than
-    a full one. Each length makes such batches as far as they are at least half full; what is left
-    of all lengths is asked together, in order of length; a prompt that is much longer is not.
-
-    Args:
-        lengths: of the block's prompts.
-        batch_size: of a batch, at most.
-    """
-    alike: dict[int, list[int]] = {}
-    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        alike.setdefault(lengths[place], []).append(place)
-    batches: list[list[int]] = []
-    left: list[int] = []
-    for places in alike.values():
-        for part in _parts(places, batch_size):
-            if 2 * len(part) >= batch_size:
-                batches.append(part)
-            else:
-                left += part
-    return batches + _near(left, lengths, batch_size)
-
-
-def _parts(places: list[int], size: int) -> list[list[int]]:
-    """Cut a list into parts of a size; the last is what remains."""
-    return [places[start : start + size] for start in range(0, len(places), size)]
-
-
-def _near(places: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Cut places in order of length into parts, in which nothing is padded to a multiple of it."""
-    parts: list[list[int]] = []
-    for place in places:
-        full = not parts or len(parts[-1]) == size
-        if full or lengths[place] > 2 * lengths[parts[-1][0]] + _PADDING:
-            parts.append([])
-        parts[-1].append(place)
-    return parts
 
 
 def _title(cell: Cell) -> str:

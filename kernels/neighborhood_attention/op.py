@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from visprune.kernels.common import requirements
 from visprune.kernels.common.autograd import differentiable, gradients_of
 from visprune.kernels.common.precision import operator, uncast, wide_or_other
 
-from . import axis, bands, dense, torch_impl
+from . import axis, bands, dense, gathered, torch_impl
 
 MAX_HEAD_DIM = 128
 
@@ -220,7 +219,7 @@ def attend(
         band = bands.alone(q.shape, *window, grad)
         if band is not None:
             found = bands.attend(q, k, v, band, scale)
-            if band.mask is None or _transformed() or math.isfinite(found.detach().sum().item()):
+            if band.mask is None or _transformed() or gathered.finite(found.detach()):
                 return found, None  # else the operator finds out, see `gathered`
     tensors = (q, k, v, rpb, additional_keys, additional_values)
     args = (scale, with_lse, backend)

@@ -21,9 +21,9 @@ from visprune.eval.models.base import ModelEntry
 from visprune.eval.records import files as record_files
 from visprune.eval.records.folder import ResultsFolder, write_json
 from visprune.eval.run.album import picture_hash
+from visprune.eval.run.batches import batches_of, blocks_of
 from visprune.eval.run.progress import Silent
 from visprune.eval.run.runner import process_number, run_study
-from visprune.eval.run.walk import batches_of, blocks_of
 from visprune.eval.study.grid import Study, build_study
 from visprune.eval.tasks.base import SampleError
 

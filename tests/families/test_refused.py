@@ -46,7 +46,7 @@ def test_the_reason_is_told(kind: str) -> None:
 def test_what_an_older_transformers_lacks_is_refused_with_the_version(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(known, "version", lambda name: "5.6.2")
+    monkeypatch.setattr(known, "installed", lambda: "5.6.2")
     assert set(known.SINCE) <= set(known.KNOWN)
     needs = {row.name: row.needs for row in visprune.list_models("vlm")}
     assert needs["kimi_k25"] == "transformers 5.13"
