@@ -112,10 +112,11 @@ def test_a_clients_own_id_is_one_picture_for_each_of_its_settings(
     assert asked(engine, *alone) == first
     assert engine.apply_model(encoded)[0] == made <= before + 2 * len(SETTINGS)
     other = {**alone[1], "mm_processor_kwargs": {**A, "visprune_num_keep": 7}}
-    with pytest.raises(
-        ValueError, match="Cache miss for image at index 0 but data is not provided"
-    ):
+    with pytest.raises(ValueError, match="image 0 came by its id 'mine' alone, and is not kept pr"):
         asked(engine, other)
+    whole = {**alone[0], "multi_modal_uuids": {"image": ["theirs"]}}
+    with pytest.raises(ValueError, match=r"its id 'theirs' alone, and is not kept whole: .*Send"):
+        asked(engine, whole)
     assert asked(engine, *alone) == first
 
 

@@ -128,7 +128,25 @@ class Prunes:
             self._check_kinds(given, inputs.mm_data_items)
             rest[METHOD] = found.key
         inputs = replace(inputs, hf_processor_mm_kwargs=rest)
-        return super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        self._check_known(inputs, hashes, found)
+        return hashes
+
+    def _check_known(self, inputs: Any, hashes: Any, found: Asked | None) -> None:
+        """Refuse an item that comes by a client's own id alone and is not kept under this hash."""
+        if inputs.cache is None:
+            return
+        for kind, items in inputs.mm_data_items.items():
+            for number, own in enumerate(hashes[kind]):
+                if items[number] is None and not inputs.cache.is_cached([own])[0]:
+                    name = (inputs.mm_uuid_items or {})[kind][number]
+                    asked = "whole" if found is None else f"pruned by {found.method}"
+                    raise ValueError(
+                        f"{kind} {number} came by its id {name!r} alone, and is not kept {asked}: "
+                        f"under other settings it is another {kind}, and an id is forgotten when "
+                        f"the cache is full. Send the {kind} itself with its id, or ask with the "
+                        f"settings that it was sent with."
+                    )
 
     def _check_kinds(self, given: Mapping[str, Any], items: Any) -> None:
         """Refuse a request of its own settings that holds what is not pruned here."""
