@@ -62,7 +62,7 @@ def _speed(rows: Iterable[Row]) -> Measured:
     head = f"ms to choose, {' / '.join(f'{count:,}' for count in counts)} tokens"
     return Measured(
         head, cells,
-        "selection beside one prefill of a random model at batch 1, two threads of a busy CPU "
+        "selection beside one prefill of a random model at batch 1, two threads of an Intel Xeon "
         "([rows](eval/measured/methods_speed.csv)); `-`: not measured (the cache is cut behind "
         "the prefill, or the model had not what the method asks for).",
     )  # fmt: skip

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from visprune.errors import ConfigError
+from visprune.eval.tasks.base import get_task
 from visprune.eval.tasks.embedded import (
     ANSWERS,
     COLORS,
     KINDS,
+    LAYOUTS,
     PATCH,
     SHAPES,
     SIDE,
@@ -33,6 +35,12 @@ from visprune.eval.tasks.embedded.questions import PLURALS
 def symbolic() -> list[Scene]:
     """600 test pictures with two questions of each kind, not painted."""
     return [make_sample("test", i, per_kind=2, draw=False) for i in range(600)]
+
+
+@pytest.fixture(scope="module")
+def dense() -> list[Scene]:
+    """200 pictures of the denser layout."""
+    return [make_sample("test", i, per_kind=2, draw=False, layout="dense") for i in range(200)]
 
 
 def named(picture: Scene, phrase: str) -> list[SceneObject]:
@@ -107,8 +115,8 @@ def test_splits_share_no_picture() -> None:
     assert len(set().union(*scenes.values())) == 400 * len(SPLITS)
 
 
-def test_every_answer_follows_from_the_objects(symbolic: list[Scene]) -> None:
-    for picture in symbolic:
+def test_every_answer_follows_from_the_objects(symbolic: list[Scene], dense: list[Scene]) -> None:
+    for picture in (*symbolic, *dense):
         for question in picture.questions:
             assert solve(picture, question.kind, question.text) == question.answer, question
 
@@ -125,6 +133,35 @@ def test_objects_are_apart_and_have_different_names(symbolic: list[Scene]) -> No
         for o in objects:
             taken[o.top : o.top + o.size, o.left : o.left + o.size] += 1
         assert taken.max() == 1
+
+
+def test_dense_pictures_hold_more_and_smaller_objects_and_are_others(
+    symbolic: list[Scene], dense: list[Scene]
+) -> None:
+    layout = LAYOUTS["dense"]
+    counts = [len(picture.objects) for picture in dense]
+    assert max(counts) == layout.high
+    assert np.mean([count >= layout.low for count in counts]) > 0.95, "some find no room"
+    sizes = [o.size for picture in dense for o in picture.objects]
+    assert (min(sizes), max(sizes)) == (layout.smallest, layout.largest)
+    for picture in dense:
+        assert len({o.name for o in picture.objects}) == len(picture.objects)
+    assert not {p.objects for p in dense} & {p.objects for p in symbolic}
+    assert not {p.id for p in dense} & {p.id for p in symbolic}
+    assert {question.kind for p in dense for question in p.questions} == set(KINDS)
+    with pytest.raises(ConfigError, match="Did you mean 'dense'"):
+        make_sample("test", 0, layout="dens")
+
+
+def test_the_task_asks_about_the_layout_that_it_is_given() -> None:
+    asked = {name: get_task("embedded", layout=name, limit=30).samples() for name in LAYOUTS}
+    for name, samples in asked.items():
+        drawn = make_sample("test", 0, layout=name)
+        assert samples[0].question == drawn.questions[0].text
+        assert np.array_equal(np.asarray(samples[0].image()), drawn.pixels)
+    assert not {x.id for x in asked["plain"]} & {x.id for x in asked["dense"]}
+    with pytest.raises(ConfigError, match=r"no layout 'densest'.*Did you mean 'dense'"):
+        get_task("embedded", layout="densest")
 
 
 def test_blind_answers_stay_near_the_floor(symbolic: list[Scene]) -> None:

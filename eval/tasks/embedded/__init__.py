@@ -23,8 +23,10 @@ from visprune.eval.tasks.embedded.questions import ANSWERS, KINDS, ask, question
 from visprune.eval.tasks.embedded.scene import (
     COLORS,
     DIGITS,
+    LAYOUTS,
     PATCH,
     SHAPES,
+    Layout,
     SceneObject,
     sample_scene,
 )
@@ -38,11 +40,13 @@ __all__ = [
     "COLORS",
     "DIGITS",
     "KINDS",
+    "LAYOUTS",
     "PATCH",
     "SHAPES",
     "SIDE",
     "SPLITS",
     "VERSION",
+    "Layout",
     "Question",
     "Scene",
     "SceneObject",
@@ -62,7 +66,7 @@ class Question:
         kind: One of :data:`KINDS`.
         text: The question, words separated by single blanks.
         answer: The right answer, one word.
-        id: Unique over all splits, ``split/picture/number``.
+        id: Unique over all splits and layouts: the picture's and a number.
     """
 
     kind: str
@@ -76,7 +80,7 @@ class Scene:
     """A drawn picture, what is in it and what is asked about it.
 
     Attributes:
-        id: ``split/index``.
+        id: ``split/index``; ``layout/split/index`` where the layout is not the plain one.
         pixels: uint8 ``[192, 192, 3]``.
         objects: What is in it.
         questions: At most ``per_kind`` per kind; a kind that has no well-posed question is absent.
@@ -104,6 +108,7 @@ def make_sample(
     per_kind: int | Mapping[str, int] = 1,
     kinds: Sequence[str] = KINDS,
     draw: bool = True,
+    layout: str = "plain",
 ) -> Scene:
     """Make one picture with its questions; the same arguments always give the same.
 
@@ -113,18 +118,23 @@ def make_sample(
         per_kind: Questions to ask of each kind, or a number by kind; repeated texts are dropped.
         kinds: Kinds to ask.
         draw: Whether to paint it; without, ``pixels`` is empty and objects and questions the same.
+        layout: ``"plain"``, or ``"dense"``: more objects, and smaller ones.
 
     Returns:
         The picture.
 
     Raises:
-        ConfigError: If the split or a kind does not exist.
+        ConfigError: If the split, a kind or the layout does not exist.
     """
     _check(split, SPLITS, "split")
+    _check(layout, tuple(LAYOUTS), "layout")
     for kind in (*kinds, *(() if isinstance(per_kind, int) else per_kind)):
         _check(kind, KINDS, "kind")
-    seeds = np.random.SeedSequence([VERSION, SPLITS.index(split), index]).generate_state(3)
-    objects = sample_scene(np.random.default_rng(seeds[0]), SIDE)
+    space = [VERSION, SPLITS.index(split), index]
+    if layout != "plain":
+        space.append(list(LAYOUTS).index(layout))
+    seeds = np.random.SeedSequence(space).generate_state(3)
+    objects = sample_scene(np.random.default_rng(seeds[0]), SIDE, LAYOUTS[layout])
     asked: dict[str, tuple[str, str]] = {}
     for kind in kinds:
         rng = np.random.default_rng([seeds[1], KINDS.index(kind)])
@@ -132,14 +142,15 @@ def make_sample(
             found = ask(rng, kind, objects, SIDE)
             if found is not None:
                 asked.setdefault(found[0], (kind, found[1]))
+    name = f"{split}/{index}" if layout == "plain" else f"{layout}/{split}/{index}"
     questions = tuple(
-        Question(kind, text.replace(" ?", "?"), answer, f"{split}/{index}/{number}")
+        Question(kind, text.replace(" ?", "?"), answer, f"{name}/{number}")
         for number, (text, (kind, answer)) in enumerate(asked.items())
     )
     pixels = np.zeros((0, 0, 3), np.uint8)
     if draw:
         pixels = draw_scene(np.random.default_rng(seeds[2]), objects, SIDE)
-    return Scene(f"{split}/{index}", pixels, tuple(objects), questions)
+    return Scene(name, pixels, tuple(objects), questions)
 
 
 def draw_picture(
@@ -156,7 +167,7 @@ def draw_picture(
     Returns:
         Pixels uint8 ``[side, side, 3]``, objects, owner of each patch ``[side / 8, side / 8]``.
     """
-    objects = sample_scene(rng, side, low, high)
+    objects = sample_scene(rng, side, Layout(low, high))
     return draw_scene(rng, objects, side), objects, patch_owner(objects, side)
 
 

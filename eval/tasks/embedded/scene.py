@@ -16,6 +16,26 @@ GAP = 4  # pixels left free between the boxes of two objects
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How full pictures are.
+
+    Attributes:
+        low: fewest objects.
+        high: most objects; fewer are placed if a picture has no room left.
+        smallest: width of the smallest, pixels.
+        largest: width of the largest, pixels.
+    """
+
+    low: int = 3
+    high: int = 6
+    smallest: int = MIN_SIZE
+    largest: int = MAX_SIZE
+
+
+LAYOUTS = {"plain": Layout(), "dense": Layout(low=6, high=8, smallest=20, largest=26)}
+
+
+@dataclass(frozen=True)
 class SceneObject:
     """One object.
 
@@ -47,7 +67,7 @@ class SceneObject:
 
 
 def sample_scene(
-    rng: np.random.Generator, side: int, low: int = 3, high: int = 6
+    rng: np.random.Generator, side: int, layout: Layout = LAYOUTS["plain"]
 ) -> list[SceneObject]:
     """Draw the objects of one picture.
 
@@ -57,19 +77,18 @@ def sample_scene(
     Args:
         rng: Source of randomness.
         side: Side of the square picture, pixels.
-        low: Fewest objects.
-        high: Most objects; fewer are placed if the picture has no room left.
+        layout: How many objects, and how large.
 
     Returns:
         Objects with pairwise different (colour, shape) and disjoint boxes.
     """
-    group = int(rng.integers(2, min(5, high + 1)))
-    count = int(rng.integers(max(low, group), high + 1))
+    group = int(rng.integers(2, min(5, layout.high + 1)))
+    count = int(rng.integers(max(layout.low, group), layout.high + 1))
     names = _names(rng, group, count)
     digits = rng.integers(0, len(DIGITS), size=count)
     objects: list[SceneObject] = []
     for (color, shape), digit in zip(names, digits, strict=True):
-        place = _free_place(rng, objects, side)
+        place = _free_place(rng, objects, side, layout)
         if place is not None:
             left, top, size = place
             item = SceneObject(SHAPES[shape], COLORS[color], DIGITS[digit], left, top, size)
@@ -96,11 +115,11 @@ def _names(rng: np.random.Generator, group: int, count: int) -> list[tuple[int, 
 
 
 def _free_place(
-    rng: np.random.Generator, objects: list[SceneObject], side: int
+    rng: np.random.Generator, objects: list[SceneObject], side: int, layout: Layout
 ) -> tuple[int, int, int] | None:
     """A (left, top, size) whose box keeps :data:`GAP` from all others, or None after 40 tries."""
     for _ in range(40):
-        size = int(rng.integers(MIN_SIZE, MAX_SIZE + 1))
+        size = int(rng.integers(layout.smallest, layout.largest + 1))
         left, top = (int(v) for v in rng.integers(0, side - size + 1, size=2))
         clear = all(
             left >= o.left + o.size + GAP

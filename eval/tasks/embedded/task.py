@@ -24,9 +24,10 @@ class _Drawn:
 
     split: str
     index: int
+    layout: str
 
     def __call__(self) -> Image.Image:
-        return embedded.make_sample(self.split, self.index).image
+        return embedded.make_sample(self.split, self.index, layout=self.layout).image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class EmbeddedTask(Task):
         split: ``"test"``, ``"validation"`` or ``"train"``.
         limit: number of questions.
         per_kind: questions of each kind per picture.
+        layout: ``"plain"``: 3 to 6 objects of 24 to 44 pixels; ``"dense"``: 6 to 8 of 20 to 26,
+            where methods that stand together on plain pictures come apart.
     """
 
     name: ClassVar[str] = "embedded"
@@ -49,11 +52,13 @@ class EmbeddedTask(Task):
     split: str = "test"
     limit: int | None = 2100
     per_kind: int = 1
+    layout: str = "plain"
 
     def __post_init__(self) -> None:
         """Reject values outside their range."""
         super().__post_init__()
         check_option(self.name, "split", self.split, embedded.SPLITS)
+        check_option(self.name, "layout", self.layout, tuple(embedded.LAYOUTS))
         if self.limit is None:
             raise ConfigError("The embedded questions never end; set limit, such as limit=2100.")
         if self.per_kind < 1:
@@ -65,13 +70,15 @@ class EmbeddedTask(Task):
         index = self.seed * _STRIDE
         limit = self.limit or 0
         while len(found) < limit:
-            picture = embedded.make_sample(self.split, index, self.per_kind, draw=False)
+            picture = embedded.make_sample(
+                self.split, index, self.per_kind, draw=False, layout=self.layout
+            )
             for question in picture.questions[: limit - len(found)]:
                 found.append(
                     Sample(
                         id=question.id,
                         question=question.text,
-                        image=_Drawn(self.split, index),
+                        image=_Drawn(self.split, index, self.layout),
                         answers=(question.answer,),
                         kind=question.kind,
                         cluster=picture.id,
