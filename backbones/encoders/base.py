@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -159,6 +159,9 @@ class Reduction(Protocol):
 
     def places(self) -> Tensor | None:
         """Place in the grid of each patch ``[B, N]`` of the layer that runs; ``None``: all."""
+
+    def away(self, layer: int) -> bool:
+        """Whether patches have left that come back behind a later layer than this one."""
 
 
 class EncoderAdapter:
@@ -359,6 +362,21 @@ def check_padding(mask: Tensor | None, lengths: Tensor, prefix: int) -> None:
         f"exactly what is behind them, up to {total} and more. Give the mask and the sizes as the "
         f"processor returns them, padding behind the patches, or pictures of one size."
     )
+
+
+def refuse_normed(reduction: Reduction, layers: Iterable[int]) -> None:
+    """Refuse features behind a norm, where patches that have left come back by states before it.
+
+    Raises:
+        UnsupportedModel: there are such among the layers.
+    """
+    away = [layer for layer in layers if reduction.away(layer)]
+    if away:
+        raise UnsupportedModel(
+            f"Features of layers {away} are asked for behind the final norm, and patches that have "
+            f"left there follow the states before it. Ask for them as they are (norm=False, "
+            f"normalize_intermediates=False), or for the last layer."
+        )
 
 
 def places(table: Tensor, at: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from visprune.backbones.encoders.base import (
     Layer,
     Reduction,
     ShownQK,
+    refuse_normed,
     weighted_mean,
 )
 from visprune.errors import UnsupportedModel
@@ -133,6 +134,8 @@ class OpenClipViT(EncoderAdapter):
         raster, given["output_fmt"] = given["output_fmt"] == "NCHW", "NLC"
         found = original(*call.args, **call.kwargs)
         taken, _ = feature_take_indices(len(self.layers), given["indices"])
+        if given["normalize_intermediates"]:
+            refuse_normed(reduction, sorted(taken))
         maps = []
         for number, y in zip(sorted(taken), found["image_intermediates"], strict=True):
             full = reduction.expand(number, y)

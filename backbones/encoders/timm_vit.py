@@ -28,6 +28,7 @@ from visprune.backbones.encoders.base import (
     Reduction,
     ShownQK,
     no_mask,
+    refuse_normed,
     refuse_proxy,
     weighted_mean,
 )
@@ -191,6 +192,8 @@ class TimmViT(EncoderAdapter):
         raster, given["output_fmt"] = given["output_fmt"] == "NCHW", "NLC"
         found = original(*call.args, **call.kwargs)
         taken, _ = feature_take_indices(len(self.layers), given["indices"])
+        if given["norm"]:
+            refuse_normed(reduction, sorted(taken))
         grid = self.grid(given["x"]) if raster else ()
 
         def whole(number: int, y: Any) -> Any:

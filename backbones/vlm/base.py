@@ -59,6 +59,7 @@ class VLMAdapter(DecoderAdapter):
             multi_axis_rope=self.multi_axis_rope,
             encoder_layers=0 if self.encoder is None else len(self.encoder.layers),
             encoder_width=0 if self.encoder is None else self.encoder.width,
+            encoder_end=None if self.encoder is None else self.encoder_end,
             encoder_refusal=self.no_encoder,
             patch_refusal=self.no_packed_tower,
             lacking=self.lacking,

@@ -24,6 +24,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "spatten": {"keep_ratio": 1.0},
     "diffrate": {"pruned": [197] * 2, "merged": [197] * 2},
     "ficoco_v": {"r": 0},
+    "ipcv": {"keep_ratio": 1.0},
     "uniform": {"keep_ratio": 1.0},
     "keep_all": {},
 }
@@ -60,7 +61,7 @@ def test_keeping_all_changes_no_bit(name: str) -> None:
             stages, layers = run.trace.stages, len(model.blocks)
         assert torch.equal(got, want), method
         # The whole path ran: selections, gathers, states.
-        once = ("evit", "topk", "dynamicvit", "random", "uniform", "ficoco_v")
+        once = ("evit", "topk", "dynamicvit", "random", "uniform", "ficoco_v", "ipcv")
         assert len(stages) == (1 if method in once else 2)
         assert layers == 2
         assert all(stage["before"] == stage["after"] for stage in stages)

@@ -34,6 +34,7 @@ def nothing_compiled() -> Iterator[None]:
         ("plain", "spatten", {"keep_ratio": 0.6}),
         ("plain", "diffrate", {}),
         ("plain", "ficoco_v", {"r": 3}),
+        ("plain", "ipcv", {"keep_ratio": 0.4, "attention_stabilization": 1}),
     ],
 )
 def test_one_graph(kind: str, method: str, params: dict[str, Any]) -> None:

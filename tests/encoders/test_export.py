@@ -27,6 +27,7 @@ from visprune.errors import UnsupportedModel
         ("plain", "spatten", {"keep_ratio": 0.6}),
         ("plain", "diffrate", {}),
         ("plain", "ficoco_v", {"r": 3}),
+        ("plain", "ipcv", {"keep_ratio": 0.4, "attention_stabilization": 1}),
         ("eva_rope", "tome", {"r": 3}),
         ("average_no_class", "pitome", {"keep_ratio": 0.8}),
     ],

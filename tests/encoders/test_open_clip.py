@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spatten": {"keep_ratio": 0.4},
     "diffrate": {},
     "ficoco_v": {"r": 3},
+    "ipcv": {"keep_ratio": 0.4, "attention_stabilization": 1},
     "dynamicvit": {"keep_ratio": 0.6},
 }
 
@@ -72,7 +73,7 @@ def test_keeping_all_and_keeping_some(kind: str, method: str) -> None:
     assert torch.equal(got, want)
     with visprune.prune(model, method, **METHODS[method]) as run:
         less = model(x)
-        assert len(run.trace.kept[0]) < 25
+        assert (len(run.trace.kept[0]) < 25) == (method != "ipcv")  # whose patches come back
         for row in range(2):
             oracle.assert_close(model(x[row : row + 1]), less[row : row + 1])
     assert less.shape == want.shape
@@ -216,7 +217,7 @@ def test_a_tower_of_mixed_precision(precision: str, method: str) -> None:
         out = model.encode_image(x)
         assert out.dtype == dtype
         assert torch.isfinite(out).all()
-        assert len(run.kept[0]) < 16
+        assert (len(run.kept[0]) < 16) == (method != "ipcv")
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"keep_ratio": 0.6},
     "spatten": {"keep_ratio": 0.6},
     "ficoco_v": {"r": 2},
+    "ipcv": {"keep_ratio": 0.4, "attention_stabilization": 1, "top_k": 3},
 }
 NAFLEX = timm.list_models("naflexvit*")
 
@@ -152,9 +153,7 @@ def test_nothing_left_changes_no_bit_of_a_padded_batch() -> None:
     for kind in ("Siglip2VisionModel", "Siglip2ForImageClassification"):
         model, x = hf.shared(kind), siglip(SHAPES)
         want = hf.answer(model(**x))
-        for method, params in (("tome", {"r": 0}), ("topk", {"keep_ratio": 1.0})):
-            if method == "topk":
-                continue
+        for method, params in (("tome", {"r": 0}), ("ipcv", {"keep_ratio": 1.0})):
             with visprune.prune(model, method, **params):
                 assert torch.equal(hf.answer(model(**x)), want)
 

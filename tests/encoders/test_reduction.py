@@ -28,7 +28,10 @@ MERGING: dict[str, dict[str, Any]] = {
     "diffrate": {"pruned": [197, 150, 120, 99], "merged": [190, 140, 110, 70]},
     "ficoco_v": {"r": 4},
 }
-ALL = [*DROPPING.items(), *MERGING.items()]
+RETURNING: dict[str, dict[str, Any]] = {
+    "ipcv": {"keep_ratio": 0.4, "layer": 1, "attention_stabilization": 1},
+}
+ALL = [*DROPPING.items(), *MERGING.items(), *RETURNING.items()]
 KINDS = sorted(small.KINDS.items())
 every_kind = pytest.mark.parametrize(("kind", "name"), KINDS)
 

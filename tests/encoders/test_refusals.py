@@ -82,6 +82,7 @@ def test_no_class_token(method: str, kind: str, why: str) -> None:
         "pitome",
         "spatten",
         "dynamicvit",
+        "ipcv",
     ]
     for name in named:
         params = {"keep_all": {}, "tome": {"r": 2}}.get(name, {"keep_ratio": 0.5})

@@ -29,6 +29,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
     "spatten": {"keep_ratio": 1.0},
     "diffrate": {"pruned": [197] * 3, "merged": [197] * 3},
     "ficoco_v": {"r": 0},
+    "ipcv": {"keep_ratio": 1.0},
     "keep_all": {},
 }
 DROPPING = {"topk": {"keep_ratio": 0.6}, "random": {"keep_ratio": 0.6}}

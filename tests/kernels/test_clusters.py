@@ -8,7 +8,7 @@ import torch
 
 from visprune import ops
 from visprune.errors import BudgetError, ConfigError
-from visprune.ops.cluster import distances
+from visprune.ops.cluster import distances, distances_to
 
 
 @pytest.mark.parametrize("cutoff", [0.0, 0.3, 0.8, 3.0])
@@ -83,3 +83,16 @@ def test_distances_are_those_of_the_differences(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), want, rtol=2e-7, atol=0)
     assert found.dtype == dtype
     assert found[:, 11, 4].tolist() == found[0].diagonal()[:2].tolist() == [0.0, 0.0]
+
+
+def test_distances_to_others() -> None:
+    x, others = torch.randn(2, 7, 5), torch.randn(2, 4, 5)
+    others[:, 1] = x[:, 3]
+    want = torch.cdist(x.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    got = distances_to(x, others)
+    torch.testing.assert_close(got, want.float())
+    assert got[:, 3, 1].tolist() == [0.0, 0.0]
+    assert distances_to(x[:, :0], others).shape == (2, 0, 4)
+    assert distances_to(x.bfloat16(), others.bfloat16()).dtype == torch.float32
+    with pytest.raises(ConfigError, match=r"others .B, K, D.; got .2, 7, 5. and .2, 4, 4."):
+        distances_to(x, others[..., :4])

@@ -46,6 +46,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "dynamicvit": [{"keep_ratio": 0.5}, {"num_keep": 7}],
     "spatten": [{"keep_ratio": 0.5}, {"keep_ratio": 0.7, "front": 0.3}],
     "ficoco_v": [{}, {"r": 8, "beta": 0.5, "front": 0.25}],
+    "ipcv": [{}, {"keep_ratio": 0.5, "layer": 3, "attention_stabilization": 7, "top_k": 4}],
     "diffrate": [{}, {"numbers": "mae_base-11.5"}, 
                  {"pruned": (9, 4), "merged": (8, 3), "tokens": 17}],
 }  # fmt: skip
@@ -78,8 +79,8 @@ def plain(name: str) -> dict[str, Any]:
 
 # What decides itself how many stay, or at which layer they leave.
 NO_BUDGET = (
-    *("keep_all", "vtw", "diffrate", "ficoco_v", "ivc_prune", "sparsevlm", "lightkv", "pact"),
-    "pixelprune",
+    *("keep_all", "vtw", "diffrate", "ficoco_v", "ipcv", "ivc_prune", "sparsevlm", "lightkv"),
+    *("pact", "pixelprune"),
 )
 # Their frames decide how the budget is met.
 BY_FRAME = ("evs", "vidcom2")
@@ -140,6 +141,8 @@ def test_schedules_go_down_inside_an_encoder(name: str, layers: int) -> None:
     depths = [stage.site.resolve(layers) for stage in schedule]
     assert depths == sorted(set(depths))
     counts = [count for pair in plan.counts(576, layers) for count in pair]
+    if name == "ipcv":  # attention of some layers sees all patches
+        counts = [after for _, after in plan.counts(576, layers)]
     assert counts == sorted(counts, reverse=True)
     if "num_keep" in plain(name):
         assert counts[-1] == 16

@@ -205,12 +205,16 @@ class Stage:
             a decoder; ``None``: the method decides itself how many (:meth:`Selection.where`).
         needs: signals that the method is shown, and refuses a model without.
         wants: signals that it is shown where the model has them.
+        restores: inside an encoder, on entering a layer: what leaves comes back behind the layer
+            whose output is read (:meth:`Selection.returning`), and attention of so many layers,
+            from this one on, sees all tokens; ``None``: what leaves is gone.
     """
 
     site: Site
     budget: Budget | StepBudget | None = None
     needs: tuple[Signal, ...] = ()
     wants: tuple[Signal, ...] = ()
+    restores: int | None = None
 
     @property
     def signals(self) -> tuple[Signal, ...]:

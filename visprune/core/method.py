@@ -34,6 +34,7 @@ class ModelSpec:
         encoder_layers: layers of the image encoder, 0 where none can be reduced inside.
         encoder_width: its features.
         decoder_width: features of a token in the decoder.
+        encoder_end: the encoder layer whose output is read, 0-based; ``None``: the last.
         encoder_refusal: why none can be reduced inside, where that is so.
         patch_refusal: why patches cannot be left out before the encoder; empty where they can.
         lacking: by capability (:class:`visprune.core.signals.Signal`), why the model has it not, as
@@ -51,6 +52,7 @@ class ModelSpec:
     multi_axis_rope: bool
     encoder_layers: int = 0
     encoder_width: int = 0
+    encoder_end: int | None = None
     encoder_refusal: str = ""
     patch_refusal: str = "whether its encoder can do without some of its patches is not known"
     lacking: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -135,8 +137,8 @@ class PruningMethod:
     # Slots are means of the tokens in them: inside an encoder, attention and average pooling then
     # weigh a slot by the patches that it stands for.
     size_weighted: ClassVar[bool] = False
-    # Inside an encoder every patch has a slot that is a mean with it in: behind the encoder, the
-    # grid can be given back, each patch with the value of its slot.
+    # Inside an encoder every patch has a slot that is a mean with it in, or comes back: behind the
+    # encoder, the grid can be given back, each patch with a value.
     gives_back: ClassVar[bool] = False
     # Parameters under which the method fits a server: it acts at the projector alone and says ahead
     # how many tokens stay. Those that it has by default are not among them.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visprune import ops
+from visprune.core.restoration import Restoration
 from visprune.errors import ConfigError
 
 
@@ -42,6 +43,7 @@ class Selection:
         grows: what part of its size each of ``source`` brings to its slot, ``[B, E]``; ``None``:
             all of it.
         summed: sizes ``[B, N]`` that were added up with the slots, and their sums ``[B, K]``.
+        restoration: how the tokens that left come back; ``None``: they do not.
     """
 
     index: Tensor
@@ -59,6 +61,7 @@ class Selection:
     carried: Tensor | None = None
     grows: Tensor | None = None
     summed: tuple[Tensor, Tensor] | None = None
+    restoration: Restoration | None = None
 
     def __post_init__(self) -> None:
         """Check shapes (values are the method's business)."""
@@ -214,6 +217,7 @@ class Selection:
             self.index, self.num_tokens, self.own, self.source, self.slot, self.weight,
             gaps=self.gaps, overlaps=self.overlaps, count=self.count, entered=entered, macs=macs,
             evidence=self.evidence, carried=self.carried, grows=self.grows, summed=self.summed,
+            restoration=self.restoration,
         )  # fmt: skip
 
     def carrying(self, numbers: Tensor) -> Selection:
@@ -224,8 +228,12 @@ class Selection:
         """The same, where each of ``source`` brings ``part`` ``[B, E]`` of its size to its slot."""
         return replace(self, grows=part)
 
+    def returning(self, restoration: Restoration) -> Selection:
+        """The same, where tokens that left can come back."""
+        return replace(self, restoration=restoration)
+
     def row(self, place: int) -> Selection:
-        """The selection of one image, without padding."""
+        """The selection of one image, without padding and restoration."""
         span, width = slice(place, place + 1), self.counts[place]
 
         def part(x: Tensor | None, end: int | None = None) -> Tensor | None:
@@ -346,8 +354,11 @@ class Selection:
     def expand(self, y: Tensor) -> Tensor:
         """Undo the map for dense prediction: ``[B, K, D]`` to ``[B, N, D]``.
 
-        Each token gets the value of its slot; dropped tokens get zeros.
+        Each token gets the value of its slot; dropped tokens get zeros, or what the restoration
+        makes of them.
         """
+        if self.restoration is not None:
+            return self.restoration.restore(y)
         dest = self.dest()
         padded = torch.cat([y, y.new_zeros(y.shape[0], 1, y.shape[-1])], dim=1)
         return ops.take_rows(padded, torch.where(dest < 0, self.num_slots, dest))

@@ -46,7 +46,10 @@ class Trace:
         placed: for every image, how the places of its tokens are known: ``"grid"``, ``"guessed"``
             from their number, or ``"queries"``: they are no patches.
         stages: one dict per stage that ran: its site, tokens per image before and after,
-            ``clamped`` images, and what the method decided by (one number per image).
+            ``clamped`` images, and what the method decided by (one number per image). Of stages
+            inside an encoder: ``restored``, the layer behind which all patches are there again, or
+            in a vision-language model ``encoder``: of each of its layers, the patches of one
+            picture of its own size in attention and in MLP.
         chosen: for every image the selections that led to ``kept``, in their order.
         index: of a decoder: for every token of the input its slot behind the last layer, ``[B, S]``
             int64, -1 where it was dropped. Outputs have the length of the input: the row of a

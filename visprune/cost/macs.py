@@ -158,6 +158,7 @@ def vision_macs(
     shape: VisionShape | Encoder,
     grids: Iterable[Sequence[int]],
     counts: Sequence[tuple[int, int]] | None = None,
+    leaving: int | None = None,
 ) -> int:
     """Multiply-adds of the image encoder, patch embedding included.
 
@@ -167,6 +168,8 @@ def vision_macs(
             five CLIP crops, the rows of ``image_grid_thw`` for Qwen. A frame attends to itself.
         counts: Of each layer, the patches that enter it and those that are left behind its
             attention, where a method takes some inside; every frame has as many. ``None``: all.
+        leaving: Patches of each frame that leave the last layer, where some come back; ``None``:
+            those of ``counts``.
 
     Raises:
         ConfigError: A grid is not three positive whole numbers, or ``counts`` has another number of
@@ -184,7 +187,7 @@ def vision_macs(
         if counts is None:
             entering = left = [patches] * len(layers)
         macs += t * patches * shape.patch
-        macs += t * _frame_macs(shape, (h, w), entering, left)
+        macs += t * _frame_macs(shape, (h, w), entering, left, leaving)
     return macs
 
 
@@ -214,7 +217,11 @@ def packed_macs(
 
 
 def _frame_macs(
-    shape: VisionShape | Encoder, grid: tuple[int, int], entering: list[int], left: list[int]
+    shape: VisionShape | Encoder,
+    grid: tuple[int, int],
+    entering: list[int],
+    left: list[int],
+    leaving: int | None,
 ) -> int:
     """Multiply-adds of one frame behind the embedding."""
     macs, tokens = shape.pooled, grid[0] * grid[1] + shape.prefix
@@ -222,7 +229,8 @@ def _frame_macs(
         queries, tokens = before + shape.prefix, after + shape.prefix
         pairs = queries * queries if layer.window is None else _window_pairs(*grid, layer.window)
         macs += layer.macs(queries, pairs, tokens)
-    return macs + tokens * shape.pooled_token
+    pooled = tokens if leaving is None else leaving + shape.prefix
+    return macs + pooled * shape.pooled_token
 
 
 def encoder_macs(

@@ -127,7 +127,7 @@ def _macs(method: PruningMethod, signals: Iterable[Signal]) -> int:
         spent += method.macs(left, keep, SPEC.encoder_width if inside else WIDTH)
         own = [s for s in stage.signals if isinstance(s, EncoderSignal)]
         spent += sum(s.macs(left + 1, SPEC.encoder_width) for s in own)
-        left = keep or left
+        left = left if stage.restores is not None else keep or left
     return spent
 
 
@@ -139,6 +139,8 @@ def mean_tokens(method: PruningMethod) -> float | None:
             return float(TOKENS)
         if stage.budget is None:
             return None
+        if stage.restores is not None:  # the decoder sees all of them
+            continue
         at = stage.site.resolve(LAYERS) if stage.site.kind == "decoder" else 0
         total += (at - done) * left
         kept = stage.budget.slots(left, TOKENS)
@@ -196,10 +198,5 @@ _OUTRO = """
 """
 
 _REST = """\
-Left out: IPCV (2026). It drops patches inside the encoder and brings all of them back: some layers
-attend over restored patches and spare their MLP alone, and the decoder sees every token. A stage
-here ends in fewer tokens, and none brings any back; and its encoders, Qwen2-VL's and InternVL's,
-are such that no token can leave inside them.
-
 Milliseconds: `visprune bench methods` measures selection beside the prefill on your machine.
 """

@@ -187,6 +187,11 @@ def _check(method: PruningMethod, stage: Stage, spec: ModelSpec) -> None:
             f"{method.name} leaves patches without a value, and {spec.family} needs one for each: "
             f"{spec.lacking['dropping']}."
         )
+    if stage.site.kind != "encoder" and stage.restores is not None:
+        raise ConfigError(
+            f"{method.name} brings tokens back that leave at {stage.site}; only a stage inside an "
+            f"encoder can. Leave restores out."
+        )
     if stage.site.kind != "encoder" and spec.is_vit:
         raise _Lacking(_wrong_site(method, stage, spec))
     if stage.site.kind == "pixels" and spec.patch_refusal:
@@ -248,7 +253,7 @@ def _place(plan: Plan, method: PruningMethod, spec: ModelSpec, number: int, stag
             f"decoder has steps. Give a Budget."
         )
     for signal in stage.signals:
-        if isinstance(signal, EncoderSignal) and signal.layer == "own":
+        if isinstance(signal, EncoderSignal) and (signal.layer == "own" or signal.uses == "entry"):
             raise ConfigError(
                 f"{method.name} asks at {stage.site} for {signal}: a layer of its own is what only "
                 f"a site inside an encoder has. Name a layer, 'last' or 'feature'."

@@ -115,11 +115,12 @@ def sample_costs(
     dtype = next(run.adapter.language_model.parameters()).dtype
     samples = len(trace.tokens_per_layer)
     _check_lengths(new_tokens, samples)
-    counts = each = None
+    counts = each = leaving = None
     if isinstance(run.encoder, EncoderReduction):
         counts = run.encoder.counts()
+        leaving = run.encoder.leaving(len(counts) - 1)
         if run.adapter.whole_from == "projector":
-            each = counts[run.adapter.encoder_end][1] + run.adapter.keeps_cls
+            each = run.encoder.leaving(run.adapter.encoder_end) + run.adapter.keeps_cls
     costs = []
     for row in range(samples):
         images = [i for i, owner in enumerate(trace.image_rows) if owner == row]
@@ -139,7 +140,7 @@ def sample_costs(
         projected = _projected(shape, [(trace.projected[i], trace.grids[i]) for i in images])
         cost = sample_cost(
             shape,
-            vision=_encoder_macs(shape, encoded, counts),
+            vision=_encoder_macs(shape, encoded, counts, leaving),
             projected=projected if each is None else each * sum(t for t, _, _ in grids),
             tokens_per_layer=sequence,
             stored_per_layer=stored,
@@ -210,6 +211,7 @@ def _encoder_macs(
     shape: ModelShape,
     pictures: Iterable[tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, _Grids]],
     counts: Sequence[tuple[int, int]] | None = None,
+    leaving: int | None = None,
 ) -> int:
     """The image encoder's, of pictures by the patches that it was given, or else by their grids."""
     macs = 0
@@ -219,7 +221,7 @@ def _encoder_macs(
             whole += grids
         else:
             macs += packed_macs(shape.vision, *given)
-    return macs + vision_macs(shape.vision, whole, counts)
+    return macs + vision_macs(shape.vision, whole, counts, leaving)
 
 
 def _projected(shape: ModelShape, pictures: Iterable[tuple[int | None, _Grids]]) -> int:

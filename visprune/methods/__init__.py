@@ -21,6 +21,7 @@ TABLE = {
     "diffrate": "visprune.methods.diffrate:DiffRate",
     "ficoco_v": "visprune.methods.ficoco_v:FiCoCoV",
     "dynamicvit": "visprune.methods.dynamicvit:DynamicViT",
+    "ipcv": "visprune.methods.ipcv:IPCV",
     "cdpruner": "visprune.methods.cdpruner:CDPruner",
     "fastervlm": "visprune.methods.fastervlm:FasterVLM",
     "vispruner": "visprune.methods.vispruner:VisPruner",

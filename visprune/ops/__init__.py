@@ -8,7 +8,7 @@ rows. All are custom ops of ``torch.library``: they trace under ``torch.compile`
 by ``torch.utils.flop_counter``.
 """
 
-from visprune.ops.cluster import dpc_knn, gram, separated
+from visprune.ops.cluster import distances_to, dpc_knn, gram, separated
 from visprune.ops.coverage import greedy_coverage
 from visprune.ops.draw import draw_tokens, picture_checksum
 from visprune.ops.grouped import rank_within, shares
@@ -46,6 +46,7 @@ __all__ = [
     "bipartite_pairs",
     "column_sums",
     "dequantize_kv",
+    "distances_to",
     "dpc_knn",
     "draw_tokens",
     "gather_tokens",

@@ -63,11 +63,39 @@ def distances(x: Tensor) -> Tensor:
     norm = double.square().sum(-1)
 
     def strip(rows: slice, right: slice) -> Tensor:
-        both = norm[:, rows, None] + norm[:, None, right]
-        squared = torch.baddbmm(both, double[:, rows], double[:, right].transpose(1, 2), alpha=-2.0)
-        return squared.masked_fill_(squared <= 1e-12 * both, 0.0).sqrt_()
+        return _apart(double[:, rows], double[:, right], norm[:, rows], norm[:, right])
 
     return _mirrored(x, strip)
+
+
+def distances_to(x: Tensor, others: Tensor) -> Tensor:
+    """Euclidean distances of rows ``[B, R, D]`` to others ``[B, K, D]``, ``[B, R, K]``.
+
+    Computed as those of :func:`distances`, and as exact; in float32 at least.
+
+    Raises:
+        ConfigError: a wrong shape or dtype.
+    """
+    floating("distances_to", x=x, others=others)
+    if x.ndim != 3 or others.ndim != 3 or x.shape[::2] != others.shape[::2]:
+        raise ConfigError(
+            f"distances_to: x is [B, R, D] and others [B, K, D]; got {list(x.shape)} and "
+            f"{list(others.shape)}."
+        )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type != "cpu":
+        return torch.cdist(
+            x.to(dtype), others.to(dtype), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+    a, b = x.double(), others.double()
+    return _apart(a, b, a.square().sum(-1), b.square().sum(-1)).to(dtype)
+
+
+def _apart(x: Tensor, others: Tensor, norm: Tensor, its: Tensor) -> Tensor:
+    """Distances of rows ``[B, R, D]`` and ``[B, K, D]`` by products, of their squared norms."""
+    both = norm[:, :, None] + its[:, None]
+    squared = torch.baddbmm(both, x, others.transpose(1, 2), alpha=-2.0)
+    return squared.masked_fill_(squared <= 1e-12 * both, 0.0).sqrt_()
 
 
 def gram(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from visprune.core.signals.encoder_attention import (
     ReceivedAttention,
     WholeClsAttention,
 )
-from visprune.core.signals.encoder_features import EncoderFeatures
+from visprune.core.signals.encoder_features import EncoderChange, EncoderFeatures
 from visprune.core.signals.pictures import Fingerprint, Frames, PatchPositions
 from visprune.core.signals.sample import RotaryTables, SampleKeysValues, Slots, TextSlots
 from visprune.core.signals.text import TextIds, TextStates
@@ -45,6 +45,7 @@ __all__ = [
     "DecoderReceivedAttention",
     "DecoderSeen",
     "DecoderSignal",
+    "EncoderChange",
     "EncoderFeatures",
     "EncoderKeys",
     "EncoderLogits",

@@ -22,6 +22,7 @@ from visprune.core.tokens import VisualTokens
 
 EncoderLayer = int | float | Literal["last", "feature", "own"]
 DecoderLayer = Literal["previous", "own"]
+EncoderUse = Literal["attention", "output", "entry"]
 DecoderUse = Literal["attention", "states", "sequence", "input", "ahead"]
 
 
@@ -88,6 +89,8 @@ class EncoderSeen:
         key: ``[P, Hk, T, d]``.
         scale: of the scores.
         bias: what is added to the scores of each key, ``[P, T]``.
+        entering: states that enter the layer, ``[P, T, D]``, for signals that use ``"entry"``.
+        before: those that entered the layer before it, ``[P, T, D]``.
     """
 
     prefix: int
@@ -97,6 +100,8 @@ class EncoderSeen:
     key: Tensor | None = None
     scale: float = 1.0
     bias: Tensor | None = None
+    entering: Tensor | None = None
+    before: Tensor | None = None
 
     def attention(self) -> tuple[Tensor, Tensor]:
         """Queries and keys.
@@ -110,6 +115,10 @@ class EncoderSeen:
         """The states that leave the layer; raises as :meth:`attention` does."""
         return _there(self.hidden, "output")
 
+    def entry(self) -> tuple[Tensor, Tensor]:
+        """States that enter the layer and the one before; raises as :meth:`attention` does."""
+        return _there(self.entering, "entry"), _there(self.before, "entry")
+
 
 @dataclass(frozen=True)
 class EncoderSignal(Signal):
@@ -119,13 +128,14 @@ class EncoderSignal(Signal):
         layer: 0-based, a fraction of the depth as of a :class:`Site`, ``"last"``, ``"feature"``
             (whose output the model reads: the last but one in LLaVA), or ``"own"``: the layer that
             the stage acts in, the only one to have inside an encoder.
-        uses: ``"attention"``: its queries and keys; ``"output"``: the states that leave it.
+        uses: ``"attention"``: its queries and keys; ``"output"``: the states that leave it;
+            ``"entry"``: those that enter it and the layer before, for a stage on entering it.
         token_dim: the axis of the result that counts patches, from the end.
         every: of attention, whether it reads the queries of all tokens, or at most the first's.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("encoder_attention",)
-    uses: ClassVar[Literal["attention", "output"]] = "attention"
+    uses: ClassVar[EncoderUse] = "attention"
     token_dim: ClassVar[int] = -1
     every: ClassVar[bool] = True
 

@@ -37,6 +37,26 @@ class Group:
     pictures: Mapping[Any, Any]
 
 
+@dataclass(frozen=True)
+class ByGroup:
+    """What brings the patches of pictures of several sizes back, those of one size at a time.
+
+    Attributes:
+        parts: for each size: the pictures ``[G]``, their patches, and by what some of those left.
+        total: patches of the largest.
+    """
+
+    parts: list[tuple[Tensor, int, Selection]]
+    total: int
+
+    def restore(self, kept: Tensor) -> Tensor:
+        """``[B, K, D]``, padded, to ``[B, N, D]``; zeros in the padding."""
+        whole = kept.new_zeros(kept.shape[0], self.total, kept.shape[-1])
+        for rows, count, chosen in self.parts:
+            whole[rows, :count] = chosen.expand(kept[rows, : chosen.num_slots])
+        return whole
+
+
 def group(lengths: Tensor, pixels: Tensor, signals: Iterable[PictureSignal]) -> list[Group]:
     """The groups of a batch ``[B, N, ...]`` whose pictures have ``lengths`` ``[B]`` patches."""
     wanted, found = list(signals), []
@@ -58,19 +78,24 @@ def read(
     groups: list[Group], counts: Tensor, signals: Iterable[EncoderSignal], seen: EncoderSeen
 ) -> list[dict[Any, Tensor]]:
     """Signals of a layer by group, each read without the padding of its pictures."""
-    query, key = seen.attention()
-    assert seen.bias is not None, "the padding is hidden"
     wanted, found = list(signals), []
     for one in groups:
         last = seen.prefix + int(counts[one.rows[0]])
         own = replace(
             seen,
-            query=query[one.rows, :, :last],
-            key=key[one.rows, :, :last],
-            bias=seen.bias[one.rows, :last],
+            query=_until(seen.query, one.rows, 2, last),
+            key=_until(seen.key, one.rows, 2, last),
+            bias=_until(seen.bias, one.rows, 1, last),
+            entering=_until(seen.entering, one.rows, 1, last),
+            before=_until(seen.before, one.rows, 1, last),
         )
         found.append({signal: signal.read(own) for signal in wanted})
     return found
+
+
+def _until(x: Tensor | None, rows: Tensor, axis: int, last: int) -> Tensor | None:
+    """Pictures ``rows`` of ``x``, along ``axis`` without the padding."""
+    return None if x is None else x[rows].narrow(axis, 0, last)
 
 
 def select(
@@ -95,6 +120,7 @@ def select(
         The selection of the batch, its slots padded.
     """
     rows: dict[int, Selection] = {}
+    parts: list[tuple[Tensor, int, Selection]] = []
     for one, read_of in zip(groups, signals or [{}] * len(groups), strict=True):
         count = int(counts[one.rows[0]])
 
@@ -111,8 +137,11 @@ def select(
         )
         chosen = choose(own, shown)
         rows |= {row: chosen.row(place) for place, row in enumerate(one.rows.tolist())}
+        parts.append((one.rows, count, chosen))
     whole = Selection.stack([rows[row] for row in range(len(rows))])
-    return replace(whole, num_tokens=tokens.num_tokens, entered=tokens.size)
+    returns = any(chosen.restoration is not None for _, _, chosen in parts)
+    back = ByGroup(parts, tokens.num_tokens) if returns else None
+    return replace(whole, num_tokens=tokens.num_tokens, entered=tokens.size, restoration=back)
 
 
 def refuse_dropout(total: int, given: int) -> None:

@@ -10,7 +10,7 @@ from visprune.core.budget import Stage
 from visprune.core.method import PruningMethod
 from visprune.core.signals import EncoderKeys, EncoderSignal
 from visprune.cost.cost import Cost
-from visprune.machine.encoder.plan import EncoderPlan
+from visprune.machine.encoder.plan import EncoderPlan, length_after
 
 
 def encoder_cost(
@@ -38,7 +38,7 @@ def encoder_cost(
     """
     total = math.prod(grid)
     counts = plan.counts(total, len(adapter.layers))
-    vision = adapter.fixed_macs(grid, counts[-1][1] if counts else total)
+    vision = adapter.fixed_macs(grid, plan.leaving(total, len(adapter.layers) - 1))
     for layer, (before, after) in zip(adapter.layers[:upto], counts, strict=False):
         tokens = before + adapter.prefix
         vision += layer.cost.macs(tokens, tokens * tokens, after + adapter.prefix)
@@ -56,14 +56,11 @@ def selection_macs(
 ) -> int:
     """What the method itself computes on one picture, see :func:`encoder_cost`."""
     total = math.prod(grid)
-    counts = plan.counts(total, len(adapter.layers))
-    spent, entering = 0, total
-    for number, (before, after) in enumerate(counts[:upto]):
-        for _, stage in plan.entry.get(number, ()):
-            spent += _stage_macs(adapter, method, stage, number, entering, before)
-        for _, stage in plan.inside.get(number, ()):
-            spent += _stage_macs(adapter, method, stage, number, before, after)
-        entering = after
+    spent, left = 0, total
+    for number in range(len(adapter.layers))[:upto]:
+        for _, stage in plan.at(number):
+            entering, left = left, length_after(stage, left, total)
+            spent += _stage_macs(adapter, method, stage, number, entering, left)
     return spent
 
 
@@ -73,8 +70,9 @@ def _stage_macs(
     """What one stage spends on one picture: its signals, and the method's own rule."""
     layer, tokens = adapter.layers[number], count + adapter.prefix
     signals = [s for s in stage.signals if isinstance(s, EncoderSignal)]
-    every = any(signal.every for signal in signals)
-    spent = adapter.signal_macs(tokens, every=every) if signals else 0
+    attending = [signal for signal in signals if signal.uses == "attention"]
+    every = any(signal.every for signal in attending)
+    spent = adapter.signal_macs(tokens, every=every) if attending else 0
     spent += sum(signal.macs(tokens, layer.attention_width) for signal in signals)
     keyed = any(isinstance(signal, EncoderKeys) for signal in signals)
     return spent + method.macs(count, keep, layer.head_width if keyed else adapter.width)

@@ -24,7 +24,7 @@ from visprune.backbones.encoders.base import (
 from visprune.core.budget import Stage
 from visprune.core.method import Context, PruningMethod
 from visprune.core.selection import Selection
-from visprune.core.signals.base import EncoderSeen, EncoderSignal, PictureSignal
+from visprune.core.signals.base import EncoderSeen, EncoderSignal, EncoderUse, PictureSignal
 from visprune.core.signals.pictures import PatchPositions
 from visprune.core.threads import PerThread
 from visprune.core.tokens import VisualTokens
@@ -32,7 +32,7 @@ from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.choose import Observer, choose
 from visprune.machine.encoder import padded
 from visprune.machine.encoder.plan import EncoderPlan, step
-from visprune.machine.encoder.state import EncoderPass
+from visprune.machine.encoder.state import Away, EncoderPass, like
 
 _NOWHERE = torch.empty(0, 0, 3, dtype=torch.int64)
 _LEARNED = "visprune_learned"
@@ -161,6 +161,13 @@ class EncoderReducer:
         active = self.current.active
         return None if active is None else active.state.origin
 
+    def away(self, layer: int) -> bool:
+        """Whether patches have left behind ``layer``, and come back later."""
+        latest = self.latest
+        if latest is None or latest.away is None:
+            return False
+        return any(s.num_slots < s.num_tokens for s in latest.until(layer))
+
     def policy(self) -> Tensor | None:
         """How much each patch counts as a key of the layer that runs."""
         active = self.current.active
@@ -178,7 +185,7 @@ class EncoderReducer:
         else:
             pictures, groups = {}, padded.group(lengths, pixels, self._of_pixels)
         self.current.latest = self._last = EncoderPass(
-            grid, pictures, shapes=shapes, lengths=lengths, groups=groups
+            grid, pictures, shapes=shapes, lengths=lengths, groups=groups, back=self.plan.back
         )
 
     def pass_of(self, number: int, x: Tensor) -> EncoderPass:
@@ -211,8 +218,23 @@ class EncoderReducer:
             return
         prefix, has_cls = self.adapter.prefix, self.adapter.has_cls
         seen = EncoderSeen(prefix, has_cls, query=query, key=key, scale=scale, bias=run.state.bias)
-        stages = [stage for _, stage in self.plan.at(number)]
-        wanted = [s for x in stages for s in x.signals if isinstance(s, EncoderSignal)]
+        self._see(run, self.wanted(number, "attention"), seen)
+
+    def compare(self, run: EncoderPass, number: int, x: Tensor) -> None:
+        """Keep what the stages of a layer want to see of what enters it, and the one before."""
+        adapter, before = self.adapter, run.entered[number - 1]
+        seen = EncoderSeen(
+            adapter.prefix, adapter.has_cls, bias=run.state.bias, entering=x, before=before
+        )
+        self._see(run, self.wanted(number, "entry"), seen)
+
+    def wanted(self, number: int, use: EncoderUse) -> list[EncoderSignal]:
+        """The signals of a use that the stages of a layer ask for."""
+        signals = [s for _, stage in self.plan.at(number) for s in stage.signals]
+        return [s for s in signals if isinstance(s, EncoderSignal) and s.uses == use]
+
+    def _see(self, run: EncoderPass, wanted: list[EncoderSignal], seen: EncoderSeen) -> None:
+        """Read signals, of a padded batch by groups."""
         if run.groups is not None and run.state.counts is not None:
             run.by_group = padded.read(run.groups, run.state.counts, wanted, seen)
             return
@@ -283,14 +305,17 @@ class EncoderReducer:
             sized=method.size_weighted,
             biased=method.size_bias,
         )
+        if stage.restores is not None:
+            if selection.restoration is None:
+                raise ConfigError(
+                    f"{method.name} brings patches back that leave at {stage.site}, and its "
+                    f"selection has no restoration. Return selection.returning(...)."
+                )
+            run.away = Away(selection, state, run.state, torch.is_grad_enabled())
         y = selection.reduce(x, prefix)
         # A model without prefix tokens carries its stream feature by feature in memory. A layer
         # that adds features up before a LayerNorm did gets the other layout's last bits.
-        if not isinstance(self.adapter.layers[number].entry, nn.LayerNorm) and not (
-            x.is_contiguous()
-        ):
-            y = y.transpose(1, 2).contiguous().transpose(1, 2)
-        return y
+        return y if isinstance(self.adapter.layers[number].entry, nn.LayerNorm) else like(x, y)
 
     def _chosen(self, stage: Stage, tokens: VisualTokens, context: Context) -> Selection:
         """What a stage chooses from pictures of one number of tokens."""
@@ -326,16 +351,16 @@ class _ReducedLayer:
     def __init__(self, reducer: EncoderReducer, number: int) -> None:
         self.reducer, self.number = reducer, number
         self.layer: Layer = reducer.adapter.layers[number]
-        self._inside = number in reducer.plan.inside
+        self._steady = number in reducer.plan.steady
+        self._inside = self._steady or number in reducer.plan.inside
         self._before: Any = None
 
     def install(self) -> list[Any]:
         """Put it in place; returns what takes it off."""
         reducer, layer, number = self.reducer, self.layer, self.number
-        stages = [stage for _, stage in reducer.plan.at(number)]
         self._before = vars(layer.block).get("forward")  # Accelerate's, of a layer it moves
         handles: list[Any] = [Instead(layer.block, "forward", self.forward)]
-        signals = [s for stage in stages for s in stage.signals if isinstance(s, EncoderSignal)]
+        signals = reducer.wanted(number, "attention")
         if signals:
             every, record = any(s.every for s in signals), partial(reducer.record, number)
             handles += reducer.adapter.watch(number, record, every=every)
@@ -392,11 +417,17 @@ class _ReducedLayer:
         """On entering: the stages there, and what belongs to the tokens that are left."""
         reducer, number = self.reducer, self.number
         run.enter(number, x, reducer.adapter.prefix)
+        if number in reducer.plan.compared:
+            reducer.compare(run, number, x)
         for order, stage in reducer.plan.entry.get(number, ()):
             if reducer.learned is not None and reducer.adapter.model.training:
                 reducer.decide(run, order, stage, x)
             else:
                 x = reducer.reduce(run, number, order, stage, x)
+        if self._steady:
+            x = run.bring_back(x, reducer.adapter.prefix)
+        if number + 1 in reducer.plan.compared:
+            run.entered[number] = x.detach()
         run.attended[number] = run.mapped[number] = run.alive()
         return x
 
@@ -414,17 +445,23 @@ class _ReducedLayer:
             return None
         branch, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         x, run.stream = self.layer.added(run.stream, branch), None
-        for order, stage in self.reducer.plan.inside[number]:
+        for order, stage in self.reducer.plan.inside.get(number, ()):
             x = self.reducer.reduce(run, number, order, stage, x)
+        if self._steady:
+            x = run.take_away(x, self.reducer.adapter.prefix)
         run.mapped[number] = run.alive()
         return x if rest is None else (x, *rest)
 
     def _leave(self, run: EncoderPass, output: Any) -> Any:
-        """At the end: the stages of a layer whose parts run side by side."""
+        """At the end: the stages of a layer whose parts run side by side, and who comes back."""
         reducer, number = self.reducer, self.number
         if self.layer.entry is None:
             for order, stage in reducer.plan.inside.get(number, ()):
                 output = reducer.reduce(run, number, order, stage, output)
+            if self._steady:
+                output = run.take_away(output, reducer.adapter.prefix)
+        if number == reducer.plan.back:
+            output = run.bring_back(output, reducer.adapter.prefix)
         if number == len(reducer.adapter.layers) - 1:
             run.final = run.state
         return output

@@ -72,6 +72,37 @@ class TokenState:
         )
 
 
+@dataclass(frozen=True)
+class Away:
+    """Patches that have left, and come back.
+
+    Attributes:
+        selection: by which they left.
+        before: all patches, as they were then.
+        after: those that stayed.
+        graph: whether gradients were on when they left.
+    """
+
+    selection: Selection
+    before: TokenState
+    after: TokenState
+    graph: bool
+
+    def check(self) -> None:
+        """Refuse a graph that would begin where they come back, and not where they left.
+
+        Raises:
+            UnsupportedModel: a reentrant checkpoint, which ran the layer where they left without
+                one, and makes it layer by layer.
+        """
+        if torch.is_grad_enabled() and not self.graph:
+            raise UnsupportedModel(
+                "Reentrant gradient checkpointing takes layers one by one, and patches that have "
+                "left come back at a later one: their gradient would be lost. Give "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+
 class EncoderPass:
     """One forward of the encoder; it belongs to that call alone.
 
@@ -81,6 +112,7 @@ class EncoderPass:
         shapes: rows and columns of each picture, of an encoder that takes them as lists of patches.
         lengths: patches of each picture ``[B]``, where they differ and padding is behind them.
         groups: the pictures by their number of patches, in that case.
+        back: the layer behind which patches that left are there again; ``None``: they are gone.
     """
 
     def __init__(
@@ -91,10 +123,13 @@ class EncoderPass:
         shapes: list[tuple[int, int]] | None = None,
         lengths: Tensor | None = None,
         groups: list[Group] | None = None,
+        back: int | None = None,
     ) -> None:
         self.grid: tuple[int, int, int] = (*((1,) * (3 - len(grid))), *grid)  # type: ignore[assignment]
         self.pictures = pictures or {}
         self.shapes, self.lengths, self.groups = shapes, lengths, groups
+        self.back = back
+        self.away: Away | None = None
         self.by_group: list[dict[Any, Tensor]] = []
         self.state = TokenState(0)
         self.layers: dict[int, TokenState] = {}
@@ -104,6 +139,7 @@ class EncoderPass:
         self.decisions: dict[int, Tensor] = {}
         self.final: TokenState | None = None
         self.stream: Tensor | None = None
+        self.entered: dict[int, Tensor] = {}
         self.signals: dict[Any, Any] = {}
         self.total = self.batch = 0
 
@@ -167,8 +203,26 @@ class EncoderPass:
         return [self.grid] * self.batch
 
     def until(self, layer: int) -> list[Selection]:
-        """The selections up to and in ``layer``, in the order in which they ran."""
+        """The selections up to and in ``layer`` that are in force behind it, in their order."""
+        if self.back is not None and layer >= self.back:
+            return []
         return [self.selections[key] for key in sorted(self.selections) if key[0] <= layer]
+
+    def bring_back(self, x: Tensor, prefix: int) -> Tensor:
+        """All patches, ``[B, P + N, D]``, in place of those that stayed, ``[B, P + K, D]``."""
+        if self.away is None:
+            return x
+        self.away.check()
+        self.state = self.away.before
+        patches = self.away.selection.expand(x[:, prefix:])
+        return like(x, torch.cat([x[:, :prefix], patches], dim=1))
+
+    def take_away(self, x: Tensor, prefix: int) -> Tensor:
+        """Those that stayed, of all: undoes :meth:`bring_back`."""
+        if self.away is None:
+            return x
+        self.state = self.away.after
+        return like(x, self.away.selection.reduce(x, prefix))
 
     def expand(self, layer: int, y: Tensor) -> Tensor:
         """Undo all selections up to and in ``layer``."""
@@ -235,6 +289,7 @@ class EncoderPass:
                     "site": sites[key],
                     "before": selection.num_tokens,
                     "after": selection.num_slots,
+                    **({} if self.away is None else {"restored": self.back}),
                 }
                 for key, selection in sorted(self.selections.items())
             ],
@@ -245,3 +300,8 @@ class EncoderPass:
         layers = [found[number] for number in sorted(found)]
         each = [x.tolist() if isinstance(x, Tensor) else [x] * self.batch for x in layers]
         return [list(counts) for counts in zip(*each, strict=True)]
+
+
+def like(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` ``[B, T, D]``, feature by feature in memory where ``x`` is."""
+    return y if x.is_contiguous() else y.transpose(1, 2).contiguous().transpose(1, 2)

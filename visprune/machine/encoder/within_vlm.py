@@ -5,6 +5,7 @@ The encoder works on the tokens that are left, and so does a projector that maps
 Behind it every patch gets the value of its slot, so that what follows (joining blocks of patches,
 pooling frames, packing tiles, merging into the text) sees the grid that it expects. Of tokens that
 are now made of the same slots all but one leave the sequence, before the first decoder layer.
+Where a method brings its patches back, they are there behind the layer that is read, and all go on.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class EncoderReduction:
             for _, stage in self.plan.at(n)
         ]
         fwd.trace.stages.append({"site": "; ".join(sites), "before": before, "clamped": [],
-                                 "after": after})  # fmt: skip
+                                 "after": after, "encoder": self.counts()})  # fmt: skip
         each = selection_macs(self._encoder, self.method, self.plan, self._encoder.default_grid())
         for image in fwd.images:
             seen = sum(frames for frames, _, _ in image.layout.picture.grids)
@@ -175,6 +176,10 @@ class EncoderReduction:
         """Patches of one encoder picture that enter each layer, and that leave its attention."""
         total = math.prod(self._encoder.default_grid())
         return self.plan.counts(total, len(self._encoder.layers))
+
+    def leaving(self, layer: int) -> int:
+        """Patches of one encoder picture that leave a layer."""
+        return self.plan.leaving(math.prod(self._encoder.default_grid()), layer)
 
 
 def _one_of_each(slot: Tensor, stands: Tensor) -> Tensor:
