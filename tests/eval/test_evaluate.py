@@ -294,15 +294,6 @@ def test_a_dry_run_lists_counts_and_writes_nothing(
     assert not out.exists()
 
 
-def test_flags_alone_must_name_a_model_and_a_folder() -> None:
-    """Tasks they need not name: there are standard ones."""
-    options: dict[str, Any] = {"retry_errors": False, "threads": None, "answers": None}
-    with pytest.raises(ConfigError, match="--model embedded --task embedded"):
-        run_command(None, None, {"tasks": ["embedded"]}, dry_run=False, **options)
-    with pytest.raises(ConfigError, match="--out DIR"):
-        run_command(None, None, {"models": ["embedded"]}, dry_run=False, **options)
-
-
 @pytest.mark.slow
 def test_two_processes_of_accelerate_launch(tmp_path: Path) -> None:
     """The command line in two processes on the CPU: one folder, each sample once, one table."""
@@ -420,7 +411,7 @@ def test_flags_become_a_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     }
     build_study(changes)
     seen.clear()
-    words = "eval s.yaml --dtype float32 --device cpu --task-option split=train --limit 9"
+    words = "eval s.yaml --dtype float32 --device cpu --task-option split=train --limit 9 --out o"
     ended(monkeypatch, words)
     ((_, _, changes), _) = seen[0]
     assert changes == {
@@ -552,6 +543,24 @@ def test_a_run_in_which_every_sample_fails_ends_with_1_and_the_reason(
     assert "samples that failed have no line" in said
     _failing(tmp_path / "none", monkeypatch, range(0))
     assert "failed" not in capsys.readouterr().out
+
+
+def test_a_row_of_which_no_picture_can_be_read_ends_with_1_though_others_were_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No_image, a control by default, is answered also where the folder of pictures is wrong."""
+    monkeypatch.setattr("visprune.eval.run.runner.load_model", lambda *_, **__: Instant())
+    task = Tiling(limit=4, broken=tuple(range(4)))
+    changes = {"models": ["embedded"], "tasks": [task], "controls": ["none", "no_image"]}
+    with pytest.raises(SystemExit) as done:
+        run_command(
+            None, tmp_path, changes, dry_run=False, retry_errors=False, threads=None, answers=None
+        )
+    assert done.value.code == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4 failed, of 8 samples. The commonest reason: SampleError: The picture cannot" in said
+    assert "Nothing at all was answered under none (tiling)." in said
+    assert "asked again with --retry-errors" in said
 
 
 def test_questions_longer_than_the_model_s_positions_are_marked(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def test_what_commands_check_names_with_is_light(module: str, tmp_path: Path) ->
         ("eval --model embedded --task popes", 2, "Did you mean 'pope'"),
         ("eval --model embedded --method todree --num-keep 4", 2, "Did you mean 'todre'"),
         ("eval --method tomee,r=4", 2, "Did you mean 'tome'"),
+        ("eval --task embedded --out o", 2, "or --model and --task"),
+        ("eval --model embedded", 2, "name it with --out DIR"),
         ("eval nothing.yaml", 2, "There is no study 'nothing.yaml'"),
         ("eval study.yaml", 2, "Did you mean 'divprune'"),
         ("show nothing.png --question ?", 2, "nothing.png' is not there"),

@@ -129,6 +129,21 @@ def test_our_errors_are_one_line_and_exit_code_2(
     assert captured.err == f"visprune: No [bold] file 'x.png'. {('Long. ' * 40).strip()}\n"
 
 
+def test_what_was_noted_of_an_error_is_said_behind_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], calls: list[Any]
+) -> None:
+    """Such as the sample that a task failed on."""
+
+    def fail(**kwargs: Any) -> None:
+        error = ConfigError("gqa scored 2.0.")
+        error.add_note("It was of its sample '7'.")
+        raise error
+
+    monkeypatch.setattr(sys.modules["visprune.eval.demo.run"], "run_demo", fail)
+    assert _run(monkeypatch, "demo") == 2
+    assert capsys.readouterr().err == "visprune: gqa scored 2.0. It was of its sample '7'.\n"
+
+
 def test_a_full_disk_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

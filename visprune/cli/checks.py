@@ -15,17 +15,22 @@ from visprune.errors import ConfigError
 __all__ = ["check_drawing", "check_study"]
 
 
-def check_study(study: Path | None, changes: Mapping[str, Any]) -> None:
-    """Check the names of tasks and methods that a study's file and the flags give.
+def check_study(
+    study: Path | None, changes: Mapping[str, Any], out: Path | None, *, dry_run: bool
+) -> None:
+    """Check that a study's file and the flags say what to run, and that its names are known.
 
     What is not of the form that it should have is left to the reader of studies.
 
     Args:
         study: the file.
         changes: as ``visprune eval`` passes them on.
+        out: results folder.
+        dry_run: nothing is written, so that none is needed.
 
     Raises:
-        ConfigError: there is no such file, task or method.
+        ConfigError: neither a study nor a model, no results folder, or no such file, task or
+            method.
     """
     from visprune.catalog import check_method
     from visprune.eval.tasks.base import tasks
@@ -36,6 +41,13 @@ def check_study(study: Path | None, changes: Mapping[str, Any]) -> None:
     for name in _names(raw.get("methods"), "method"):
         if name not in ("none", "no_image"):  # controls, which are no methods
             check_method(name)
+    if study is None and not changes.get("models"):
+        raise ConfigError(
+            "visprune eval takes a study (configs/studies/NAME.yaml), or --model and --task, such "
+            "as --model embedded --task embedded. Without --task a model is asked a standard set."
+        )
+    if out is None and not dry_run:
+        raise ConfigError("visprune eval writes into a folder; name it with --out DIR.")
 
 
 def _read(study: Path | None) -> dict[str, Any]:

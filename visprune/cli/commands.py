@@ -41,7 +41,8 @@ def main() -> None:
         app()
     except VispruneError as error:
         # Plain print: rich would break the line at the terminal's width and read [..] as markup.
-        print(f"visprune: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"visprune: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:

@@ -60,7 +60,7 @@ def evaluate(
     Flags make a study, or change that of a file: they win over it.
     """
     changes = changes_of(flags)
-    check_study(study, changes)
+    check_study(study, changes, out, dry_run=dry_run)
     # Read once, when PyTorch's OpenMP loads; see `demo`.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from visprune.eval.evaluate import run_command
