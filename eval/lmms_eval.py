@@ -36,6 +36,7 @@ from visprune.eval.models.base import NONE, ModelEntry
 from visprune.eval.models.load_vlm import load as load_vlm
 from visprune.eval.models.vlm import VLM
 from visprune.eval.run.runner import process_number
+from visprune.eval.tasks.loading import to_rgb
 from visprune.machine.saved import read_method
 
 __all__ = ["Visprune"]
@@ -137,7 +138,7 @@ class Visprune(lmms):
             if videos or sounds:
                 raise UnsupportedModel(f"{task} has video or audio; visprune reads pictures here.")
             texts.append(self.vlm.chat(messages.to_hf_messages()))
-            images.append([picture.convert("RGB") for picture in pictures])
+            images.append([to_rgb(picture) for picture in pictures])
         inputs = processor(
             text=texts, images=images if any(images) else None, padding=True,
             padding_side="left", return_tensors="pt",

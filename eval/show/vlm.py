@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from visprune.backbones.vlm.regions import WHOLE, Region
 from visprune.backbones.vlm.seen import Seen
@@ -22,7 +22,8 @@ from visprune.eval.models.seen import describe_seen
 from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture
 from visprune.eval.show.kept import KeptMap, kept_of, mosaic, paint, place, seen_part
-from visprune.eval.tasks.base import Sample
+from visprune.eval.tasks.base import Sample, SampleError
+from visprune.eval.tasks.loading import decode
 from visprune.machine.find import find_adapter
 from visprune.machine.plan import inside_only
 from visprune.machine.run import Run
@@ -121,22 +122,22 @@ def _draw(
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Open an image file as RGB, upright.
+    """Open an image file as RGB, upright, as evaluation shows it to a model.
 
     Raises:
-        ConfigError: there is no such file, or Pillow finds no whole picture in it.
+        ConfigError: there is no such file, Pillow finds no whole picture in it, or its values (of
+            more than 8 bits) cannot be shown.
     """
     path = Path(path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
         raise ConfigError(f"The picture {str(path)!r} is {what}. Give the path of an image file.")
     try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return decode(path, str(path))
+    except SampleError as error:
         raise ConfigError(
-            f"{str(path)!r} is not a picture that Pillow can read, or it is cut short ({error}). "
-            f"Give a PNG, JPEG, WebP or the like."
+            f"{str(path)!r} is not a picture that Pillow can read, or it is cut short "
+            f"({error.__cause__}). Give a PNG, JPEG, WebP or the like."
         ) from error
 
 

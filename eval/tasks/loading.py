@@ -34,6 +34,7 @@ __all__ = [
     "read_rows",
     "read_text",
     "require_columns",
+    "to_rgb",
 ]
 
 
@@ -102,7 +103,7 @@ _DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError,
 def decode(source: Path | IO[bytes], where: str, orient: bool = True) -> Image.Image:
     """Decode a picture whole, RGB.
 
-    Samples of more than 8 bits are scaled (see :func:`_eight_bits`).
+    Samples of more than 8 bits are scaled (see :func:`to_rgb`).
 
     Args:
         source: the file or its bytes.
@@ -117,9 +118,8 @@ def decode(source: Path | IO[bytes], where: str, orient: bool = True) -> Image.I
         with Image.open(source) as picture:
             turn = _TURNS.get(_orientation(picture)) if orient else None
             picture.load()
-            shown = _eight_bits(picture)
-            shown = shown if turn is None else shown.transpose(turn)
-            return shown.convert("RGB")
+            shown = to_rgb(picture)
+            return shown if turn is None else shown.transpose(turn)
     except _DAMAGED as error:
         raise SampleError(f"The picture cannot be read: {where} ({error}).") from error
 
@@ -168,8 +168,8 @@ def _orientation(picture: Image.Image) -> int:
     return found if found in _TURNS else 1
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture of 16 or 32 bits a pixel as one of 8 bits; Pillow would cut at 255.
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture as RGB, one of 16 or 32 bits a pixel scaled; Pillow would cut at 255.
 
     Values that 8 bits hold stay; floats from 0 to 1 are shares of white; of everything else the
     picture's darkest becomes black and its brightest white (a depth map or an X-ray uses a part of
@@ -179,7 +179,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         ValueError: it holds one value beyond 8 bits, or some that are not finite.
     """
     if not picture.mode.startswith(("I", "F")):
-        return picture
+        return picture.convert("RGB")
     values = np.asarray(picture).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(low) or not math.isfinite(high):
@@ -191,7 +191,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     elif low == high:
         raise ValueError(f"every pixel of its {picture.mode} values is {low:g}")
     scaled = (values - low) * (255.0 / (high - low))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
 
 
 class LazySamples(Sequence[Sample]):

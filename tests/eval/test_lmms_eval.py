@@ -13,8 +13,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import visprune
 from visprune.backbones.vlm import embedded
@@ -220,3 +222,27 @@ def test_stop_words_cut_the_answer(plugin: Any) -> None:
     assert plugin._generation({"temperature": 0, "top_p": 1.0}) == {
         "max_new_tokens": 1024, "num_beams": 1, "do_sample": False,
     }  # fmt: skip
+
+
+def test_a_picture_of_16_bits_is_not_shown_white(plugin: Any) -> None:
+    ramp = np.arange(256, dtype=np.float64).reshape(16, 16)
+    deep = Image.fromarray((ramp * 257).astype(np.uint16))  # as `datasets` hands it on
+    shown: list[np.ndarray] = []
+    model = plugin.Visprune("embedded")
+    real = model.vlm.processor
+
+    class Looking:
+        tokenizer = real.tokenizer
+
+        def __call__(self, *, images: Any, **options: Any) -> Any:
+            shown.append(np.asarray(images[0][0]))
+            return real(images=images, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    model.vlm.processor = Looking()
+    requests = _requests(model, [{"max_new_tokens": 1}])
+    model.task_dict["mini"]["test"][0]["image"] = deep
+    model.generate_until(requests)
+    assert np.array_equal(shown[0][..., 0], ramp)

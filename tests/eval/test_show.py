@@ -206,6 +206,17 @@ def test_gray_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
         assert open_picture(tmp_path / f"{mode}.png").mode == "RGB"
 
 
+def test_pictures_of_16_bits_and_of_floats_are_scaled_and_not_cut_at_white(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.float64).reshape(16, 16)
+    Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 255).astype(np.float32)).save(tmp_path / "shares.tif")
+    for name in ("deep.png", "shares.tif"):
+        assert np.array_equal(np.asarray(open_picture(tmp_path / name))[..., 1], ramp)
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "holes.tif")
+    with pytest.raises(ConfigError, match=r"holes\.tif' .*its values are not all finite"):
+        open_picture(tmp_path / "holes.tif")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -120,6 +120,22 @@ def test_greyscale_and_transparent_pictures_become_rgb(folder: Path, tmp_path: P
     assert {pictures.read(i).mode for i in range(3)} == {"RGB"}
 
 
+def test_pictures_are_those_that_evaluation_shows(tmp_path: Path) -> None:
+    """A model that learns of photos on their side would be asked of upright ones."""
+    root = small.make_folder(tmp_path / "photos", train=2, val=1)
+    exif = small.Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    turned, deep = root / "train" / "blue" / "000.jpg", root / "train" / "blue" / "001.png"
+    small.Image.new("RGB", (30, 20)).save(turned, exif=exif)
+    ramp = np.arange(256, dtype=np.float64).reshape(16, 16)
+    small.Image.fromarray((ramp * 257).astype(np.uint16)).save(deep)
+    pictures = open_pictures(DataConfig(str(root)), "train")
+    read = {pictures.name(i).rpartition("/")[2]: pictures.read(i) for i in range(len(pictures))
+            if "blue" in pictures.name(i)}  # fmt: skip
+    assert read["000.jpg"].size == (20, 30)
+    assert np.array_equal(np.asarray(read["001.png"])[..., 0], ramp)
+
+
 def test_archives_are_opened_by_each_process(folder: Path, tmp_path: Path) -> None:
     pictures = open_pictures(DataConfig(str(as_zip(folder, tmp_path / "a.zip"))), "train")
     want = content(pictures)

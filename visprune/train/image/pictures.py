@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from visprune.errors import ConfigError
+from visprune.eval.tasks.base import SampleError
+from visprune.eval.tasks.loading import decode
 
 _BROKEN = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -49,7 +51,7 @@ class Pictures(ABC):
         """The encoded file, or its pixels ``[H, W, 3]`` as uint8."""
 
     def read(self, index: int) -> Image.Image:
-        """Picture ``index`` in RGB.
+        """Picture ``index`` in RGB, upright and scaled as evaluation shows it.
 
         Raises:
             CorruptPicture: It cannot be read.
@@ -58,9 +60,11 @@ class Pictures(ABC):
             data = self.data(index)
             if isinstance(data, np.ndarray):
                 return Image.fromarray(data).convert("RGB")
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-        except UnidentifiedImageError as error:  # its own message holds an address in memory
-            raise CorruptPicture(f"Cannot read {self.name(index)}: it is no picture.") from error
+            return decode(io.BytesIO(data), self.name(index))
+        except SampleError as error:
+            why: object = error.__cause__
+            if isinstance(why, UnidentifiedImageError):  # its message holds an address in memory
+                why = "it is no picture"
+            raise CorruptPicture(f"Cannot read {self.name(index)}: {why}.") from error
         except _BROKEN as error:
             raise CorruptPicture(f"Cannot read {self.name(index)}: {error}.") from error
