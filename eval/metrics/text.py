@@ -84,20 +84,32 @@ def _sign(found: re.Match[str]) -> str:
 def lost_signs(text: str) -> tuple[str, ...]:
     """Return what :func:`plain_text` leaves out that may have told two answers apart.
 
-    An article at the end ("vitamin A" is no article) and signs that are no punctuation of a
-    sentence.
+    An article at the end ("vitamin A" is no article), signs that are no punctuation of a sentence,
+    and punctuation that belongs to a number ("3-4", "1,5", "5'").
     """
     last = text.casefold().split()[1:][-1:]
     articles = [word for word in last if word.strip(".,;:!?'\"()") in _ARTICLES]
     folded = unicodedata.normalize("NFC", text.replace("\u2212", "-"))
     folded = _LOOSE.sub("", _THOUSANDS.sub("", folded))
-    signs = [m[0] for m in _SIGNS.finditer(folded) if m["blank"] and not _sentence(m[0])]
+    signs = [
+        m[0] for m in _SIGNS.finditer(folded)
+        if m["blank"] and (not _sentence(m[0]) or _of_number(folded, m.start()))
+    ]  # fmt: skip
     return tuple(articles + signs)
 
 
 def _sentence(sign: str) -> bool:
     """Return whether a sign belongs to sentences: punctuation but for @, #, &, * and the like."""
     return unicodedata.category(sign)[0] == "P" and sign not in "#&*@%\\"
+
+
+_INCHES = "'\"\u2019\u201d\u2032\u2033"
+
+
+def _of_number(text: str, place: int) -> bool:
+    """Return whether a sign stands between two digits, or says feet or inches behind one."""
+    before, after = text[place - 1 : place], text[place + 1 : place + 2]
+    return before.isdecimal() and (after.isdecimal() or text[place] in _INCHES)
 
 
 def exact_match(prediction: str, reference: Any) -> float:

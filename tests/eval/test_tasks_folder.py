@@ -116,7 +116,7 @@ def test_signs_that_carry_meaning_are_not_blanks(tmp_path: Path) -> None:
 def test_answers_that_become_one_are_said_before_the_run(tmp_path: Path) -> None:
     row = {"image": "a.png", "question": "?"}
     told = ["vitamin A", "Vitamin.", "the cat", "cat!", "2", "two", "t-shirt", "t shirt", "#1", "1"]
-    told += ["On the street.", "on street"]
+    told += ["On the street.", "on street", "3-year-old", "3 year old", "7.", "7"]
     dump_lines(tmp_path / "x.jsonl", [{**row, "answers": text} for text in told])
     study = build_study({"models": "embedded", "tasks": {"task": "folder", "path": str(tmp_path)}})
     vitamins, numbers = study.notes
@@ -127,6 +127,10 @@ def test_answers_that_become_one_are_said_before_the_run(tmp_path: Path) -> None
         tmp_path / "x.jsonl", [{**row, "answers": f"{n}{s}"} for n in range(5) for s in "*@"]
     )
     assert _folder(tmp_path).notes()[-1] == "folder: 2 more such answers."
+    # Between digits, and behind them, a sign is no punctuation: ranges, decimals, feet and inches.
+    told = ["3-4", "3 4", "1,5", "1 5", "6'", '6"']
+    dump_lines(tmp_path / "x.jsonl", [{**row, "answers": text} for text in told])
+    assert len(_folder(tmp_path).notes()) == 3
 
 
 def test_the_named_metric_is_used(tmp_path: Path) -> None:
