@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from visprune.errors import ConfigError
-from visprune.eval.models.base import EMBEDDED, ModelEntry, Request
+from visprune.eval.models.base import ModelEntry, Request
 from visprune.eval.models.load_vlm import load
+from visprune.eval.models.names import EMBEDDED
 from visprune.eval.models.vlm import VLM
 from visprune.eval.tasks.base import SampleError, Task, get_task
 from visprune.machine.find import find_adapter

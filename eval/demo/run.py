@@ -15,7 +15,8 @@ from visprune.eval.demo.report import report
 from visprune.eval.demo.rows import Measured, build_rows
 from visprune.eval.demo.sheet import draw_sheet
 from visprune.eval.environment import quiet_loading, set_threads, writable_folder
-from visprune.eval.models.base import EMBEDDED, NONE, Request
+from visprune.eval.models.base import NONE, Request
+from visprune.eval.models.names import EMBEDDED
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.run.progress import Progress
 from visprune.eval.run.runner import run_study

@@ -19,9 +19,7 @@ from visprune.eval.tasks.base import PromptStyle, Sample, Task
 from visprune.eval.tasks.loading import Unreachable
 
 __all__ = [
-    "EMBEDDED",
     "ENGINES",
-    "LIBRARIES",
     "NONE",
     "NO_IMAGE",
     "Answerer",
@@ -33,13 +31,11 @@ __all__ = [
     "offline",
 ]
 
-EMBEDDED = "embedded"
 NONE = "none"  # the untouched model
 NO_IMAGE = "no_image"  # the model without the picture: the floor that the text alone reaches
 Choice = PruningMethod | str  # a method, NONE or NO_IMAGE
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
-LIBRARIES = ("timm", "open_clip")
 ENGINES = ("transformers", "vllm")
 
 

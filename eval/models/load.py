@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from visprune.errors import ConfigError
-from visprune.eval.models.base import LIBRARIES, EvalModel, ModelEntry
-from visprune.eval.models.names import check_name
+from visprune.eval.models.base import EvalModel, ModelEntry
+from visprune.eval.models.names import LIBRARIES, check_name
 from visprune.eval.tasks.loading import Unreachable
 from visprune.machine.written import finish
 
@@ -28,7 +28,7 @@ def load_model(spec: ModelEntry | str, *, local_rank: int = 0) -> EvalModel:
         ConfigError: there is no such model.
     """
     spec = ModelEntry(spec) if isinstance(spec, str) else spec
-    check_name(spec)
+    check_name(spec.name, spec.checkpoint)
     finish(Path(spec.name))
     try:
         return _load(spec, local_rank)

@@ -11,8 +11,8 @@ import torch
 from visprune.backbones.vlm.known import lacking
 from visprune.errors import ConfigError, first_line
 from visprune.eval.environment import quiet_loading
-from visprune.eval.models.base import EMBEDDED, ModelEntry, offline
-from visprune.eval.models.names import check_transformers
+from visprune.eval.models.base import ModelEntry, offline
+from visprune.eval.models.names import EMBEDDED, check_transformers
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.machine.saved import PROCESSOR_FILES, read_asked, read_learned
 
@@ -46,7 +46,7 @@ def load(spec: ModelEntry, local_rank: int = 0) -> VLM:
 def _from_transformers(spec: ModelEntry) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    check_transformers(spec)
+    check_transformers(spec.name)
     here = Path(spec.name).is_dir()
     options: dict[str, Any] = {"dtype": spec.dtype, "local_files_only": here or offline()}
     if spec.attention is not None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of models that a study gives: what can be said of them before anything is loaded."""
+"""Names of models that a study gives: what can be said of them before anything is loaded.
+
+Nothing heavy is imported until a library's own names are looked up: the command line asks
+:func:`check_kind` before PyTorch is there.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +11,63 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.models.base import EMBEDDED, LIBRARIES, ModelEntry
 
-__all__ = ["check_name", "check_transformers"]
+__all__ = ["EMBEDDED", "LIBRARIES", "check_kind", "check_name", "check_transformers"]
+
+EMBEDDED = "embedded"
+LIBRARIES = ("timm", "open_clip")
 
 
-def check_name(spec: ModelEntry) -> None:
+def check_name(name: str, checkpoint: str | None = None) -> None:
     """Refuse what no machine and no download has a model for; nothing is loaded.
+
+    Args:
+        name: as a study has it.
+        checkpoint: weights of a timm or open_clip model, in place of pretrained ones.
 
     Raises:
         ConfigError: the library, the architecture or the pretrained weights are unknown, or an
             open_clip model has no weights named.
     """
-    library, colon, name = spec.name.partition(":")
-    if Path(spec.name).is_dir():
+    check_kind(name)
+    library, colon, rest = name.partition(":")
+    if colon and not Path(name).is_dir():
+        (_check_timm if library == "timm" else _check_open_clip)(name, rest, checkpoint)
+
+
+def check_kind(name: str) -> None:
+    """Refuse a name of no kind that there is; what a library calls its models is not looked up.
+
+    Raises:
+        ConfigError: it is neither a folder, a name as the Hub has them, nor of a known library.
+    """
+    if Path(name).is_dir():
         return
+    library, colon, _ = name.partition(":")
     if not colon:
-        check_transformers(spec)
-        return
-    if library not in LIBRARIES:
+        check_transformers(name)
+    elif library not in LIBRARIES:
         raise ConfigError(
-            f"Unknown model {spec.name!r}.{did_you_mean(library, LIBRARIES)} Write timm:NAME, "
+            f"Unknown model {name!r}.{did_you_mean(library, LIBRARIES)} Write timm:NAME, "
             f"open_clip:NAME/PRETRAINED, a folder, a name on the Hub, or {EMBEDDED!r}."
         )
-    (_check_timm if library == "timm" else _check_open_clip)(spec, name)
 
 
-def check_transformers(spec: ModelEntry) -> None:
+def check_transformers(name: str) -> None:
     """Refuse what is neither the embedded model, a folder, nor a name as the Hub has them.
 
     Raises:
         ConfigError: it is none of them.
     """
-    if spec.name != EMBEDDED and "/" not in spec.name and not Path(spec.name).is_dir():
+    if name != EMBEDDED and "/" not in name and not Path(name).is_dir():
         raise ConfigError(
-            f"There is no model {spec.name!r}.{did_you_mean(spec.name, [EMBEDDED])} Give a folder "
+            f"There is no model {name!r}.{did_you_mean(name, [EMBEDDED])} Give a folder "
             f"with a transformers model, a name on the Hub such as llava-hf/llava-1.5-7b-hf, "
             f"timm:NAME, open_clip:NAME/PRETRAINED, or {EMBEDDED!r}."
         )
 
 
-def _check_timm(spec: ModelEntry, name: str) -> None:
+def _check_timm(whole: str, name: str, checkpoint: str | None) -> None:
     import timm
 
     import visprune.backbones.vit  # noqa: F401 - registers our architectures in timm
@@ -61,11 +81,11 @@ def _check_timm(spec: ModelEntry, name: str) -> None:
             f"timm has no model {architecture!r}.{hint} timm.list_models() has all names."
         )
     known = [n.partition(".")[2] for n in timm.list_models(f"{architecture}.*", pretrained=True)]
-    if tag and tag not in known and spec.checkpoint is None:
-        raise ConfigError(_no_weights(spec, tag, known))
+    if tag and tag not in known and checkpoint is None:
+        raise ConfigError(_no_weights(whole, tag, known))
 
 
-def _check_open_clip(spec: ModelEntry, name: str) -> None:
+def _check_open_clip(whole: str, name: str, checkpoint: str | None) -> None:
     import open_clip
 
     architecture, _, tag = name.partition("/")
@@ -77,21 +97,21 @@ def _check_open_clip(spec: ModelEntry, name: str) -> None:
             f"open_clip has no model {architecture!r}.{hint} open_clip.list_models() has all names."
         )
     known = open_clip.list_pretrained_tags_by_model(architecture)
-    if spec.checkpoint is not None or Path(tag).is_file():
+    if checkpoint is not None or Path(tag).is_file():
         return
     if not tag:
         raise ConfigError(
-            f"{spec.name!r} names no weights, and without any open_clip makes a model of random "
+            f"{whole!r} names no weights, and without any open_clip makes a model of random "
             f"ones. Write open_clip:{architecture}/PRETRAINED ({_some(known)}), or give the model "
             f"a checkpoint."
         )
     if tag.lower().replace("-", "_") not in known:  # open_clip reads it like that
-        raise ConfigError(_no_weights(spec, tag, known))
+        raise ConfigError(_no_weights(whole, tag, known))
 
 
-def _no_weights(spec: ModelEntry, tag: str, known: Sequence[str]) -> str:
+def _no_weights(whole: str, tag: str, known: Sequence[str]) -> str:
     return (
-        f"{spec.name!r}: there are no pretrained weights {tag!r}.{did_you_mean(tag, known)} "
+        f"{whole!r}: there are no pretrained weights {tag!r}.{did_you_mean(tag, known)} "
         f"There are: {_some(known)}."
     )
 

@@ -19,7 +19,6 @@ import torch
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError, VispruneError, first_line
 from visprune.eval.models.base import (
-    EMBEDDED,
     NONE,
     Answerer,
     Choice,
@@ -28,6 +27,7 @@ from visprune.eval.models.base import (
     Request,
     offline,
 )
+from visprune.eval.models.names import EMBEDDED
 from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.tasks.base import Task
 from visprune.machine.saved import read_asked

@@ -79,7 +79,9 @@ def run_study(
             run, or the disk is full.
     """
     for spec in study.models if loader is None else ():
-        check_name(spec)  # of the last too, before the first is asked for hours
+        check_name(
+            spec.name, spec.checkpoint
+        )  # of the last too, before the first is asked for hours
     rank, world, local = process_number()
     folder = ResultsFolder(out, create=True)
     done = Done(folder, retry_errors=retry_errors)

@@ -16,8 +16,9 @@ from visprune.catalog import get_method, parameters
 from visprune.catalog import methods as method_registry
 from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
-from visprune.eval.models.base import EMBEDDED, ModelEntry, Request
+from visprune.eval.models.base import ModelEntry, Request
 from visprune.eval.models.load_vlm import load
+from visprune.eval.models.names import EMBEDDED
 from visprune.eval.models.seen import describe_seen
 from visprune.eval.models.vlm import VLM
 from visprune.eval.show.figures import Panel, shown_picture

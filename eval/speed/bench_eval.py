@@ -21,8 +21,9 @@ from rich.table import Table
 
 from visprune.errors import VispruneError
 from visprune.eval.environment import describe, describe_line, set_threads, writable_folder
-from visprune.eval.models.base import EMBEDDED, ModelEntry, Request
+from visprune.eval.models.base import ModelEntry, Request
 from visprune.eval.models.load import load_model
+from visprune.eval.models.names import EMBEDDED
 from visprune.eval.run.runner import run_study
 from visprune.eval.speed.latency import Case, interleaved
 from visprune.eval.study.grid import Study, build_study

@@ -13,7 +13,8 @@ import yaml
 
 from visprune.core.checked import build_section, check_values
 from visprune.errors import ConfigError, did_you_mean
-from visprune.eval.models.base import EMBEDDED, LIBRARIES, ModelEntry
+from visprune.eval.models.base import ModelEntry
+from visprune.eval.models.names import EMBEDDED, LIBRARIES
 from visprune.eval.study.flags import override
 from visprune.eval.study.options import KEYS, Options
 from visprune.eval.study.published import read_published

@@ -30,7 +30,8 @@ SLOW = [*HEAVY, "torch", "torchmetrics"]
 @pytest.mark.parametrize(
     "module",
     ["visprune.catalog", "visprune.cli.checks", "visprune.eval.tasks.base",
-     "visprune.eval.records.place", "visprune.core.registry", "visprune.core.numeric"],
+     "visprune.eval.models.names", "visprune.eval.records.place", "visprune.core.registry",
+     "visprune.core.numeric"],
 )  # fmt: skip
 def test_what_commands_check_names_with_is_light(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print([m for m in {SLOW!r} if m in sys.modules])"
@@ -47,12 +48,16 @@ def test_what_commands_check_names_with_is_light(module: str, tmp_path: Path) ->
         ("eval --model embedded --task popes", 2, "Did you mean 'pope'"),
         ("eval --model embedded --method todree --num-keep 4", 2, "Did you mean 'todre'"),
         ("eval --method tomee,r=4", 2, "Did you mean 'tome'"),
+        ("eval --model embeddd --out o", 2, "Did you mean 'embedded'"),
+        ("eval --model tim:vit_tiny --out o", 2, "Did you mean 'timm'"),
         ("eval --task embedded --out o", 2, "or --model and --task"),
         ("eval --model embedded", 2, "name it with --out DIR"),
         ("eval nothing.yaml", 2, "There is no study 'nothing.yaml'"),
         ("eval study.yaml", 2, "Did you mean 'divprune'"),
         ("show nothing.png --question ?", 2, "nothing.png' is not there"),
         ("show study.yaml --question ? --method todree", 2, "Did you mean 'todre'"),
+        ("show study.yaml --question ? --model embeddd", 2, "Did you mean 'embedded'"),
+        ("check embeddd", 2, "Did you mean 'embedded'"),
         ("report nowhere", 2, "'nowhere' is not there"),
         ("report .", 2, "is no results folder"),
         ("compare nowhere:todre elsewhere", 2, "'nowhere' is not there"),

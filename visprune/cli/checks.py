@@ -29,13 +29,16 @@ def check_study(
         dry_run: nothing is written, so that none is needed.
 
     Raises:
-        ConfigError: neither a study nor a model, no results folder, or no such file, task or
-            method.
+        ConfigError: neither a study nor a model, no results folder, or no such file, model, task
+            or method.
     """
     from visprune.catalog import check_method
+    from visprune.eval.models.names import check_kind
     from visprune.eval.tasks.base import tasks
 
     raw = {**_read(study), **changes}
+    for name in _names(raw.get("models"), "name"):
+        check_kind(name)
     for name in _names(raw.get("tasks"), "task"):
         tasks.check(name)
     for name in _names(raw.get("methods"), "method"):
@@ -72,15 +75,18 @@ def _names(entries: Any, key: str) -> Iterable[str]:
             yield name
 
 
-def check_drawing(picture: Path, method: str) -> None:
+def check_drawing(picture: Path, method: str, model: str | None) -> None:
     """Check what ``visprune show`` is asked for.
 
     Raises:
-        ConfigError: there is no such picture or method.
+        ConfigError: there is no such picture, method or model.
     """
     from visprune.catalog import check_method
+    from visprune.eval.models.names import check_kind
 
     check_method(method)
+    if model is not None:
+        check_kind(model)
     if not picture.is_file():
         what = "a folder" if picture.is_dir() else "not there"
         raise ConfigError(

@@ -107,7 +107,7 @@ def show(
     ] = False,
 ) -> None:
     """Draw which patches of a picture a model still sees."""
-    check_drawing(picture, method)
+    check_drawing(picture, method, model)
     from visprune.eval.show.vlm import show as draw
 
     draw(
@@ -130,6 +130,9 @@ def check(
     ] = None,
 ) -> None:
     """Show that pruning a model is safe: the contract, in numbers, on your own model."""
+    from visprune.eval.models.names import check_kind
+
+    check_kind(model)
     from visprune.eval.check.run import check as run_check
 
     report = run_check(model, picture=picture, dtype=dtype, device=device, attention=attention)
