@@ -205,6 +205,37 @@ def without_values(attention: nn.Module) -> nn.Module | None:
     return found
 
 
+class _Once(nn.Module):
+    """A projection that is asked for the same states again gives what it gave."""
+
+    def __init__(self, project: nn.Module) -> None:
+        super().__init__()
+        self.project = project
+        self._known: tuple[Tensor | None, Any] = (None, None)
+
+    def forward(self, x: Tensor) -> Any:
+        """As the projection."""
+        if self._known[0] is not x:
+            self._known = x, self.project(x)
+        return self._known[1]
+
+
+def projecting_once(attention: nn.Module) -> nn.Module | None:
+    """The same attention, which two calls with the same states project once.
+
+    ``None``: queries and keys have no projection of their own.
+    """
+    found = copy.copy(attention)
+    found._modules = dict(attention._modules)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        project = attention._modules.get(name)
+        if project is not None:
+            found._modules[name] = _Once(project)
+        elif name != "v_proj":
+            return None
+    return found
+
+
 def capture(call: Callable[..., Any], **inputs: Any) -> None:
     """Call a watched attention, or a model around it, only as far as its queries and keys.
 

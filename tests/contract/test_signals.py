@@ -345,6 +345,24 @@ def test_values_are_computed_ahead_where_a_signal_looks_at_them(family: str, mod
         torch.testing.assert_close(weighed[number], rows[number] * length, rtol=1e-4, atol=1e-6)
 
 
+def test_queries_and_keys_are_projected_once_for_two_ways_of_reading(
+    family: str, models: Any
+) -> None:
+    """PACT reads them before and behind the rotary embedding; what each shows is tested above."""
+    model, inputs = models(family), batch(family, ROWS)
+    attention = model.model.language_model.layers[LAYER].self_attn
+    calls: list[str] = []
+    handles = [
+        getattr(attention, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name in ("q_proj", "k_proj", "v_proj")
+    ]
+    with torch.no_grad(), visprune.prune(model, "pact", layer=LAYER):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    assert sorted(calls) == ["k_proj", "k_proj", "q_proj", "q_proj", "v_proj"]  # and its own run
+
+
 def test_no_signal_switches_the_kernel(models: Any) -> None:
     from torch.nn import functional
 

@@ -33,6 +33,8 @@ class VisualImportance(DecoderSignal):
     one pool.
     """
 
+    reads_values: ClassVar[bool] = False
+
     layer: DecoderLayer = "own"
 
     @property
@@ -56,6 +58,7 @@ class VisualImportance(DecoderSignal):
 class OwnKeys(DecoderSignal):
     """Keys of the visual tokens in the layer that the stage acts at, ``[B, Hk, N, d]``."""
 
+    reads_values: ClassVar[bool] = False
     token_dim: ClassVar[int | None] = -2
 
     layer: DecoderLayer = "own"

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from visprune.backbones.hf.cache import CACHE_ARGUMENT, stored_length
-from visprune.backbones.hf.probe import Attended, Wanted, capture, watch, without_values
+from visprune.backbones.hf.probe import (
+    Attended,
+    Wanted,
+    capture,
+    projecting_once,
+    watch,
+    without_values,
+)
 from visprune.backbones.vlm.base import VLMAdapter
 from visprune.backbones.vlm.picture import ImageLayout
 from visprune.core.budget import Stage
@@ -143,33 +150,35 @@ class LayerReader:
     ) -> None:
         """Read what a layer is about to attend to, from its own projections."""
         given, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        for unrotated in (False, True):
-            mine = [
-                s
-                for s in stage.signals
-                if isinstance(s, DecoderSignal) and s.layer == "own" and s.uses == "attention"
-                and s.unrotated == unrotated
-            ]  # fmt: skip
-            if not mine:
-                continue
+        own = [
+            s
+            for s in stage.signals
+            if isinstance(s, DecoderSignal) and s.layer == "own" and s.uses == "attention"
+        ]
+        passes = sorted({s.unrotated for s in own})
+        attention, thin = self._adapter.attention(number), None
+        if not any(s.reads_values for s in own):
+            thin = without_values(attention)
+        values = thin is None
+        attention = attention if thin is None else thin
+        once = projecting_once(attention) if len(passes) > 1 else None
+        states = self._adapter.layer_input(layer, hidden)
+        for unrotated in passes:
             rotary = fwd.rotary(number, hidden, given)
             more = self._adapter.attention_arguments(number)
             if self._adapter.reads_positions and positions is not None:
                 more["position_ids"] = fwd.layer_positions(number, positions)
             if unrotated:
                 rotary = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
-            only = Stage(stage.site, stage.budget, tuple(mine))
-            attention, thin = self._adapter.attention(number), None
-            if not any(s.reads_values for s in mine):
-                thin = without_values(attention)
-            values = thin is None
+            mine = tuple(s for s in own if s.unrotated == unrotated)
+            only = Stage(stage.site, stage.budget, mine)
             show = partial(self._record_own, number, only, fwd, hidden, values)
             self._ahead.own = (number, show)
             try:
                 with torch.no_grad():
                     capture(
-                        attention if thin is None else thin,
-                        hidden_states=self._adapter.layer_input(layer, hidden),
+                        attention if once is None else once,
+                        hidden_states=states,
                         attention_mask=None,
                         position_embeddings=rotary,
                         **{CACHE_ARGUMENT: None},
@@ -177,7 +186,8 @@ class LayerReader:
                     )
             finally:
                 self._ahead.own = None
-            self._spend_projections(number, fwd, fwd.table.valid.sum(1).tolist(), values)
+            if once is None or unrotated is passes[0]:
+                self._spend_projections(number, fwd, fwd.table.valid.sum(1).tolist(), values)
 
     def _spend_projections(
         self, number: int, fwd: Forward, tokens: list[int], values: bool = True
