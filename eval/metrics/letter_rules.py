@@ -69,12 +69,19 @@ _ANSWER_IS = re.compile(
 )
 
 
+def _spoken(text: str) -> str:
+    """What is said behind a thought; nothing where the thought has no end."""
+    _, end, said = text.rpartition("</think>")
+    return said if end or "<think>" not in text else ""
+
+
 def _bare(text: str) -> str:
-    """A text without markup, its signs in ASCII, one blank or line end at a time.
+    """A text without thought and markup, its signs in ASCII, one blank or line end at a time.
 
     Of many in a row, the patterns would try every way to share them out.
     """
-    text = _MARKS.sub("", unicodedata.normalize("NFKC", text).translate(_SIGNS))
+    text = unicodedata.normalize("NFKC", _spoken(text)).translate(_SIGNS)
+    text = _MARKS.sub("", text)
     return "\n".join(
         line for line in (" ".join(words.split()) for words in text.splitlines()) if line
     )
@@ -108,9 +115,18 @@ def _said(text: str, choices: Sequence[str]) -> str | None:
     return None
 
 
+def _last(text: str, choices: Sequence[str]) -> str | None:
+    """A last line that is a letter, behind lines that are none."""
+    *before, last = _bare(text).split("\n")
+    found = _ALONE.fullmatch(last)
+    if not found or any(map(_ALONE.fullmatch, before)):
+        return None
+    return found[1].upper()
+
+
 def _option_text(text: str, choices: Sequence[str]) -> str | None:
     """The one option whose text is the whole output, or what follows "the answer is"."""
-    given = {plain_text(text), plain_text(_ANSWER_IS.sub("", _bare(text), count=1))}
+    given = {plain_text(_spoken(text)), plain_text(_ANSWER_IS.sub("", _bare(text), count=1))}
     same = [ALL[i] for i, choice in enumerate(choices) if plain_text(choice) in given - {""}]
     return same[0] if len(same) == 1 else None
 
@@ -213,6 +229,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ("letter", _alone),
         ("letter_first", _first),
         ("answer_is", _said),
+        ("letter_last", _last),
         ("option_text", _option_text),
     ),
     "scienceqa-lmms-eval": (("letter", _same_letter), ("letter_first", _capital_period)),

@@ -29,8 +29,9 @@ def parse_letter(
         choices: texts of the options; none: every letter is allowed.
         parser: ``"lenient"``: in this order ``"letter"`` (alone: "b", "(B)", "**B**"),
             ``"letter_first"`` ("B. a cat", "(B) a cat", a first line "B"), ``"answer_is"``
-            ("Answer: B", "Option B", "It is B."), ``"option_text"`` (exactly one option, word for
-            word). ``"scienceqa-lmms-eval"``: the letter alone, or a capital and a period at the
+            ("Answer: B", "Option B", "It is B."), ``"letter_last"`` (behind other lines a last one
+            "B"), ``"option_text"`` (exactly one option, word for word); a thought (``<think>``) is
+            no answer. ``"scienceqa-lmms-eval"``: the letter alone, or a capital and a period at the
             start. ``"scienceqa-llava"``: the letter alone, "B. ", or "The answer is B."
             ``"seed-lmms-eval"``: the first character, in either case; ``"seed-llava"``: the whole
             output. ``"vlmevalkit"``: VLMEvalKit's rules without a judge (MMBench); its Z, for an

@@ -211,6 +211,11 @@ def test_commas_between_digits_of_other_scripts(variant: str, same: bool) -> Non
         ("I would go with B", "B", "answer_is"),
         ("The answer is A because it purrs.", "A", "answer_is"),
         ("Option A is wrong, the answer is B.", "B", "answer_is"),
+        ("It barks.\nB", "B", "letter_last"),
+        ("It barks.\n\n**B.**", "B", "letter_last"),
+        ("<think>The answer is A? No.</think>\n\nB", "B", "letter"),
+        ("<think>The answer is A? No.</think><answer>B</answer>", "B", "letter"),
+        ("Hm, A?</think>a dog", "B", "option_text"),
         ("The answer is a dog.", "B", "option_text"),
         ("**A dog**", "B", "option_text"),
         # What names no option.
@@ -218,6 +223,8 @@ def test_commas_between_digits_of_other_scripts(variant: str, same: bool) -> Non
         ("The answer is A dog that runs", None, ""),
         ("The answer is A or B", None, ""),
         ("A, B", None, ""),
+        ("One of\nA\nB", None, ""),
+        ("<think>The answer is A, or", None, ""),  # cut in its thought
         ("A/B", None, ""),
         ("I think it's a dog or a cat", None, ""),
         ("It is a pity", None, ""),
