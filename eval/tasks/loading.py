@@ -96,8 +96,8 @@ class Unreachable(ConfigError):
 
 # What Pillow raises on damaged files, also a byte away from a size of gigabytes: that one is an
 # Exception of its own, which would end the whole run.
-_DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError,
-            NotImplementedError, Image.DecompressionBombError)  # fmt: skip
+_DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, RuntimeError,
+            Image.DecompressionBombError)  # fmt: skip
 
 
 def decode(source: Path | IO[bytes], where: str, orient: bool = True) -> Image.Image:
@@ -163,7 +163,7 @@ def _orientation(picture: Image.Image) -> int:
     try:
         # Not picture.getexif(): of a PNG, that decodes the picture to find EXIF data behind it.
         found = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
-    except (*_DAMAGED, struct.error, LookupError, TypeError, RuntimeError):
+    except (*_DAMAGED, struct.error, LookupError, TypeError):
         return 1  # the picture itself may be whole
     return found if found in _TURNS else 1
 

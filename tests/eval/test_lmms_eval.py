@@ -130,7 +130,10 @@ def test_the_entry_point_names_a_chat_model(plugin: Any) -> None:
     assert manifest.model_id == "visprune"
     assert manifest.chat_class_path == f"{plugin.Visprune.__module__}.{plugin.Visprune.__name__}"
     assert plugin.Visprune.is_simple is False
-    assert any("lmms-eval" in row for row in project["optional-dependencies"]["lmms-eval"])
+    wanted = project["optional-dependencies"]["lmms-eval"]
+    assert any(row.startswith("lmms-eval") for row in wanted)
+    # From 4.3 on filelock has no `_api`, which lmms-eval 0.7.3 imports.
+    assert "filelock<4.3" in wanted
 
 
 def test_it_answers_in_order_whatever_the_batches(plugin: Any) -> None:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from tests.eval.hub_fixtures import write_hub
 from tests.eval.task_fixtures import LOCAL, dump_lines
@@ -157,6 +158,20 @@ def test_deep_pictures_that_cannot_be_shown_are_errors() -> None:
         decode(_saved(np.full((4, 4), np.nan, np.float32), "TIFF"), "a.tif")
     with pytest.raises(SampleError, match=r"every pixel of its I;16 values is 30000"):
         decode(_saved(np.full((4, 4), 30_000, np.uint16), "PNG"), "a.png")
+
+
+def test_what_a_decoder_raises_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow's AVIF decoder raises RuntimeError on damaged files."""
+    _marked().save(tmp_path / "a.png")
+
+    def fail(picture: Image.Image) -> None:
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(SampleError, match=r"a\.png.*Failed to decode frame 0"):
+        open_image(tmp_path / "a.png")
 
 
 def test_the_fixture_s_exif_is_what_cameras_write() -> None:
