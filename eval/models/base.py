@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from visprune.core.method import PruningMethod
-from visprune.errors import ConfigError, did_you_mean
+from visprune.errors import ConfigError
+from visprune.eval.models.names import check_ran_by
 from visprune.eval.tasks.base import PromptStyle, Sample, Task
 from visprune.eval.tasks.loading import Unreachable
 
 __all__ = [
-    "ENGINES",
     "NONE",
     "NO_IMAGE",
     "Answerer",
@@ -34,9 +34,6 @@ __all__ = [
 NONE = "none"  # the untouched model
 NO_IMAGE = "no_image"  # the model without the picture: the floor that the text alone reaches
 Choice = PruningMethod | str  # a method, NONE or NO_IMAGE
-
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
-ENGINES = ("transformers", "vllm")
 
 
 @dataclass(frozen=True)
@@ -171,16 +168,7 @@ class ModelEntry:
     engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ConfigError(
-                f"dtype is one of {', '.join(_DTYPES)}; got {self.dtype!r}."
-                f"{did_you_mean(str(self.dtype), _DTYPES)}"
-            )
-        if self.engine not in ENGINES:
-            raise ConfigError(
-                f"engine is one of {', '.join(ENGINES)}; got {self.engine!r}."
-                f"{did_you_mean(str(self.engine), ENGINES)}"
-            )
+        check_ran_by(self.dtype, self.engine)
         if self.engine_options and self.engine != "vllm":
             raise ConfigError(
                 f"engine_options ({', '.join(self.engine_options)}) are of the engine vllm; this "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of models that a study gives: what can be said of them before anything is loaded.
+"""What a study says of models: what can be checked before anything is loaded.
 
 Nothing heavy is imported until a library's own names are looked up: the command line asks
 :func:`check_kind` before PyTorch is there.
@@ -12,10 +12,19 @@ from pathlib import Path
 
 from visprune.errors import ConfigError, did_you_mean
 
-__all__ = ["EMBEDDED", "LIBRARIES", "check_kind", "check_name", "check_transformers"]
+__all__ = [
+    "EMBEDDED",
+    "LIBRARIES",
+    "check_kind",
+    "check_name",
+    "check_ran_by",
+    "check_transformers",
+]
 
 EMBEDDED = "embedded"
 LIBRARIES = ("timm", "open_clip")
+_ENGINES = ("transformers", "vllm")
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def check_name(name: str, checkpoint: str | None = None) -> None:
@@ -33,6 +42,24 @@ def check_name(name: str, checkpoint: str | None = None) -> None:
     library, colon, rest = name.partition(":")
     if colon and not Path(name).is_dir():
         (_check_timm if library == "timm" else _check_open_clip)(name, rest, checkpoint)
+
+
+def check_ran_by(dtype: str, engine: str) -> None:
+    """Refuse a type of numbers or an engine that there is not.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(
+            f"dtype is one of {', '.join(_DTYPES)}; got {dtype!r}."
+            f"{did_you_mean(str(dtype), _DTYPES)}"
+        )
+    if engine not in _ENGINES:
+        raise ConfigError(
+            f"engine is one of {', '.join(_ENGINES)}; got {engine!r}."
+            f"{did_you_mean(str(engine), _ENGINES)}"
+        )
 
 
 def check_kind(name: str) -> None:

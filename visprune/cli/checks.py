@@ -33,12 +33,17 @@ def check_study(
             or method.
     """
     from visprune.catalog import check_method
-    from visprune.eval.models.names import check_kind
+    from visprune.eval.models.names import check_kind, check_ran_by
     from visprune.eval.tasks.base import tasks
+    from visprune.eval.tasks.prompts import check_style
 
     raw = {**_read(study), **changes}
     for name in _names(raw.get("models"), "name"):
         check_kind(name)
+    for told in [*changes.get("models", ()), changes.get("model_options") or {}]:
+        check_ran_by(told.get("dtype", "auto"), told.get("engine", "transformers"))
+    if isinstance(raw.get("prompt_style"), str):
+        check_style(raw["prompt_style"])
     for name in _names(raw.get("tasks"), "task"):
         tasks.check(name)
     for name in _names(raw.get("methods"), "method"):
