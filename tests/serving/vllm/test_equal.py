@@ -35,7 +35,7 @@ def compared(
     engine: Any,
     oracle: Transformers,
     cases: list[tuple[list[Any], dict[str, Any]]],
-    limit: float = 2e-5,
+    limit: float = 1e-5,
 ) -> tuple[list[Any], float]:
     """Ask all at once, and compare one by one; returns the outputs and the largest distance."""
     requests = [request(oracle.family, *case) for case in cases]
@@ -79,8 +79,10 @@ def test_shapes_and_settings_in_one_batch(
     elif family == "llava_onevision":  # draws are of a picture's own crops, without their padding
         drawn = {"visprune": "random", "visprune_num_keep": 8}
         cases += [(shapes[0], drawn), (shapes[-1], drawn)]
-    first, _ = compared(engine, oracle, cases)
-    again, _ = compared(engine, oracle, cases)
+    # Its features are interpolated once they are encoded, and are a little further apart.
+    limit = 2e-5 if family == "llava_onevision" else 1e-5
+    first, _ = compared(engine, oracle, cases, limit)
+    again, _ = compared(engine, oracle, cases, limit)
     assert sum(o.num_cached_tokens for o in again) > sum(o.num_cached_tokens for o in first)
 
 
