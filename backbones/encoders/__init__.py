@@ -17,7 +17,8 @@ PLAIN = (
     "InstructBlipVideoVisionModel", "InstructBlipVisionModel", "InternVLVisionModel",
     "Kosmos2VisionModel", "MLCDVisionModel", "MetaClip2VisionModel",
     "MetaClip2VisionModelWithProjection", "OwlViTVisionModel", "OwlViTVisionTransformer",
-    "Owlv2VisionModel", "Owlv2VisionTransformer", "Siglip2VisionModel", "SiglipVisionModel",
+    "Owlv2VisionModel", "Owlv2VisionTransformer", "QianfanOCRVisionModel", "Siglip2VisionModel",
+    "SiglipVisionModel",
     "SmolVLMVisionTransformer", "ViTMAEModel", "ViTMSNModel", "ViTModel", "VideoMAEModel",
     "VivitModel",
 )  # fmt: skip

@@ -29,6 +29,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Siglip2": {"num_patches": 36},
     "ViTMAE": {"mask_ratio": 0.25},
     "InternVL": {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
+    "QianfanOCR": {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
     "DINOv3": {"num_register_tokens": 2, "pos_embed_rescale": None},
     "Dinov2WithRegisters": {"num_register_tokens": 2},
 }
