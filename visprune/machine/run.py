@@ -23,6 +23,7 @@ from visprune.machine import price
 from visprune.machine.check.trial import Trial
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.hooks import DecoderHooks
+from visprune.machine.encoder.layer import install
 from visprune.machine.encoder.patches import PatchReduction
 from visprune.machine.encoder.plan import step
 from visprune.machine.encoder.price import selection_macs
@@ -160,7 +161,7 @@ class Run:
             if self.encoder is not None:
                 self.encoder.install()
         elif self._reducer is not None:
-            self._reducer.install()
+            install(self._reducer)
 
     def _take_off(self) -> None:
         """Take all hooks off."""

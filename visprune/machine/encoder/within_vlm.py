@@ -26,6 +26,7 @@ from visprune.errors import ConfigError, UnsupportedModel
 from visprune.machine.choose import Observer
 from visprune.machine.decoder.forward import Forward
 from visprune.machine.decoder.images import Step
+from visprune.machine.encoder.layer import install
 from visprune.machine.encoder.plan import EncoderPlan
 from visprune.machine.encoder.price import selection_macs
 from visprune.machine.encoder.reducer import EncoderReducer
@@ -64,7 +65,7 @@ class EncoderReduction:
             self._handles.append(self.adapter.tower.register_forward_hook(self._restore))
         else:
             self._handles.append(self.adapter.projector.register_forward_hook(self._expand))
-        self.reducer.install()
+        install(self.reducer)
 
     def remove(self) -> None:
         """Take them off."""
