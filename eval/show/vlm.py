@@ -208,7 +208,10 @@ def _unknown_words(processor: Any, question: str) -> list[str]:
     ids = processor.tokenizer(question, add_special_tokens=False)["input_ids"]
     unknown = ids.count(processor.tokenizer.unk_token_id)
     if unknown:
-        notes.append(f"{unknown} words of the question are not in its vocabulary.")
+        words = (
+            "1 word of the question is" if unknown == 1 else f"{unknown} words of the question are"
+        )
+        notes.append(f"{words} not in its vocabulary.")
     return notes
 
 

@@ -91,6 +91,8 @@ def test_padded_the_embedded_model_sees_the_whole_picture(
     assert len(regions) == 1
     assert "Picture" not in texts["note"]
     assert "2 words of the question are not in its vocabulary" in texts["note"]
+    show(picture, question="is there a zebra ?", method="divprune", num_keep=64, out=out)
+    assert "1 word of the question is not in its vocabulary" in panels[-1][2]["note"]
     assert "divprune: 64 of 576 visual tokens kept, 64.0 in the mean" in texts["note"]
     printed = capsys.readouterr().out
     assert result["answer"] in printed
