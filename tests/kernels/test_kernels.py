@@ -78,12 +78,17 @@ def moved(inputs: Inputs, device: str) -> Inputs:
 
 
 def check_errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
-    """The 2x rule: error against fp64 at most twice that of the plain code in the same dtype."""
+    """The 2x rule: error against fp64 at most twice that of the plain code in the same dtype.
+
+    And a floor: plain code rounds to the last bit of a small case on one processor, and not on the
+    next, whose sums run in another order. In float32 it is 8 units of the last place, which is far
+    below what any slip would leave; half types have one.
+    """
     inputs = moved(case.inputs(dtype), device)
     truth, truth_grads = run(case, cast(inputs, torch.float64), "reference")
     plain, plain_grads = run(case, inputs, "reference")
     got, got_grads = run(case, inputs, backend)
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
     pairs = [("out", truth, plain, got)]
     pairs += [(n, truth_grads[n], plain_grads[n], got_grads[n]) for n in truth_grads]
     for name, t, p, g in pairs:
