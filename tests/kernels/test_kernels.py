@@ -30,6 +30,7 @@ CASES = {
 }
 EXACT = {key: case for key, case in CASES.items() if case.exact}
 SMOOTH = {key: case for key, case in CASES.items() if not case.exact}
+DRAWS = 8  # of inputs, where the first ones break the rule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,22 +81,42 @@ def moved(inputs: Inputs, device: str) -> Inputs:
 def check_errors(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """The 2x rule: error against fp64 at most twice that of the plain code in the same dtype.
 
-    And a floor: plain code rounds to the last bit of a small case on one processor, and not on the
-    next, whose sums run in another order. In float32 it is 8 units of the last place, which is far
-    below what any slip would leave; half types have one.
+    Of one draw of a small case plain code may be exact to the last bit by luck, on one processor
+    and not on the next. Where a draw breaks the rule it is held over more: the worst of each.
     """
-    inputs = moved(case.inputs(dtype), device)
+    worst: dict[str, list[float]] = {}
+    for seed in range(DRAWS):
+        broken = {}
+        for name, found in _errors_of(case, dtype, backend, device, seed).items():
+            known = worst.setdefault(name, [0.0] * 3)
+            worst[name] = known = [max(pair) for pair in zip(known, found, strict=True)]
+            ours, allowed, floor = known
+            if ours > 2 * allowed + floor:
+                broken[name] = (ours, allowed)
+        if not broken:
+            return
+    raise AssertionError(f"error over {DRAWS} draws, and that of plain code: {broken}")
+
+
+def _errors_of(
+    case: Case, dtype: torch.dtype, backend: str, device: str, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """By result and statistic: our error, that of plain code, and what rounding takes at least."""
+    inputs = moved(case.inputs(dtype, seed), device)
     truth, truth_grads = run(case, cast(inputs, torch.float64), "reference")
     plain, plain_grads = run(case, inputs, "reference")
     got, got_grads = run(case, inputs, backend)
-    eps = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
+    eps = torch.finfo(dtype).eps
     pairs = [("out", truth, plain, got)]
     pairs += [(n, truth_grads[n], plain_grads[n], got_grads[n]) for n in truth_grads]
+    made = {}
     for name, t, p, g in pairs:
         assert g.shape == t.shape, name
         floor = eps * max(1.0, float(t.abs().max()) if t.numel() else 0.0)
-        for ours, allowed in zip(errors(g, t), errors(p, t), strict=True):
-            assert ours <= 2 * allowed + floor, (name, ours, allowed)
+        for kind, ours, allowed in zip(("max", "rms"), errors(g, t), errors(p, t), strict=True):
+            assert ours == ours, (name, "is not finite")
+            made[f"{name} {kind}"] = (ours, allowed, floor)
+    return made
 
 
 def test_every_folder_with_cases_is_covered() -> None:
