@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 
 # Before anything imports torch, transformers or matplotlib: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,12 +12,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Errors of kernels are held to those of plain code, whose products of a matrix and a vector are
-# nearly exact with AVX-512: on Intel all sums run on AVX2, as on other makers' processors.
-with contextlib.suppress(OSError):
-    if "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"):
-        os.environ.setdefault("MKL_CBWR", "AVX2")
-        os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")  # NumPy's: Triton's interpreter
 
 import socket
 from collections.abc import Iterator

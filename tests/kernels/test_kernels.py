@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ CASES = {
 EXACT = {key: case for key, case in CASES.items() if case.exact}
 SMOOTH = {key: case for key, case in CASES.items() if not case.exact}
 DRAWS = 8  # of inputs, where the first ones break the rule
+# Errors are held to those of plain code, whose products of a matrix and a vector are nearly exact
+# with AVX-512. On Intel they are taken where all sums run on AVX2, as on other makers' processors:
+# in a process of its own, since MKL and OpenBLAS (NumPy's: Triton's interpreter) read it once.
+ON_AVX2 = {"MKL_CBWR": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,15 +125,59 @@ def _errors_of(
     return made
 
 
+def check(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Integer results equal those in fp64, from any memory; other errors keep the 2x rule."""
+    if not case.exact:
+        check_errors(case, dtype, backend)
+        return
+    inputs = case.inputs(dtype)
+    truth = case.reference(**cast(inputs, torch.float64))
+    assert torch.equal(case.op(**inputs, backend=backend), truth)
+    assert torch.equal(case.op(**twisted(inputs), backend=backend), truth)
+
+
+Apart = Callable[[str, str, str], str]
+
+
+@contextmanager
+def process_apart(**variables: str) -> Iterator[Apart]:
+    """``ask(case, dtype, backend)`` of ``errors_apart.py`` -> what is wrong, or nothing."""
+    info = Path("/proc/cpuinfo")
+    intel = info.exists() and "GenuineIntel" in info.read_text(encoding="utf-8", errors="replace")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(ON_AVX2 if intel else {}), **variables}
+    script = Path(__file__).with_name("errors_apart.py")
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, told = process.stdin, process.stdout
+
+        def ask(key: str, dtype: str, backend: str) -> str:
+            print(json.dumps([key, dtype, backend]), file=asked, flush=True)
+            said = told.readline()
+            assert said, "the process has ended"
+            return str(json.loads(said))
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Apart]:
+    with process_apart() as ask:
+        yield ask
+
+
 def test_every_folder_with_cases_is_covered() -> None:
     assert {"greedy_diverse", "attention_rows", "reduce_tokens"} <= set(NAMES)
     assert {key.split("-")[0] for key in CASES} >= {"greedy_diverse", "attention_rows"}
 
 
-@by_id(SMOOTH)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_error_is_at_most_twice_that_of_plain_code(case: Case, dtype: torch.dtype) -> None:
-    check_errors(case, dtype, "torch")
+@pytest.mark.parametrize("key", SMOOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_is_at_most_twice_that_of_plain_code(key: str, dtype: str, apart: Apart) -> None:
+    assert not apart(key, dtype, "torch")
 
 
 @by_id(EXACT)
@@ -235,11 +285,7 @@ def test_flops_are_counted_and_fake_shapes_agree(case: Case) -> None:
 
 def test_the_triton_source_runs_in_the_interpreter() -> None:
     """Every small case through the real Triton code; the variable is read at import."""
-    script = Path(__file__).with_name("interpreter_run.py")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    expected = sum(case.triton for case in CASES.values())
-    assert f"{expected} cases, 0 failures" in done.stdout
+    with process_apart(TRITON_INTERPRET="1") as ask:
+        said = {key: ask(key, "fp32", "triton") for key, case in CASES.items() if case.triton}
+    assert said
+    assert not any(said.values()), {key: what for key, what in said.items() if what}
