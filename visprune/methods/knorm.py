@@ -16,6 +16,8 @@ class Knorm(CacheMethod):
 
     **Score**: the norm of the key, negative. **Budget**: the same everywhere. **Action**: drop.
     **Scope**: as given. What is kept does not depend on the question, so one cache serves many.
+    In models that normalise their keys (Qwen3, Gemma 3) norms differ by the weights of that
+    normalisation alone.
     """
 
     name: ClassVar[str] = "knorm"

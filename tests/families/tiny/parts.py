@@ -210,6 +210,12 @@ def build(name: str, *, attn: str = "sdpa", seed: int = 0) -> Any:
                 parameter.normal_(std=0.16)  # next to nothing would hide what enters it
             elif parameter.dim() > 1:
                 parameter.mul_(spec.scale)
+        # New weights of a norm are all the same, and so is the length of what leaves it: whatever
+        # ranks keys by their length would rank the rounding.
+        own = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if key.endswith((".q_norm.weight", ".k_norm.weight")):
+                parameter.add_(torch.rand(parameter.shape, generator=own) - 0.5)
     model.set_attn_implementation("eager" if spec.only_eager else attn)
     model.generation_config.eos_token_id = None
     for letter in "aA" if spec.clip is None else "aAv":
