@@ -23,6 +23,8 @@ from visprune.train.start import train
 from visprune.train.vlm import tune
 from visprune.train.vlm.learner import add_words
 from visprune.train.vlm.questions import Collator, GroupedQuestions, Questions
+from visprune.train.vlm.recipe import TaskSection
+from visprune.train.vlm.scores import score
 
 COLOURS = {"crimson": (220, 20, 40), "azure": (30, 60, 240)}
 
@@ -109,6 +111,23 @@ def test_the_folder_is_asked_as_it_was_taught(
     model, method_in_force = visprune.load_pretrained(folder)
     assert method_in_force is not None
     assert model.config.text_config.vocab_size == len(vlm.processor.tokenizer)
+
+
+def test_a_draw_of_questions_is_scored_in_its_order(
+    tuned: tuple[Path, dict[str, Any], dict[str, Any]], bench: Path, tmp_path: Path
+) -> None:
+    """The shipped recipes score a draw of their test questions, by a seed of the task's own."""
+    rows = [json.loads(line) for line in bench.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"id": str(number), "image": str(bench.with_name(row["image"]))}
+        row["answers"] = ["never"] if number % 2 else row["answers"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"path": str(tmp_path / "asked.jsonl"), "instruction": "", "limit": 4, "seed": 1}
+    drawn = [int(sample.id) for sample in get_task("folder", **options).samples()]
+    assert drawn != [0, 1, 2, 3]
+    vlm: Any = load_model(ModelEntry(str(tuned[0] / "weights"), device="cpu"))
+    found = score(vlm, None, TaskSection(task="folder", options=options))
+    assert found["dense"] == [1.0 - number % 2 for number in drawn]
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(

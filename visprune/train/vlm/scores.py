@@ -58,7 +58,7 @@ def score(
         {
             "models": [ModelEntry(vlm.name)], "tasks": [task], "controls": [NONE] * dense,
             "methods": [] if method is None else [method], "batch_size": batch_size,
-            "query_aware": query_aware, "pictures": False,
+            "query_aware": query_aware, "pictures": False, "seeds": [task.seed],
         }
     )  # fmt: skip
     vlm.model.eval()
