@@ -20,6 +20,7 @@ from visprune.core.method import PruningMethod
 from visprune.errors import ConfigError
 from visprune.eval.environment import set_threads, without_hub
 from visprune.eval.models.base import EvalModel, ModelEntry
+from visprune.eval.models.names import EMBEDDED
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.records.record import Record, canonical
 from visprune.eval.report.failures import commonest_failure
@@ -60,7 +61,7 @@ def evaluate(
     model: Any,
     processor: Any = None,
     *,
-    tasks: Sequence[Any] | Any = "embedded",
+    tasks: Sequence[Any] | Any = None,
     methods: Sequence[str | Mapping[str, Any] | PruningMethod] | str | PruningMethod = (),
     budgets: Sequence[Any] = (),
     out: str | Path | None = None,
@@ -84,7 +85,9 @@ def evaluate(
         model: a loaded transformers vision-language model, a timm vision transformer, or the name
             of a model (see ``visprune eval --help``).
         processor: of a loaded transformers model.
-        tasks: names of tasks, mappings with ``task`` and options, or built tasks.
+        tasks: names of tasks, mappings with ``task`` and options, or built tasks; ``None``: as of
+            a study, a standard set (:data:`visprune.eval.tasks.STANDARD`), the embedded model's own
+            questions, or ImageNet.
         methods: names, mappings with ``method`` and parameters, or built methods.
         budgets: of the methods: numbers of tokens, or fractions that stay.
         out: results folder, to be gone on with after a stop; ``None``: a temporary one.
@@ -126,6 +129,8 @@ def evaluate(
         )
     spec = ModelEntry(model if isinstance(model, str) else loaded.name if loaded else "", pad=pad,
                       engine=engine)  # fmt: skip
+    if tasks is None and loaded is not None:
+        tasks = _usual(model, processor)
     study = build_study(
         {
             "models": [spec], "tasks": tasks, "methods": methods, "budgets": budgets,
@@ -160,6 +165,15 @@ def _loaded(model: Any, processor: Any, name: str | None, pad: bool) -> EvalMode
     if pad:
         raise ConfigError("pad is of vision-language models; an image classifier has a transform.")
     return TimmClassifier(model, name=name)
+
+
+def _usual(model: Any, processor: Any) -> str | None:
+    """What a loaded model is asked, where its name alone would not tell; ``None``: it does."""
+    if processor is None:
+        return "imagenet"
+    from visprune.backbones.vlm import embedded  # transformers, which takes its time
+
+    return EMBEDDED if Path(model.config._name_or_path) == embedded.WEIGHTS else None
 
 
 def _shown(progress: bool) -> Any:

@@ -15,7 +15,7 @@ from visprune.eval.report.missing import missing_cells
 from visprune.eval.report.page import build_page, payload
 from visprune.eval.report.papers import attach_published
 from visprune.eval.report.read import read_results
-from visprune.eval.report.tables import to_csv, to_kinds_csv, to_latex, to_markdown
+from visprune.eval.report.tables import to_averages_csv, to_csv, to_kinds_csv, to_latex, to_markdown
 
 __all__ = ["write_report"]
 
@@ -32,7 +32,7 @@ def write_report(
         resamples: of the bootstrap.
 
     Returns:
-        What was written: ``{"page", "markdown", "csv", "kinds", "latex"}``.
+        What was written: ``{"page", "markdown", "csv", "kinds", "averages", "latex"}``.
 
     Raises:
         ConfigError: no results, a damaged file, or a folder that cannot be written.
@@ -54,7 +54,8 @@ def write_report(
         "markdown": ("tables.md", to_markdown(tables, means, missing)),
         "csv": ("tables.csv", to_csv(tables, missing)),
         "kinds": ("kinds.csv", to_kinds_csv(tables)),
-        "latex": ("tables.tex", to_latex(tables, missing)),
+        "averages": ("averages.csv", to_averages_csv(means)),
+        "latex": ("tables.tex", to_latex(tables, means, missing)),
     }
     return _write(folder, texts)
 

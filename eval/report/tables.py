@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from visprune.eval.report.efficiency import FLOP_PARTS, TIME_PARTS, by_size
@@ -15,7 +15,11 @@ from visprune.eval.report.missing import NOT_IN_TABLES, Missing
 from visprune.eval.report.read import NO_IMAGE
 from visprune.eval.report.rows import Row, Table
 
-__all__ = ["HOW_TO_READ", "to_csv", "to_kinds_csv", "to_latex", "to_markdown"]
+__all__ = [
+    "HOW_TO_READ", "to_averages_csv", "to_csv", "to_kinds_csv", "to_latex", "to_markdown",
+]  # fmt: skip
+
+Averages = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]  # by model and group of tasks
 
 HOW_TO_READ = (
     "Brackets hold 95 % intervals from a bootstrap over pictures; a difference is paired, to the "
@@ -141,21 +145,25 @@ def floor_list(table: Table) -> list[tuple[str, float]]:
     return [*found, ("text-only prior", table.floors.prior)]
 
 
+def _averaged(averages: Averages) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and body of each table of averages."""
+    for (model, group), rows in averages.items():
+        title = f"{model}, {group}" if group else model
+        body = [
+            [row["arm"].label, figure(row["score"]), figure(row["delta"], sign=True),
+             _number(row["cost"]["tokens"])] for row in rows
+        ]  # fmt: skip
+        head = ["method", "score", "vs untouched", "tokens"]
+        yield f"{title}: mean over tasks, % of the untouched model", head, body
+
+
 def to_markdown(
-    tables: Sequence[Table],
-    averages: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    missing: Sequence[Missing] = (),
+    tables: Sequence[Table], averages: Averages, missing: Sequence[Missing] = ()
 ) -> str:
     """All tables, a heading each; the average over tasks comes first, what is missing last."""
     parts = []
-    for (model, group), rows in averages.items():
-        what = markdown(f"{model}, {group}" if group else model)
-        parts += [f"## {what}: mean over tasks, % of the untouched model", ""]
-        parts += _grid(
-            ["method", "score", "vs untouched", "tokens"],
-            [[row["arm"].label, figure(row["score"]), figure(row["delta"], sign=True),
-              _number(row["cost"]["tokens"])] for row in rows],
-        )  # fmt: skip
+    for title, head, body in _averaged(averages):
+        parts += [f"## {markdown(title)}", "", *_grid(head, body)]
     for table in tables:
         columns = _columns(table)
         parts += [
@@ -190,9 +198,12 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:], ""]
 
 
-def to_latex(tables: Sequence[Table], missing: Sequence[Missing] = ()) -> str:
-    """All tables for a paper, what is missing last; they need ``booktabs`` and ``graphicx``."""
+def to_latex(tables: Sequence[Table], averages: Averages, missing: Sequence[Missing] = ()) -> str:
+    """All tables for a paper, in the order of the page; need ``booktabs`` and ``graphicx``."""
     parts = ["% \\usepackage{booktabs,graphicx}"]
+    for title, head, cells in _averaged(averages):
+        lines = [" & ".join(map(latex, row)) + r" \\" for row in cells]
+        parts += _float(f"{latex(title)}. {latex(HOW_TO_READ)}", head, lines)
     for table in tables:
         columns = _columns(table)
         body = [" & ".join(latex(get(row)) for _, get in columns) + r" \\" for row in table.rows]
@@ -204,17 +215,22 @@ def to_latex(tables: Sequence[Table], missing: Sequence[Missing] = ()) -> str:
             body.insert(number, r"\midrule")
         about = f"{HOW_TO_READ} {FLOORS}" if table.floors else HOW_TO_READ
         title = latex(f"{table.model}, {table.task}: {caption(table)}.")
-        parts += [
-            r"\begin{table}[t]", r"\centering", rf"\caption{{{title} {latex(about)}}}",
-            r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-            r"\toprule", " & ".join(latex(name) for name, _ in columns) + r" \\", r"\midrule",
-            *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}", "",
-        ]  # fmt: skip
+        parts += _float(f"{title} {latex(about)}", [name for name, _ in columns], body)
     if missing:
         items = [rf"\item {latex(cell.text)}" for cell in missing]
         head = [rf"\paragraph{{{NOT_IN_TABLES}}}", r"\begin{itemize}"]
         parts += [*head, *items, r"\end{itemize}", ""]
     return "\n".join(parts)
+
+
+def _float(caption: str, head: Sequence[str], body: Sequence[str]) -> list[str]:
+    """One table of lines that end with a break, as wide as the text."""
+    return [
+        r"\begin{table}[t]", r"\centering", rf"\caption{{{caption}}}",
+        r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        r"\toprule", " & ".join(map(latex, head)) + r" \\", r"\midrule",
+        *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}", "",
+    ]  # fmt: skip
 
 
 def to_csv(tables: Sequence[Table], missing: Sequence[Missing] = ()) -> str:
@@ -241,6 +257,21 @@ def to_kinds_csv(tables: Sequence[Table]) -> str:
                 **_ends("score", value["score"]), **_ends("delta", value["delta"]),
             }
             for table in tables for row in table.rows for kind, value in row.kinds.items()
+        ]
+    )  # fmt: skip
+
+
+def to_averages_csv(averages: Averages) -> str:
+    """One line per model, group of its tasks (empty: all) and arm, in % of the untouched model."""
+    return _csv(
+        [
+            {
+                "model": model, "group": group, "label": row["arm"].label,
+                "method": row["arm"].method, "num_keep": row["arm"].num_keep,
+                "control": row["arm"].control, **_ends("score", row["score"]),
+                **_ends("delta", row["delta"]), **row["cost"], "pareto": " ".join(row["pareto"]),
+            }
+            for (model, group), rows in averages.items() for row in rows
         ]
     )  # fmt: skip
 

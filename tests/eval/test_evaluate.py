@@ -25,6 +25,7 @@ from tests import tiny
 from tests.eval.instant import Instant, Tiling
 from tests.eval.small import small_embedded
 from tests.eval.task_fixtures import dump_lines, save
+from visprune.backbones.vlm import embedded
 from visprune.cli import commands as cli
 from visprune.errors import ConfigError, UnsupportedModel
 from visprune.eval.evaluate import Evaluation, run_command
@@ -39,7 +40,8 @@ from visprune.eval.models.vlm import PLAIN, VLM
 from visprune.eval.records.folder import ResultsFolder
 from visprune.eval.report import write_report
 from visprune.eval.run.album import picture_hash
-from visprune.eval.study.grid import build_study
+from visprune.eval.study.grid import Study, build_study
+from visprune.eval.tasks import STANDARD
 from visprune.eval.tasks.base import get_task
 from visprune.eval.tasks.embedded.task import EmbeddedTask
 from visprune.eval.tasks.imagenet import ranking_text
@@ -145,11 +147,30 @@ def test_evaluate_gives_rows_a_table_and_a_folder(vlm: VLM, tmp_path: Path) -> N
 
 def test_evaluate_without_a_folder_leaves_none(vlm: VLM) -> None:
     result = visprune.evaluate(
-        vlm.model, vlm.processor, limit=2, controls=["none"], progress=False, prompt_style="plain"
-    )
+        vlm.model, vlm.processor, tasks="embedded", limit=2, controls=["none"], progress=False,
+        prompt_style="plain",
+    )  # fmt: skip
     assert isinstance(result, Evaluation)
     assert result.folder is None
     assert [record.error for record in result.records] == [None, None]
+
+
+def test_a_loaded_model_is_asked_what_a_study_asks_it(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def stop(study: Study, *_: Any, **__: Any) -> None:
+        asked.append([task.name for task in study.tasks])
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("visprune.eval.evaluate.run_study", stop)
+    small_vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    pairs = [(vlm.model, vlm.processor), embedded.load(), (small_vit, None)]
+    for model, processor in pairs:
+        with pytest.raises(ConfigError, match="far enough"):
+            visprune.evaluate(model, processor, methods="todre", budgets=[8], progress=False)
+    assert asked == [list(STANDARD), ["embedded"], ["imagenet"]]
 
 
 def test_a_vision_transformer_ranks_classes(tmp_path: Path) -> None:

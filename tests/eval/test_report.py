@@ -33,7 +33,7 @@ from visprune.eval.report.papers import attach_published
 from visprune.eval.report.read import read_results
 from visprune.eval.report.rows import Table
 from visprune.eval.report.samples import choose, pictures, read_samples
-from visprune.eval.report.tables import to_csv, to_latex, to_markdown
+from visprune.eval.report.tables import to_averages_csv, to_csv, to_latex, to_markdown
 from visprune.eval.stats import paired_bootstrap, wilson
 from visprune.eval.tasks.base import Parsed, Sample, Task, get_task, list_tasks, tasks
 
@@ -156,7 +156,7 @@ def test_floors_stand_in_every_table(folder: ResultsFolder) -> None:
     # Red for the colours (one is wrong, and to one of the red the others tie with nothing), 2 else.
     floors = {"commonest answer": 42.9, "commonest answer of each kind": 85.7,
               "text-only prior": 85.7}  # fmt: skip
-    for text in (to_markdown(found, {}), to_latex(found)):
+    for text in (to_markdown(found, {}), to_latex(found, {})):
         for name, value in floors.items():
             assert f"{name}: {value}" in text
         assert "Text-only prior: a question gets the commonest answer" in text
@@ -468,7 +468,7 @@ def test_a_title_says_what_is_not_usual_where_the_data_lies_it_does_not(
     fill(folder, of, [record(of, 0)])
     (table,) = tables(folder)
     assert table.task == "textvqa ocr=True"
-    for text in (to_markdown([table], {}), to_latex([table]), to_csv([table])):
+    for text in (to_markdown([table], {}), to_latex([table], {}), to_csv([table])):
         assert "textvqa ocr=True" in text
 
 
@@ -608,7 +608,7 @@ def test_everything_a_table_must_carry_is_in_every_format(made: ResultsFolder) -
     assert row.delta is not None
     score = f"{row.score[0]:.1f} [{row.score[1]:.1f}, {row.score[2]:.1f}]"
     delta = f"{row.delta[0]:+.1f} [{row.delta[1]:+.1f}, {row.delta[2]:+.1f}]"
-    texts = (to_markdown(found, {}), to_latex(found))
+    texts = (to_markdown(found, {}), to_latex(found, {}))
     for text in texts:
         assert score in text
         assert delta in text
@@ -697,7 +697,9 @@ def test_the_command_writes_all_files(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert not stopped.value.code
-    names = {"report.html", "tables.md", "tables.csv", "kinds.csv", "tables.tex"}
+    names = {
+        "report.html", "tables.md", "tables.csv", "kinds.csv", "averages.csv", "tables.tex",
+    }  # fmt: skip
     assert {path.name for path in (tmp_path / "r").iterdir()} == names
     assert {Path(line).name for line in capsys.readouterr().out.split()} == names
     text = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
@@ -771,6 +773,17 @@ def test_reading_and_grounding_have_an_average_of_their_own(folder: ResultsFolde
     assert scores["m", group]["todre"] == pytest.approx(50.0)
     text = to_markdown(tables(folder), found)
     assert "## m, reading and grounding: mean over tasks, % of the untouched model" in text
+    paper = to_latex(tables(folder), found)
+    assert paper.count(r"\begin{table}") == 2 + len(kept)
+    said = paper.partition(r"\caption{m, reading and grounding: mean over tasks")[2]
+    row = next(line for line in said.splitlines() if line.startswith("todre"))
+    assert row.split(" & ")[1].startswith("50.0")
+    lines = {
+        (line["group"], line["label"]): line
+        for line in csv.DictReader(to_averages_csv(found).splitlines())
+    }
+    assert float(lines["", "todre"]["score"]) == pytest.approx(75.0)
+    assert float(lines[group, "todre"]["delta"]) == pytest.approx(-50.0)
     reading = [name for name in list_tasks() if tasks.get(name).GROUP]
     assert reading == ["textvqa", "ocrbench", "docvqa", "infovqa", "chartqa", "refcoco_rec",
                        "topology"]  # fmt: skip
