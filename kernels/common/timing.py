@@ -30,12 +30,14 @@ def interleaved(
     rounds: int = 7,
     warmup: int = 1,
     clock: str = "wall",
+    settle: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of every round for every contestant, in turns.
 
     On a CUDA machine each call is waited for. ``clock="cpu"`` counts the processor time of this
     thread: with one thread it is the work done, whatever else the machine is busy with.
     ``clock="graph"`` replays CUDA graphs of the calls: the device's time, without launches.
+    ``settle`` calls each once before it is timed, where one leaves the others without their memory.
     """
     if clock == "graph":
         return _replayed(contestants, rounds, warmup)
@@ -44,6 +46,8 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         for name, call in contestants.items():
+            if settle:
+                call()
             wait()
             start = now()
             call()

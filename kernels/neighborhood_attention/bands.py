@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import axis as axes
-from . import tiles
+from . import tiles, whole_groups
 from .axis import Axis, Layout, product
 
 MAX_MASK = 1 << 19  # numbers in the masks of a layout: fp32 2 MiB
@@ -239,16 +239,26 @@ def backward(
 def alone(
     shape: tuple[int, ...], kernel_size: tuple[int, ...], stride: tuple[int, ...],
     dilation: tuple[int, ...], is_causal: tuple[bool, ...], grad: bool,
-) -> Band | None:  # fmt: skip
-    """The band of :func:`attend`, where one band is the cheapest way."""
+) -> tuple[Band, Layout | None] | None:  # fmt: skip
+    """The band of :func:`attend`, where one is the cheapest way, and what it is to take apart."""
     found = axes.layout(shape, kernel_size, stride, dilation, is_causal)
-    one = 0 not in shape and chosen(found, shape[0], shape[-2], False, grad) == 1
-    return bands(found, 1)[0] if one else None
+    inner = whole_groups.covered(found)
+    if 0 in shape or chosen(inner or found, shape[0], shape[-2], False, grad) != 1:
+        return None
+    return bands(inner or found, 1)[0], None if inner is None else found
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> Tensor:
-    """One band as one call of SDPA, which differentiates itself -> [B, *space, H, D]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, band: Band, layout: Layout | None, scale: float
+) -> Tensor:
+    """One band as one call of SDPA, which differentiates itself -> [B, *space, H, D].
+
+    With ``layout`` its dilation groups are the pictures.
+    """
+    if layout is not None:
+        q, k, v = (whole_groups.apart(t, layout) for t in (q, k, v))
     qs, ks, vs = (t.flatten(1, -3).transpose(1, 2) for t in (q, k, v))
     mask = _mask(band, None, q)
     out = torch.nn.functional.scaled_dot_product_attention(qs, ks, vs, mask, scale=scale)
-    return out.transpose(1, 2).reshape(q.shape)
+    out = out.transpose(1, 2).reshape(q.shape)
+    return out if layout is None else whole_groups.together(out, layout)

@@ -216,9 +216,10 @@ def attend(
         grad = q.requires_grad or k.requires_grad or v.requires_grad
         grad = grad and torch.is_grad_enabled()
         window = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
-        band = bands.alone(q.shape, *window, grad)
-        if band is not None:
-            found = bands.attend(q, k, v, band, scale)
+        alone = bands.alone(q.shape, *window, grad)
+        if alone is not None:
+            band, layout = alone
+            found = bands.attend(q, k, v, band, layout, scale)
             if band.mask is None or _transformed() or gathered.finite(found.detach()):
                 return found, None  # else the operator finds out, see `gathered`
     tensors = (q, k, v, rpb, additional_keys, additional_values)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visprune.kernels.common.precision import wide
 
-from . import bands, gathered, tiles
+from . import bands, gathered, tiles, whole_groups
 from .axis import Layout, product
 from .tiles import Part, Scratch
 
@@ -84,6 +84,11 @@ def forward(
 
     Without ``with_lse``, where computing it is work, the second is zeros.
     """
+    inner = whole_groups.covered(layout) if q.is_cpu else None
+    if inner is not None:
+        q, k, v = (whole_groups.apart(t, layout) for t in (q, k, v))
+        found = forward(q, k, v, rpb, inner, scale, out_dtype, with_lse)
+        return whole_groups.together(found[0], layout), whole_groups.together(found[1], layout)
     out, lse = _forward(q, k, v, rpb, layout, scale, out_dtype, with_lse)
     if gathered.spoiled(layout, out):
         out, lse = gathered.forward(q, k, v, rpb, layout, scale)
@@ -132,6 +137,16 @@ def backward(
 
     ``shared``: the softmax was over additional keys too, so it is less than one over neighbours.
     """
+    inner = whole_groups.covered(layout) if q.is_cpu else None
+    if inner is not None:
+        grad_out, q, k, v, out, lse = (
+            whole_groups.apart(t, layout) for t in (grad_out, q, k, v, out, lse)
+        )
+        grad_lse = None if grad_lse is None else whole_groups.apart(grad_lse, layout)
+        args = (grad_out, grad_lse, q, k, v, rpb, out, lse, inner, scale, rpb_grad)
+        parts = backward(*args, shared)
+        grad_q, grad_k, grad_v = (whole_groups.together(t, layout) for t in parts[:3])
+        return grad_q, grad_k, grad_v, parts[3]
     args = (grad_out, grad_lse, q, k, v, rpb, out, lse, layout, scale, rpb_grad)
     grads = _backward(*args, shared)
     if gathered.spoiled(layout, *grads[:3]):

@@ -260,7 +260,8 @@ def test_opcheck(key: str) -> None:
 
 
 NO_WORK = {
-    *("keep_none", "no_tokens", "no_images", "no_entries", "gather", "match_none"),
+    *("keep_none", "no_tokens", "no_images", "no_images_groups", "no_entries", "gather"),
+    "match_none",
     *("rows_no_rows", "rows_no_keys", "columns_no_rows"),
     *("hilo_no_images", "hilo_no_rows", "index_no_queries", "index_no_keys", "index_of_nothing"),
     *("blocks_none", "blocks_no_queries", "topk_no_rows", "topk_no_rank"),
