@@ -54,6 +54,16 @@ def differentiable(
     torch.library.impl(name, "Autograd", call)
 
 
+def watched() -> bool:
+    """Whether somebody traces, counts or casts the operators.
+
+    Where nobody does and no gradient is asked for, what an operator computes may be called without
+    it: its call is a good part of a short one's time.
+    """
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return seen or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
+
+
 def gradients_of(
     plain: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

