@@ -8,7 +8,7 @@ distribution that comes without the former has no such columns.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import visprune
@@ -21,6 +21,8 @@ _ROOT = Path(visprune.__file__).parent
 _FOLDER = _ROOT / "eval" / "measured"
 _STUDY = _ROOT / "configs" / "studies" / "llava_1_5_7b.yaml"
 _SHARE = "10 %"  # of the visual slots, of methods at the cache
+# The embedded model tuned on other pictures: tables, and what the pictures are.
+_TUNED = {"vg500_methods": "photos", "easy_vqa_methods": "easy-VQA"}
 
 Row = Mapping[str, str]
 
@@ -29,14 +31,17 @@ def measured_columns(folder: Path = _FOLDER) -> list[Measured]:
     """Columns for :func:`visprune.machine.facts.page`; none where a file of theirs is not there.
 
     Args:
-        folder: with ``methods_speed.csv`` (``visprune bench methods``), ``embedded_methods.csv``
-            and ``embedded_cache.csv`` (``visprune report``).
+        folder: with ``methods_speed.csv`` (``visprune bench methods``), ``embedded_methods.csv``,
+            ``embedded_cache.csv`` and the tables of tuned models (``visprune report``).
     """
     found = []
     if (rows := _rows(folder / "methods_speed.csv")) is not None:
         found.append(_speed(rows))
     if (rows := _rows(folder / "embedded_methods.csv")) is not None:
         found.append(_ours(rows, _rows(folder / "embedded_cache.csv") or []))
+    for name, pictures in _TUNED.items():
+        if (rows := _rows(folder / f"{name}.csv")) is not None:
+            found.append(_tuned(rows, name, pictures))
     return [*found, _published()] if found else []
 
 
@@ -68,17 +73,25 @@ def _speed(rows: Iterable[Row]) -> Measured:
     )  # fmt: skip
 
 
-def _ours(pruning: Iterable[Row], cache: Iterable[Row]) -> Measured:
-    """Scores on the embedded model, at the page's budget."""
+def _at_budget(rows: Iterable[Row]) -> dict[str, Row]:
+    """By method the row of the page's budget, or of the setting with the nearest tokens."""
 
     def off(row: Row) -> float:
         return abs(float(row["tokens"]) - KEEP)
 
-    cells = {}
-    for name, mine in _by_method(pruning, lambda row: bool(row["tokens"])).items():
-        at = [row for row in mine if row["num_keep"] == str(KEEP)] or [min(mine, key=off)]
-        if name != "no_image":
-            cells[name] = f"{_score(at[0])}, {float(at[0]['tokens']):.0f} tokens a layer"
+    found = _by_method(rows, lambda row: bool(row["tokens"]) and row["method"] != "no_image")
+    return {
+        name: next((row for row in mine if row["num_keep"] == str(KEEP)), min(mine, key=off))
+        for name, mine in found.items()
+    }
+
+
+def _ours(pruning: Iterable[Row], cache: Iterable[Row]) -> Measured:
+    """Scores on the embedded model, at the page's budget."""
+    cells = {
+        name: f"{_score(row)}, {float(row['tokens']):.0f} tokens a layer"
+        for name, row in _at_budget(pruning).items()
+    }
     whole = 0.0
     for name, mine in _by_method(cache, lambda row: bool(row["kv_bytes"])).items():
         if name == "none":
@@ -107,6 +120,18 @@ def _ours(pruning: Iterable[Row], cache: Iterable[Row]) -> Measured:
     )  # fmt: skip
 
 
+def _tuned(rows: Sequence[Row], name: str, pictures: str) -> Measured:
+    """Changes of the score on other pictures, by a model that was tuned on such."""
+    untouched = next(float(row["score"]) for row in rows if row["method"] == "none")
+    cells = {name: _change(row) for name, row in _at_budget(rows).items() if row["delta"]}
+    return Measured(
+        f"the same on {pictures}", cells,
+        f"paired change of the score of the embedded model tuned on {pictures} (untouched "
+        f"{untouched:.1f} %) at the same budgets, with 95 % intervals "
+        f"([rows](eval/measured/{name}.csv)).",
+    )  # fmt: skip
+
+
 def _by_method(rows: Iterable[Row], use: Callable[[Row], bool]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -117,10 +142,12 @@ def _by_method(rows: Iterable[Row], use: Callable[[Row], bool]) -> dict[str, lis
 
 def _score(row: Row) -> str:
     score = f"{float(row['score']):.1f}"
-    if not row["delta"]:
-        return score
+    return f"{score} ({_change(row)})" if row["delta"] else score
+
+
+def _change(row: Row) -> str:
     delta, low, high = (float(row[name]) for name in ("delta", "delta_low", "delta_high"))
-    return f"{score} ({delta:+.1f} [{low:+.1f}, {high:+.1f}])"
+    return f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _published() -> Measured:
