@@ -59,4 +59,4 @@ def hilo_attention(
     if low_q is not None and low_k is not None and low_v is not None:
         ql, kl, vl = (t.flatten(1, 2) for t in (low_q, low_k, low_v))
         parts.append(attend(ql, kl, vl, scale).reshape(low_q.shape))
-    return torch.cat(parts, 3)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)

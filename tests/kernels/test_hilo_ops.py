@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from visprune import ops
 from visprune.errors import ConfigError, UnsupportedKernel
@@ -97,6 +98,31 @@ def test_the_layer_equals_the_official_structure_and_one_padded_by_hand() -> Non
     whole[:, :5, :3] = cut
     want = layer(whole)[:, :5, :3]
     torch.testing.assert_close(bench.ours(layer, cut, "torch"), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("size", [(6, 4), (5, 3)])
+def test_a_small_layer_is_trained_without_the_operator(
+    size: tuple[int, int], alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = bench.Baseline(32, 4, 2, alpha), seeded(2, *size, 32).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    calls, operator = [], op.hilo_forward
+    monkeypatch.setattr(op, "hilo_forward", lambda *a: calls.append(a) or operator(*a))
+    outs, grads = [], []
+    for most in (op.MAX_PLAIN, 0):
+        monkeypatch.setattr(op, "MAX_PLAIN", most)
+        outs.append(bench.ours(layer, x, "torch"))
+        grads.append(torch.autograd.grad(outs[-1].square().sum(), leaves))
+        assert len(calls) == (most == 0)
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)
+    for plain, own in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, own, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    with FlopCounterMode(display=False) as counter:  # who counts still meets the operator
+        bench.ours(layer, x, "torch")
+    assert torch.ops.visprune.hilo_attention in counter.get_flop_counts()["Global"]
 
 
 def test_the_layer_has_a_shape_on_meta() -> None:
