@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build(shape, device=options.device, dtype=getattr(torch, options.dtype))
         sizes = {
             "new_tokens": 12 if options.quick else options.new_tokens,
-            "rounds": 2 if options.quick else options.rounds,
+            "rounds": 5 if options.quick else options.rounds,
             "batch": options.batch,
         }
         budgets = [48] if options.quick else options.budgets
