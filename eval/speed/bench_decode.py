@@ -83,7 +83,8 @@ def measure(
     Raises:
         ConfigError: fewer than two tokens, or a method that drops inside the decoder: there is
             no one short sequence for it.
-        VispruneError: logits of the first tokens differ from the ideal's.
+        VispruneError: logits of the first tokens differ from the ideal's, or rounds were held up so
+            long that a time per token is not above zero.
     """
     if new_tokens < 2:
         raise ConfigError(f"A time per token takes at least two new tokens, got {new_tokens}.")
@@ -160,6 +161,11 @@ def _row(label: str, num_keep: int, timings: Timings, new_tokens: int) -> dict[s
         _per_token(timings, name, new_tokens)
         for name in (f"{label} {num_keep}", f"ideal {label} {num_keep}", "dense")
     )
+    if min(map(median, (ours, ideal, dense))) <= 0:
+        raise VispruneError(
+            f"{label} at {num_keep} tokens: {new_tokens} new tokens came out no slower than one in "
+            f"the median of {len(ours)} rounds, so the machine was held up. Give more --rounds."
+        )
     return {
         "method": label,
         "num_keep": num_keep,

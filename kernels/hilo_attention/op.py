@@ -262,7 +262,7 @@ def _plain_is_faster(
 ) -> bool:
     """Whether a small layer is trained on a CPU: PyTorch's own gradients then take less time.
 
-    The operator with its gradient costs 4 to 11 % of a layer over 7 x 7 or 14 x 14 tokens.
+    The operator with its gradient costs 4 to 10 % of a layer over 7 x 7 or 14 x 14 tokens.
     """
     cpu = x.device.type == "cpu" and x.dtype.itemsize >= 4 and torch.is_grad_enabled()
     projected = [t for t in (q, low_q) if t is not None]

@@ -3,7 +3,7 @@
 
 Where length = dilation x window on every axis, as in every other layer of DiNAT at its own picture
 size, a query sees all of its group and nothing else. Brought together in memory the groups are a
-batch of small pictures under dense attention: four copies, a half to a third of the time of tiles.
+batch of small pictures under dense attention: four copies, and 0.4 to 0.7 of the time of tiles.
 """
 
 from __future__ import annotations

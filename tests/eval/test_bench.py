@@ -26,6 +26,7 @@ from visprune.eval.speed import (
 )
 from visprune.eval.speed.bench_prefill import METHODS, agree, pair_up
 from visprune.eval.speed.ideal import ideal_of, prompt
+from visprune.eval.speed.latency import Timings
 from visprune.eval.speed.memory import Peak
 from visprune.machine.run import prune
 
@@ -128,6 +129,16 @@ def test_decode_writes_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (row,) = record["rows"]
     assert (row["method"], row["num_keep"], row["new_tokens"]) == ("todre stage 1", 48, 12)
     assert row["dense_ms_per_token"] > 0
+
+
+def test_decode_refuses_a_time_that_is_not_above_zero() -> None:
+    names = ("random 8", "ideal random 8", "dense")
+    held_up = {"dense first": [0.1, 9.0]}
+    seconds = {name: [0.4, 0.4] for name in names} | {f"{name} first": [0.1] * 2 for name in names}
+    with pytest.raises(VispruneError, match=r"in the median of 2 rounds.*more --rounds"):
+        bench_decode._row("random", 8, Timings(seconds | held_up), 4)
+    row = bench_decode._row("random", 8, Timings(seconds), 4)
+    assert row["dense_ms_per_token"] == pytest.approx(100.0)
 
 
 def test_decode_compares_generated_tokens_first(

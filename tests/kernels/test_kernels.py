@@ -183,9 +183,7 @@ def test_error_is_at_most_twice_that_of_plain_code(key: str, dtype: str, apart: 
 @by_id(EXACT)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_integer_results_equal_the_fp64_reference(case: Case, dtype: torch.dtype) -> None:
-    inputs = case.inputs(dtype)
-    truth = case.reference(**cast(inputs, torch.float64))
-    assert torch.equal(case.op(**inputs, backend="torch"), truth)
+    check(case, dtype, "torch")
 
 
 @by_id(CASES)
