@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +26,30 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+_SPIN = """
+import os, sys
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {int(sys.argv[1])})
+while os.getppid() == int(sys.argv[2]):
+    pass
+"""
+
+
+@contextmanager
+def loaded(busy: bool = True) -> Iterator[None]:
+    """Run beside a busy loop on each core that this process may use; they end with it."""
+    pinned = hasattr(os, "sched_getaffinity")
+    cores = (os.sched_getaffinity(0) if pinned else range(os.cpu_count() or 1)) if busy else ()
+    spin = [sys.executable, "-c", _SPIN]
+    loops = [subprocess.Popen([*spin, str(core), str(os.getpid())]) for core in cores]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def interleaved(
@@ -90,11 +117,16 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def summary(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds and the median of the per-round ratio baseline / contestant."""
+    """Milliseconds, median and 90th percentile, and the median ratio baseline / contestant."""
     out = {}
     for name, values in times.items():
         ratios = [b / v for b, v in zip(times[baseline], values, strict=True)]
-        out[name] = {"ms": statistics.median(values), "ratio": statistics.median(ratios)}
+        late = sorted(values)[round(0.9 * (len(values) - 1))]
+        out[name] = {
+            "ms": statistics.median(values),
+            "p90": late,
+            "ratio": statistics.median(ratios),
+        }
     return out
 
 

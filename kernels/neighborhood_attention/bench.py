@@ -127,8 +127,11 @@ def _agrees(shape: cases.Shape, dilation: int, qkv: list[Tensor], backend: str) 
     return all(close)
 
 
-def _times(calls: dict[str, Call], rounds: int, clock: str) -> dict[str, object]:
-    """Median milliseconds of each contestant; a refusal of flex by its class."""
+def _times(calls: dict[str, Call], rounds: int, clock: str, loaded: bool) -> dict[str, object]:
+    """Median milliseconds of each contestant; a refusal of flex by its class.
+
+    On a loaded machine, the 90th percentiles of dense and ours too.
+    """
     refused: dict[str, object] = {}
     for name in list(calls):
         try:
@@ -141,14 +144,16 @@ def _times(calls: dict[str, Call], rounds: int, clock: str) -> dict[str, object]
             refused[name] = f"no: {type(error).__name__}"
             del calls[name]
     # natten's scores, a GB at 56 x 56, come and go with the memory of whoever is next.
-    times = timing.interleaved(calls, rounds, clock=clock, settle="natten" in calls)
-    medians = timing.summary(times, "dense")
-    return {name: value["ms"] for name, value in medians.items()} | refused
+    with timing.loaded(loaded):
+        times = timing.interleaved(calls, rounds, clock=clock, settle="natten" in calls)
+    found = timing.summary(times, "dense")
+    late: dict[str, object] = {f"{x} p90": found[x]["p90"] for x in ("dense", "ours") if loaded}
+    return {name: value["ms"] for name, value in found.items()} | refused | late
 
 
 def _measured(
     shape: cases.Shape, dilation: int, direction: str, flex: bool, rounds: int, clock: str,
-    device: str, dtype: torch.dtype, backend: str,
+    device: str, dtype: torch.dtype, backend: str, loaded: bool,
 ) -> Row:  # fmt: skip
     gen = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.length, shape.length, shape.heads, shape.dim)
@@ -176,7 +181,7 @@ def _measured(
     if grad:
         leaves = {name: getattr(call, "leaves", qkv) for name, call in calls.items()}
         calls = {name: _with_backward(call, leaves[name]) for name, call in calls.items()}
-    ms = _times(calls, rounds, clock)
+    ms = _times(calls, rounds, clock, loaded)
     row |= {
         "dense ms": ms["dense"],
         "flex ms": ms.get("flex", "no backward" if refused else "-"),
@@ -184,6 +189,8 @@ def _measured(
         "ms": ms["ours"],
     }
     row["dense / ours"] = float(str(ms["dense"])) / float(str(ms["ours"]))
+    if loaded:
+        row |= {"dense p90 ms": ms["dense p90"], "p90 ms": ms["ours p90"]}
     return row
 
 
@@ -205,12 +212,15 @@ def run(
     flex: bool = True,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    loaded: bool = False,
 ) -> list[Row]:
     """One row per shape, dilation and direction; times are missing where results disagree."""
     backend = "triton" if device == "cuda" else "torch"
     with timing.threads(threads):
         return [
-            _measured(shape, dilation, direction, flex, rounds, clock, device, dtype, backend)
+            _measured(
+                shape, dilation, direction, flex, rounds, clock, device, dtype, backend, loaded
+            )
             for shape in shapes
             for dilation in shape.dilations
             for direction in ("forward", "forward + backward")
@@ -226,6 +236,7 @@ def main() -> int:
     made.add_argument("--kernels", type=int, nargs="+", help="kernel sizes; default all")
     made.add_argument("--dims", type=int, nargs="+", help="head dims; default all")
     made.add_argument("--small", action="store_true", help="pictures of 7 to 28 tokens a side")
+    made.add_argument("--loaded", action="store_true", help="beside a busy loop on each core")
     made.add_argument("--bandwidth", type=float, help="GB/s of the device, for the floor")
     made.add_argument("--rate", type=float, help="TFLOP/s of the device, for the floor")
     args = options.read(made)
@@ -236,7 +247,10 @@ def main() -> int:
     wanted = ((args.sides, "length"), (args.kernels, "kernel"), (args.dims, "dim"))
     for values, name in wanted:
         shapes = tuple(s for s in shapes if not values or getattr(s, name) in values)
-    rows = run(args.rounds, args.threads, shapes, args.clock, not args.no_flex, args.device, dtype)
+    rows = run(
+        args.rounds, args.threads, shapes, args.clock, not args.no_flex, args.device, dtype,
+        args.loaded,
+    )  # fmt: skip
     if args.bandwidth and args.rate:
         rows = [row | floor(row, dtype.itemsize, args.bandwidth, args.rate) for row in rows]
     about = results.machine(args.device, args.threads)
