@@ -49,6 +49,20 @@ def test_one_graph(kind: str, method: str, params: dict[str, Any]) -> None:
         oracle.assert_close(compiled(other), model(other))
 
 
+def test_it_need_not_have_run_before() -> None:
+    model = small.small(small.KINDS["plain"], 2)
+    x = small.picture(model)
+    with torch.no_grad():
+        with visprune.prune(model, "tome", r=3):
+            want = model(x)
+        fresh = copy.deepcopy(model)
+        with visprune.prune(fresh, "tome", r=3):
+            compiled = torch.compile(fresh, fullgraph=True, backend="aot_eager")
+            for _ in range(3):
+                oracle.assert_close(compiled(x), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 ORDERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "dense first": [("", {}), ("random", {"keep_ratio": 0.4}), ("evit", {}), ("tome", {"r": 3})],
     "pruned first": [("tome", {"r": 3}), ("random", {"keep_ratio": 0.4}), ("topk", {"num_keep": 9}),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any, Self
 
@@ -10,8 +11,20 @@ from typing import Any, Self
 class PerThread(threading.local):
     """Base of what the hooks of one model hand to each other within a call, thread by thread.
 
+    Attributes are annotated in the class with what a thread starts with, which is never written to.
     A copy of a model starts without: copies and pickles of an instance are new ones.
     """
+
+    def __init__(self) -> None:
+        """In each thread, at its first use; so often is what compiled code relies on then true.
+
+        An attribute that is the class's until it is first set would be another's afterwards, and
+        TorchDynamo refuses to compile the same call a second time for that.
+        """
+        for kind in type(self).__mro__:
+            for name in inspect.get_annotations(kind):
+                if hasattr(type(self), name):
+                    vars(self).setdefault(name, getattr(type(self), name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
