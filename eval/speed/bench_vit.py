@@ -3,7 +3,8 @@
 
 What a reduction promises is the ratio of multiply-adds; `share` is how much of it is there on the
 clock. `ideal` is the speed-up of the dense model on sequences of the same lengths, with nothing
-that chooses (:mod:`visprune.eval.speed.ideal_vit`). Before any timing, each method that keeps
+that chooses (:mod:`visprune.eval.speed.ideal_vit`). Each runs once, untimed, before it is timed in
+its turn; ``--compile`` compiles all of them. Before any timing, each method that keeps
 everything must give the dense model's very bits. `top-1` is what was published of a model, at its
 own size of pictures (:mod:`visprune.eval.speed.peers`); of methods nothing is known here.
 """
@@ -11,6 +12,7 @@ own size of pictures (:mod:`visprune.eval.speed.peers`); of methods nothing is k
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import json
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options.model, batch, options.methods, options.architectures,
                 rounds=options.rounds, size=options.size, depth=options.depth,
                 device=options.device, dtype=getattr(torch, options.dtype),
+                compiled=options.compile,
             )  # fmt: skip
         _report(rows, options)
     finally:
@@ -107,6 +110,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=None, help="CPU threads (default: two)")
     add("--device", default="cuda" if cuda else "cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--compile", action="store_true", help="torch.compile everything: minutes for each case")
     add("--out", type=Path, default=Path("bench-out"), help="folder for CSV and JSON")
     add("--quick", action="store_true", help="two small layers: shows that it runs")
     options = made.parse_args(argv)
@@ -159,6 +163,7 @@ def measure(
     depth: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Time methods on a model, and other models, beside the dense model in the same rounds.
 
@@ -174,22 +179,26 @@ def measure(
     entries = []
     for label in labels:
         check(dense, pixels, label)
-        entries.append(_pruned(dense, label, pixels))
+        entries.append(_pruned(dense, label, pixels, compiled))
     entries += [_other(other, batch, made) for other in architectures]
     with prune(dense, "keep_all") as run:
         whole = run.cost().macs
-    cases = [Case(name, _on(dense, pixels))]
+    ready = _compiled if compiled else _as_it_is
+    cases = [Case(name, _on(ready(dense), pixels))]
     for entry in entries:
         own = pixels if entry.pixels is None else entry.pixels
-        cases.append(Case(entry.name, _on(entry.model, own), entry.around))
+        cases.append(Case(entry.name, _on(ready(entry.model), own), entry.around))
         if entry.ideal is not None:
-            cases.append(Case(_IDEAL + entry.name, entry.ideal))
-    with Progress(transient=True) as bars, torch.inference_mode():
+            cases.append(Case(_IDEAL + entry.name, ready(entry.ideal)))
+    # All of them are codes of one function, for which the compiler has a limit.
+    limits = torch._dynamo.config.patch(recompile_limit=max(8, 2 * len(cases)))
+    with Progress(transient=True) as bars, torch.inference_mode(), limits:
         warmup = 2 if batch < 32 else 1
         bar = bars.add_task(f"batch {batch}", total=len(cases) * (rounds + warmup))
         timings = interleaved(
-            cases, rounds=rounds, warmup=warmup, device=device, after=lambda *_: bars.advance(bar)
-        )
+            cases, rounds=rounds, warmup=warmup, device=device, after=lambda *_: bars.advance(bar),
+            settle=batch < 32,
+        )  # fmt: skip
     return [_row(name, batch, entry, whole, timings) for entry in entries]
 
 
@@ -207,7 +216,17 @@ def _on(model: Any, pixels: Tensor) -> Callable[[int], Any]:
     return lambda turn: model(pixels)
 
 
-def _pruned(model: Any, label: str, pixels: Tensor) -> Entry:
+def _as_it_is(what: Any) -> Any:
+    return what
+
+
+def _compiled(what: Any) -> Any:
+    """Code for these very shapes, made when it is first called."""
+    return torch.compile(what, dynamic=False)
+
+
+def _pruned(model: Any, label: str, pixels: Tensor, compiled: bool) -> Entry:
+    """A method on the model; to be compiled, on one of its own, which it stays on."""
     method, params, _ = METHODS[label]
     with prune(model, method, **params) as run, torch.inference_mode():
         macs = run.cost().macs
@@ -216,6 +235,10 @@ def _pruned(model: Any, label: str, pixels: Tensor) -> Entry:
     ideal = None
     if has_ideal(model):
         ideal = functools.partial(_shortened, model, pixels, *counts)
+    if compiled:
+        model = copy.deepcopy(model)
+        prune(model, method, **params)
+        return Entry(label, model, macs, nullcontext, ideal)
     return Entry(label, model, macs, lambda: prune(model, method, **params), ideal)
 
 
@@ -277,6 +300,7 @@ def attention_share(model: Any, pixels: Tensor, kind: str = "attn", rounds: int 
 def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     folder, environment = writable_folder(options.out), describe()
     title = f"Beside {options.model}, {options.dtype}, {options.device}"
+    title += ", compiled" if options.compile else ""
     table = Table(title=title, title_justify="left")
     table.add_column("method or model")
     columns = ("batch", "GMACs", "images/s", "dense", "speed-up", "promised", "share", "ideal",
@@ -297,7 +321,7 @@ def _report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     )
     console.print(line, soft_wrap=True, highlight=False, markup=False)
     settings = {"model": options.model, "rounds": options.rounds, "dtype": options.dtype,
-                "device": options.device}  # fmt: skip
+                "device": options.device, "compile": options.compile}  # fmt: skip
     record = {**environment, "settings": settings, "rows": rows}
     (folder / "vit.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     with (folder / "vit.csv").open("w", newline="", encoding="utf-8") as file:

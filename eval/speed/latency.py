@@ -66,6 +66,7 @@ def interleaved(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     after: Callable[[Case, int, Any], None] | None = None,
+    settle: bool = False,
 ) -> Timings:
     """Run every case once per round, even rounds through the list forwards, odd ones backwards.
 
@@ -79,6 +80,8 @@ def interleaved(
         device: where they run.
         after: called with the case, the round and what it returned, outside the time; the number
             of a warm-up round is negative.
+        settle: run each once more before it is timed, as one that has just been attached and runs
+            for the first time since another had the machine is no model that answers all day.
 
     Raises:
         ConfigError: no case, a name twice, or no round.
@@ -93,6 +96,8 @@ def interleaved(
     for number in range(-warmup, rounds):
         for case in cases[:: -1 if number % 2 else 1]:
             with case.around():
+                if settle:
+                    case.run(max(number, 0))
                 taken, result = _timed(case, max(number, 0), device)
             if number >= 0:
                 seconds[case.name].append(taken)

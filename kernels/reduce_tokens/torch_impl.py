@@ -64,7 +64,8 @@ def alternate_cosines(metric: Tensor, shift: int = 0) -> Tensor:
     metric = wide(metric)
     norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
     unit = metric / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return unit[:, shift::2] @ unit[:, 1 - shift :: 2].transpose(1, 2)
+    # Not `@`, which copies every other row first.
+    return torch.bmm(unit[:, shift::2], unit[:, 1 - shift :: 2].transpose(1, 2))
 
 
 def best_partners(metric: Tensor, class_token: bool, distill_token: bool) -> tuple[Tensor, Tensor]:

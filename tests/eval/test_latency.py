@@ -37,6 +37,14 @@ def test_warm_up_rounds_run_and_are_not_counted() -> None:
     assert len(timings.seconds["a"]) == 2
 
 
+def test_each_settles_before_it_is_timed() -> None:
+    runs: list[int] = []
+    first = Case("a", lambda turn: time.sleep(0.2 if runs.append(turn) or len(runs) == 1 else 0.0))
+    timings = interleaved([first], rounds=2, warmup=0, settle=True)
+    assert runs == [0, 0, 1, 1]
+    assert max(timings.seconds["a"]) < 0.1
+
+
 def test_what_is_around_a_run_is_not_timed() -> None:
     events: list[str] = []
 

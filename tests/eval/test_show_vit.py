@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,3 +80,23 @@ def test_the_share_of_attention() -> None:
     share = bench_vit.attention_share(model, small.picture(model), rounds=2)
     assert 0.0 < share < 1.0
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_benchmark_compiles_what_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: codes.append(f) or f)
+    (row,) = bench_vit.measure(
+        "vit_tiny_patch16_224", 1, ["tome r=8"], rounds=1, size=64, depth=2, compiled=True
+    )
+    assert len(codes) == 3  # dense, reduced, and the ideal
+    dense, reduced, _ = codes
+    tokens = [0, 0]
+    for number, model in enumerate((dense, reduced)):
+        handle = model.norm.register_forward_hook(
+            lambda m, a, o, n=number: tokens.__setitem__(n, o.shape[1])
+        )
+        with torch.no_grad():
+            model(torch.randn(1, 3, 64, 64))
+        handle.remove()
+    assert tokens == [17, 5]
+    assert row["speedup"] > 0
