@@ -444,3 +444,17 @@ def test_why_not_lists_every_reason() -> None:
     reasons = op.why_not(wide, wide, wide, None)
     assert len(reasons) == 3
     assert any("head dim 130 is above 128" in r for r in reasons)
+
+
+def test_what_is_remembered_of_the_checks_lets_nothing_else_through() -> None:
+    q = seeded(1, 5, 5, 2, 4)
+    want = ops.neighborhood_attention(q, q, q, kernel_size=3, dilation=1)
+    assert torch.equal(ops.neighborhood_attention(q, q, q, kernel_size=(3, 3), dilation=1), want)
+    for wrong in (3.0, (3, 3.0), torch.tensor(3)):
+        with pytest.raises(ConfigError, match="kernel_size must be one int"):
+            ops.neighborhood_attention(q, q, q, kernel_size=wrong, dilation=1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="is_causal"):
+        ops.neighborhood_attention(q, q, q, kernel_size=3, dilation=1, is_causal=0)
+    for _ in range(2):  # a refusal is not remembered as an answer
+        with pytest.raises(ConfigError, match="2 to 2 on axis 0"):
+            ops.neighborhood_attention(q[:, :2], q[:, :2], q[:, :2], kernel_size=3)

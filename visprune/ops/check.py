@@ -69,7 +69,8 @@ def integer(value: Any) -> int | None:
 
 def per_axis(name: str, key: str, value: int | Sequence[int], rank: int) -> list[int]:
     """One integer for each axis from one or a sequence of them."""
-    given = value if isinstance(value, Iterable) else [value] * rank
+    alone = isinstance(value, Tensor) or not isinstance(value, Iterable)
+    given: Iterable[Any] = [value] * rank if alone else value  # type: ignore[assignment]
     found = [integer(x) for x in given]
     values = [x for x in found if x is not None]
     if len(values) != rank or len(found) != rank:
