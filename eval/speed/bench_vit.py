@@ -183,7 +183,7 @@ def measure(
     entries += [_other(other, batch, made) for other in architectures]
     with prune(dense, "keep_all") as run:
         whole = run.cost().macs
-    ready = _compiled if compiled else _as_it_is
+    ready = functools.partial(torch.compile, dynamic=False) if compiled else _as_it_is
     cases = [Case(name, _on(ready(dense), pixels))]
     for entry in entries:
         own = pixels if entry.pixels is None else entry.pixels
@@ -218,11 +218,6 @@ def _on(model: Any, pixels: Tensor) -> Callable[[int], Any]:
 
 def _as_it_is(what: Any) -> Any:
     return what
-
-
-def _compiled(what: Any) -> Any:
-    """Code for these very shapes, made when it is first called."""
-    return torch.compile(what, dynamic=False)
 
 
 def _pruned(model: Any, label: str, pixels: Tensor, compiled: bool) -> Entry:

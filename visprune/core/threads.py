@@ -16,10 +16,10 @@ class PerThread(threading.local):
     """
 
     def __init__(self) -> None:
-        """In each thread, at its first use; so often is what compiled code relies on then true.
+        """Runs in each thread, at its first use: every attribute is then the instance's own.
 
-        An attribute that is the class's until it is first set would be another's afterwards, and
-        TorchDynamo refuses to compile the same call a second time for that.
+        One that is the class's until it is first set makes compiled code rely on its absence, and
+        TorchDynamo refuses to compile the call again once it is there.
         """
         for kind in type(self).__mro__:
             for name in inspect.get_annotations(kind):
