@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,9 @@ import torch
 import visprune
 from tests.train import small
 from visprune.errors import ConfigError
+from visprune.train.image import budgets
 from visprune.train.image.budgets import measure
+from visprune.train.image.recipe import DataConfig
 
 
 def test_rows_are_scored_priced_and_drawn(tmp_path: Path) -> None:
@@ -68,6 +74,30 @@ def _pixels(picture: small.Image.Image) -> torch.Tensor:
     from torchvision.transforms.functional import to_tensor
 
     return to_tensor(picture) * 2 - 1  # mean and standard deviation 0.5
+
+
+@dataclass
+class SlowAtFirst:
+    """A row whose model takes its time in the first forward after a method was attached."""
+
+    new: bool = False
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        self.new = True
+        yield
+
+    def model(self, images: torch.Tensor) -> torch.Tensor:
+        if self.new:
+            time.sleep(0.2)
+        self.new = False
+        return images
+
+
+def test_the_first_forward_after_attaching_is_not_timed(tmp_path: Path) -> None:
+    recipe = budgets.BudgetsRecipe(DataConfig(path=str(tmp_path)), [], rounds=2)
+    (found,) = budgets._time([SlowAtFirst()], torch.zeros(2, 3), recipe)  # type: ignore[list-item]
+    assert found["images_per_s"] > 2 / 0.1
 
 
 def test_wrong_rows_are_refused(tmp_path: Path) -> None:

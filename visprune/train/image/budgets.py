@@ -61,7 +61,8 @@ class BudgetsRecipe:
         rows: Models; the first is what the others are compared with.
         task: ``image_budgets``.
         batch: Pictures per forward, for accuracy and for speed.
-        rounds: Timed forwards of each model, all taking turns.
+        rounds: Timed forwards of each model, all taking turns; each runs once untimed before, as
+            the first forward after a method was attached is not that of a model in use.
         threads: CPU threads, or None for torch's choice.
         device: ``cpu``, ``cuda`` ...
         seed: Seed of ``data.val_limit``.
@@ -200,7 +201,7 @@ def _time(rows: list[Row], images: Tensor, recipe: BudgetsRecipe) -> list[dict[s
         Case(str(number), partial(_forward, row.model, images), row.around)
         for number, row in enumerate(rows)
     ]
-    timings = interleaved(cases, rounds=recipe.rounds, warmup=2, device=recipe.device)
+    timings = interleaved(cases, rounds=recipe.rounds, warmup=1, device=recipe.device, settle=True)
     return [
         {
             "images_per_s": len(images) / (timings.median_ms(case.name) / 1e3),
