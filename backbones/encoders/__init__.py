@@ -23,14 +23,19 @@ PLAIN = (
     "VivitModel",
 )  # fmt: skip
 
+# Those whose attention adds a bias per pair of places.
+BIASED = ("BeitBackbone", "BeitModel", "Data2VecVisionModel")
+
 # Keyed by library and class: the first row that names a class of the model's line of descent.
 TABLE = {
     "timm.VisionTransformer": "visprune.backbones.encoders.timm_vit:TimmViT",
     "timm.Beit": "visprune.backbones.encoders.timm_beit:TimmBeit",
     "timm.Eva": "visprune.backbones.encoders.timm_eva:TimmEva",
+    "timm.VisionTransformerRelPos": "visprune.backbones.encoders.timm_relpos:TimmRelPos",
     "timm.NaFlexVit": "visprune.backbones.encoders.timm_naflex:TimmNaFlex",
     "open_clip.VisionTransformer": "visprune.backbones.encoders.open_clip_vit:OpenClipViT",
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_vit:HfViT" for name in PLAIN},
+    **{f"transformers.{name}": "visprune.backbones.encoders.hf_beit:HfBeit" for name in BIASED},
 }
 
 # Models of transformers around one of these, which classify or compare pictures: where it is, and
@@ -46,6 +51,8 @@ AROUND = {
     "Owlv2Model": ("vision_model", False),
     "Siglip2Model": ("vision_model", False),
     "SiglipModel": ("vision_model", False),
+    "BeitForImageClassification": ("beit", False),
+    "Data2VecVisionForImageClassification": ("data2vec_vision", False),
     "CLIPForImageClassification": ("vision_model", True),
     "DeiTForImageClassification": ("deit", False),
     "DeiTForImageClassificationWithTeacher": ("deit", False),
@@ -63,7 +70,6 @@ AROUND = {
 
 _WINDOWS = "its windows need the whole grid of tokens at every layer"
 _STAGES = "its stages halve the grid, and need all of it"
-_PAIRS = "its attention adds a bias per pair of grid places, which a merged token has not"
 _CONVOLVES = "it convolves over the grid of tokens, and needs all of it"
 _MAPS = "it makes a map of its tokens, or boxes, one for each place of the grid"
 _BLOCKS = (
@@ -74,7 +80,6 @@ _FACTORS = "it attends within a frame and then along time, which needs a grid of
 
 # Looked at, and left out for a reason.
 REFUSED = {
-    "timm.VisionTransformerRelPos": _PAIRS,
     "timm.VisionTransformerSAM": _WINDOWS,
     "timm.Xcit": "its attention is between channels, and its layers convolve over the grid",
     "timm.Cait": (
@@ -92,11 +97,6 @@ REFUSED = {
     "timm.Gemma4VitClassifier": _BLOCKS,
     "timm.SwinTransformer": _WINDOWS,
     "timm.SwinTransformerV2": _WINDOWS,
-    "transformers.BeitModel": _PAIRS,
-    "transformers.BeitBackbone": _PAIRS,
-    "transformers.BeitForImageClassification": _PAIRS,
-    "transformers.Data2VecVisionModel": _PAIRS,
-    "transformers.Data2VecVisionForImageClassification": _PAIRS,
     "transformers.SwinModel": _WINDOWS,
     "transformers.SwinBackbone": _WINDOWS,
     "transformers.SwinForImageClassification": _WINDOWS,
@@ -185,6 +185,11 @@ REFUSED = {
     ),
     "transformers.VideoMAEForPreTraining": (
         "its decoder puts every visible patch back to its place; take model.videomae"
+    ),
+    "transformers.BeitForSemanticSegmentation": _MAPS,
+    "transformers.Data2VecVisionForSemanticSegmentation": _MAPS,
+    "transformers.BeitForMaskedImageModeling": (
+        "it names the masked patches, each at its place; take model.beit"
     ),
     "transformers.ViTForMaskedImageModeling": (
         "it paints the masked patches, each at its place; take model.vit"

@@ -264,6 +264,14 @@ class EncoderAdapter:
         """
         raise NotImplementedError  # pragma: no cover - where `shapes` gives none
 
+    def by_layout(self, number: int) -> bool:
+        """Whether the last bits of what follows a layer depend on how its input lies in memory.
+
+        A model without prefix tokens carries its stream feature by feature. A layer that adds
+        features up before a LayerNorm did gets the other layout's last bits.
+        """
+        return not isinstance(self.layers[number].entry, nn.LayerNorm)
+
     def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """Show queries and keys ``[B, H, T, d]`` of a layer's attention, and the scale.
 

@@ -37,6 +37,7 @@ class Form:
     gain: str | None = None
 
 
+_BEIT = Form("layernorm_before", "attention", "drop_path")
 FORMS = {
     # CLIP, SigLIP and their relatives, BLIP, Idefics
     ("layer_norm1", "self_attn", "layer_norm2", "mlp"): Form(
@@ -66,6 +67,18 @@ FORMS = {
     # Qianfan-OCR
     ("layernorm_before", "attention", "lambda_1", "drop_path1", "layernorm_after", "mlp", "dropout",
      "lambda_2", "drop_path2"): Form("layernorm_before", "attention", "drop_path1"),
+    # BEiT, with and without a bias of its own, and layer scale
+    ("relative_position_bias", "layernorm_before", "attention", "dropout", "lambda_1", "drop_path",
+     "layernorm_after", "mlp", "lambda_2"): _BEIT,
+    ("relative_position_bias", "layernorm_before", "attention", "dropout", "drop_path",
+     "layernorm_after", "mlp"): _BEIT,
+    ("layernorm_before", "attention", "dropout", "lambda_1", "drop_path", "layernorm_after", "mlp",
+     "lambda_2"): _BEIT,
+    # Data2Vec, and BEiT of earlier versions
+    ("attention", "layernorm_before", "lambda_1", "drop_path", "layernorm_after", "intermediate",
+     "output", "lambda_2"): _BEIT,
+    ("attention", "layernorm_before", "drop_path", "layernorm_after", "intermediate",
+     "output"): _BEIT,
 }  # fmt: skip
 
 
@@ -84,7 +97,7 @@ def form_of(block: nn.Module) -> Form | None:
 
 def core(attention: nn.Module) -> nn.Module | None:
     """What computes attention: the module itself, or the one in it; ``None``: it is not known."""
-    found = (m for m in attention.modules() if by_function(m) or hasattr(m, "qkv"))
+    found = (m for m in attention.modules() if by_function(m) or by_itself(m))
     return next(found, None)
 
 
@@ -92,6 +105,11 @@ def by_function(attention: nn.Module) -> bool:
     """Whether a module calls the attention function that its config names."""
     names = inspect.unwrap(type(attention).forward).__code__.co_names
     return "ALL_ATTENTION_FUNCTIONS" in names and hasattr(attention, "config")
+
+
+def by_itself(attention: nn.Module) -> bool:
+    """Whether a module's attention is written out: BLIP's, Data2Vec's."""
+    return hasattr(attention, "qkv") or hasattr(attention, "has_relative_position_bias")
 
 
 def read_layer(block: Any, form: Form) -> Layer:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from visprune.backbones.encoders.base import (
     EncoderAdapter,
+    Layer,
     Reduction,
     ShownQK,
     check_padding,
@@ -173,13 +174,7 @@ class HfViT(EncoderAdapter):
 
     def overrides(self, reduction: Reduction) -> list[Any]:
         """Key bias in every attention, pooling by size, feature maps on the whole grid."""
-        handles: list[Any] = []
-        for layer in self.layers:
-            attention: Any = layer.attention
-            if by_function(attention):
-                handles.append(watch(attention, functools.partial(_biased, reduction)))
-            else:
-                handles += OwnAttention(attention, bias=reduction.key_bias).install()
+        handles = [handle for layer in self.layers for handle in self.weigh_sizes(layer, reduction)]
         handles += weigh_pooling(self.model, reduction)
         if self.mean:
             handles.append(weigh_tokens(self.model, reduction, self.prefix))
@@ -187,6 +182,13 @@ class HfViT(EncoderAdapter):
             hook = functools.partial(_whole_states, reduction, self.prefix)
             handles.append(self._holder().register_forward_hook(hook))
         return handles
+
+    def weigh_sizes(self, layer: Layer, reduction: Reduction) -> list[Any]:
+        """Let the attention of a layer add a bias per key, where tokens have sizes."""
+        attention: Any = layer.attention
+        if by_function(attention):
+            return [watch(attention, functools.partial(_biased, reduction))]
+        return OwnAttention(attention, bias=reduction.key_bias).install()
 
     def whole(self, reduction: Reduction, output: Any) -> Any:
         """Hidden states and the last of them, of each patch."""

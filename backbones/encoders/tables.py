@@ -5,18 +5,21 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from visprune.backbones.encoders import AROUND, PLAIN, REFUSED, TABLE
+from visprune.backbones.encoders import AROUND, BIASED, PLAIN, REFUSED, TABLE
 
 
 def tables() -> str:
     """Which encoders are taken, which models around them, and which are refused and why."""
     others = ", ".join(f"`{name}`" for name in TABLE if not name.startswith("transformers."))
     plain = ", ".join(f"`{name}`" for name in sorted(PLAIN, key=str.lower))
+    biased = ", ".join(f"`{name}`" for name in BIASED)
     around = ", ".join(f"`{name}`" for name in sorted(AROUND, key=str.lower))
     lines = [
         "## Taken\n",
         f"{others};\n",
         f"of transformers, and their subclasses: {plain};\n",
+        f"by methods that merge no tokens, as their attention adds a bias per pair of places: "
+        f"{biased}, `timm.Beit`, `timm.VisionTransformerRelPos`;\n",
         f"models around one: {around}, `TimmWrapperModel`, `TimmWrapperForImageClassification`.\n",
         "## Refused\n",
         "| classes | because |",

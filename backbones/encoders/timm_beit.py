@@ -6,13 +6,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from timm.models.beit import Attention, Block
 from torch import Tensor, nn
 
 from visprune.backbones.cost.matrices import matrix_weights
 from visprune.backbones.encoders.base import Instead, Layer, Reduction, ShownQK, no_mask
 from visprune.backbones.encoders.macs import embedding_macs, head_macs
+from visprune.backbones.encoders.pair_bias import left, record_class_row
 from visprune.backbones.encoders.timm_vit import TimmViT
 
 
@@ -25,6 +25,7 @@ class TimmBeit(TimmViT):
 
     family = "timm.Beit"
     rotary = True  # the places of its tokens are followed
+    shared = "shared_rel_pos_bias"  # what a block calls the bias that all of them share
 
     def __init__(self, model: Any) -> None:
         self.model, self.embed = model, model.patch_embed
@@ -37,6 +38,7 @@ class TimmBeit(TimmViT):
         """No merging, and no attention of all queries."""
         bias = f"{type(self.model).__name__}'s attention adds a bias per pair of places"
         return {
+            **super().lacking,
             "merging": f"{bias}, which a token merged of several has not",
             "every_query": f"{bias}, which is read for the class token alone",
         }
@@ -65,23 +67,20 @@ class TimmBeit(TimmViT):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The bias that the layers share, for the tokens that are left."""
         no_mask(kwargs.get("attn_mask"), None)
-        shared = args[1] if len(args) > 1 else kwargs.get("shared_rel_pos_bias")
+        shared = args[1] if len(args) > 1 else kwargs.get(self.shared)
         if at is None or shared is None:
             return args, kwargs
-        return args[:1], {**kwargs, "shared_rel_pos_bias": self._left(shared, at)}
-
-    def _left(self, table: Tensor, at: Tensor) -> Tensor:
-        """Biases ``[H, T, T]`` or ``[1, H, T, T]`` of the tokens at ``at``: ``[B, H, K, K]``."""
-        first = torch.arange(self.prefix, device=at.device).expand(at.shape[0], -1)
-        rows = torch.cat([first, at + self.prefix], dim=1)
-        table = table.flatten(0, -3)
-        return table[:, rows[:, :, None], rows[:, None, :]].transpose(0, 1).contiguous()
+        return args[:1], {**kwargs, self.shared: left(shared, at, self.prefix)}
 
     def overrides(self, reduction: Reduction) -> list[Any]:
         """Each attention's own bias, and features on the whole grid."""
         model: Any = self.model
         dense = functools.partial(self._dense, model.forward_intermediates, reduction)
-        handles = [Instead(model, "forward_intermediates", dense)]
+        return [Instead(model, "forward_intermediates", dense), *self.own_biases(reduction)]
+
+    def own_biases(self, reduction: Reduction) -> list[Any]:
+        """Let each attention's own bias be that of the tokens that are left."""
+        handles = []
         for layer in self.layers:
             attention: Any = layer.attention
             if attention.relative_position_bias_table is not None:
@@ -91,7 +90,7 @@ class TimmBeit(TimmViT):
 
     def _own(self, attention: Any, reduction: Reduction) -> Tensor:
         table, at = type(attention)._get_rel_pos_bias(attention), reduction.places()
-        return table if at is None else self._left(table, at)
+        return table if at is None else left(table, at, self.prefix)
 
     def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """Project the class token's query and the keys of what the attention is given."""
@@ -107,10 +106,7 @@ class TimmBeit(TimmViT):
 def _project(
     record: ShownQK, attention: Any, module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
-    """Show the class token's query ``[B, H, 1, d]`` and the keys ``[B, H, T, d]``.
-
-    What is added to their scores goes with the keys, as one feature more that the query has as 1.
-    """
+    """Show the class token's query and the keys with what is added to their scores."""
     x = args[0]
     q_weight, k_weight, _ = attention.qkv.weight.chunk(3)
     biases = (attention.q_bias, attention.k_bias) if attention.q_bias is not None else (None, None)
@@ -121,8 +117,4 @@ def _project(
     if attention.relative_position_bias_table is not None:
         own = attention._get_rel_pos_bias()
         added = own if added is None else own + added
-    if added is not None:
-        row = added[..., :1, :].transpose(-1, -2).expand(*key.shape[:3], 1)
-        one = torch.full_like(query[..., :1], 1.0 / attention.scale)
-        query, key = torch.cat([query, one], dim=-1), torch.cat([key, row.to(key.dtype)], dim=-1)
-    record(query, key, attention.scale)
+    record_class_row(record, query, key, attention.scale, added)

@@ -36,6 +36,7 @@ class Attended:
         value: ``[B, Hk, K, d]``.
         scale: of the scores.
         softcap: bound of the scores, or ``None``.
+        mask: what the module gives as its mask, or ``None``.
     """
 
     query: Tensor
@@ -43,6 +44,7 @@ class Attended:
     value: Tensor
     scale: float
     softcap: float | None = None
+    mask: Any = None
 
 
 @dataclass
@@ -94,7 +96,8 @@ def _probed_attention(
             attention_mask, biased = _row(wanted.bias, query), True
         if wanted is not None and wanted.record is not None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            wanted.record(Attended(query, key, value, scale, kwargs.get("softcap")))
+            softcap = kwargs.get("softcap")
+            wanted.record(Attended(query, key, value, scale, softcap, attention_mask))
             if wanted.stop:
                 raise Captured
         if shown.below is None:

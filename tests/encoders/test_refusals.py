@@ -93,7 +93,6 @@ def test_no_class_token(method: str, kind: str, why: str) -> None:
     ("name", "why"),
     [
         ("swin_tiny_patch4_window7_224", "windows need the whole grid"),
-        ("vit_relpos_small_patch16_224", "a bias per pair of grid places"),
         ("samvit_base_patch16", "windows need the whole grid"),
         ("xcit_nano_12_p16_224", "attention is between channels"),
         ("cait_xxs24_224", "no class token to choose by"),

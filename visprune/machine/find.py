@@ -89,8 +89,9 @@ def _around(model: Any, lineage: list[str]) -> Any | None:
         library, _, kind = name.partition(".")
         if library == "transformers" and kind in AROUND:
             path, mean = AROUND[kind]
-            adapter = encoders.get("transformers.ViTModel")
-            return adapter(model.get_submodule(path), model, mean=mean)
+            inner = model.get_submodule(path)
+            own = next((n for n in _lineage(inner) if n in encoders), "transformers.ViTModel")
+            return encoders.get(own)(inner, model, mean=mean)
     return None
 
 

@@ -147,6 +147,8 @@ class ReducedLayer:
 
     def _leave(self, run: EncoderPass, output: Any) -> Any:
         """At the end: the stages of a layer whose parts run side by side, and who comes back."""
+        if isinstance(output, tuple):
+            return (self._leave(run, output[0]), *output[1:])
         reducer, number = self.reducer, self.number
         if self.layer.entry is None:
             for order, stage in reducer.plan.inside.get(number, ()):
@@ -161,7 +163,10 @@ class ReducedLayer:
 
 
 class _Nothing:
-    """What a layer adds to the reduced branch in place of its input: nothing."""
+    """What a layer adds to the reduced branch in place of its input: nothing, of its shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
 
     def __add__(self, other: Tensor) -> Tensor:
         return other
@@ -169,14 +174,11 @@ class _Nothing:
     __radd__ = __add__
 
 
-_NOTHING = _Nothing()
-
-
 def _placeholder(x: Tensor) -> Any:
     """In place of a layer's input: nothing, or zeros where a graph is made."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x.new_zeros(1, 1, 1)
-    return _NOTHING
+    return _Nothing(x.shape)
 
 
 def _checkpoints_forward(block: Any) -> bool:

@@ -299,9 +299,7 @@ class EncoderReducer:
                 )
             run.away = Away(selection, state, run.state, torch.is_grad_enabled())
         y = selection.reduce(x, prefix)
-        # A model without prefix tokens carries its stream feature by feature in memory. A layer
-        # that adds features up before a LayerNorm did gets the other layout's last bits.
-        return y if isinstance(self.adapter.layers[number].entry, nn.LayerNorm) else like(x, y)
+        return like(x, y) if self.adapter.by_layout(number) else y
 
     def _chosen(self, stage: Stage, tokens: VisualTokens, context: Context) -> Selection:
         """What a stage chooses from pictures of one number of tokens."""
