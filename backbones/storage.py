@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from visprune.backbones.encoders import AROUND, BIASED, PLAIN
+from visprune.backbones.encoders import AROUND, BIASED, PLAIN, WHOLE
 from visprune.backbones.vlm.known import lacking
 from visprune.errors import ConfigError, UnsupportedModel, first_line
 
@@ -90,7 +90,9 @@ def _transformers_model(folder: Path, options: dict[str, Any]) -> nn.Module:
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = (fields.get("architectures") or [""])[0]
     # An image encoder, or a model around one, is of its own class; else a vision-language model.
-    own = getattr(transformers, named, None) if named in {*PLAIN, *BIASED, *AROUND} else None
+    own = (
+        getattr(transformers, named, None) if named in {*PLAIN, *BIASED, *WHOLE, *AROUND} else None
+    )
     kind: Any = transformers.AutoModelForImageTextToText if own is None else own
     return kind.from_pretrained(folder, local_files_only=True, **options).eval()
 

@@ -25,6 +25,8 @@ PLAIN = (
 
 # Those whose attention adds a bias per pair of places.
 BIASED = ("BeitBackbone", "BeitModel", "Data2VecVisionModel")
+# Those that give every patch a value back.
+WHOLE = ("XCLIPVisionModel",)
 
 # Keyed by library and class: the first row that names a class of the model's line of descent.
 TABLE = {
@@ -36,6 +38,7 @@ TABLE = {
     "open_clip.VisionTransformer": "visprune.backbones.encoders.open_clip_vit:OpenClipViT",
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_vit:HfViT" for name in PLAIN},
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_beit:HfBeit" for name in BIASED},
+    **{f"transformers.{name}": "visprune.backbones.encoders.hf_xclip:HfXCLIP" for name in WHOLE},
 }
 
 # Models of transformers around one of these, which classify or compare pictures: where it is, and
@@ -53,6 +56,7 @@ AROUND = {
     "SiglipModel": ("vision_model", False),
     "BeitForImageClassification": ("beit", False),
     "Data2VecVisionForImageClassification": ("data2vec_vision", False),
+    "XCLIPModel": ("vision_model", False),
     "CLIPForImageClassification": ("vision_model", True),
     "DeiTForImageClassification": ("deit", False),
     "DeiTForImageClassificationWithTeacher": ("deit", False),
@@ -147,9 +151,6 @@ REFUSED = {
     "transformers.YolosModel": (
         "its detection tokens lie behind the patches, and a box comes of each; only tokens before "
         "the patches are kept out of a reduction"
-    ),
-    "transformers.XCLIPVisionModel": (
-        "its layers add a message of the other frames of a clip to the tokens, and take it away"
     ),
     "transformers.VideoPrismVisionModel": _FACTORS,
     "transformers.VideoPrismForVideoClassification": _FACTORS,

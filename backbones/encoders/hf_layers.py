@@ -25,15 +25,16 @@ class Form:
     """One way of writing a plain layer, by names of its parts.
 
     Attributes:
-        entry: the norm that reads the layer's input.
+        entry: the norm that reads the layer's input; none where another module does, too: tokens
+            then leave at the layer's end.
         attention: the attention module.
-        branch: the last module of the attention branch.
+        branch: the last module of the attention branch, or none.
         gain: a parameter that the branch's output is multiplied by, or none.
     """
 
-    entry: str
+    entry: str | None
     attention: str
-    branch: str
+    branch: str | None
     gain: str | None = None
 
 
@@ -74,6 +75,9 @@ FORMS = {
      "layernorm_after", "mlp"): _BEIT,
     ("layernorm_before", "attention", "dropout", "lambda_1", "drop_path", "layernorm_after", "mlp",
      "lambda_2"): _BEIT,
+    # X-CLIP, whose message to the other frames is made of the layer's input
+    ("message_fc", "drop_path", "message_attn", "message_ln", "layer_norm1", "self_attn",
+     "layer_norm2", "mlp"): Form(None, "self_attn", None),
     # Data2Vec, and BEiT of earlier versions
     ("attention", "layernorm_before", "lambda_1", "drop_path", "layernorm_after", "intermediate",
      "output", "lambda_2"): _BEIT,
@@ -118,13 +122,16 @@ def read_layer(block: Any, form: Form) -> Layer:
     attention = core(whole)
     assert attention is not None, "the form was recognised"
     before, width = matrix_weights(whole), _width(attention)
+    behind = matrix_weights(block) - before
+    if form.entry is None:  # all of it sees the same tokens
+        before, behind = before + behind, 0
     return Layer(
         block=block,
         attention=attention,
-        entry=getattr(block, form.entry),
-        branch=getattr(block, form.branch),
+        entry=None if form.entry is None else getattr(block, form.entry),
+        branch=None if form.branch is None else getattr(block, form.branch),
         attention_weights=before,
-        mlp_weights=matrix_weights(block) - before,
+        mlp_weights=behind,
         attention_width=width,
         head_width=width // _heads(attention),
         gain=form.gain,

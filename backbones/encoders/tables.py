@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from visprune.backbones.encoders import AROUND, BIASED, PLAIN, REFUSED, TABLE
+from visprune.backbones.encoders import AROUND, BIASED, PLAIN, REFUSED, TABLE, WHOLE
 
 
 def tables() -> str:
@@ -13,6 +13,7 @@ def tables() -> str:
     others = ", ".join(f"`{name}`" for name in TABLE if not name.startswith("transformers."))
     plain = ", ".join(f"`{name}`" for name in sorted(PLAIN, key=str.lower))
     biased = ", ".join(f"`{name}`" for name in BIASED)
+    whole = ", ".join(f"`{name}`" for name in WHOLE)
     around = ", ".join(f"`{name}`" for name in sorted(AROUND, key=str.lower))
     lines = [
         "## Taken\n",
@@ -20,6 +21,7 @@ def tables() -> str:
         f"of transformers, and their subclasses: {plain};\n",
         f"by methods that merge no tokens, as their attention adds a bias per pair of places: "
         f"{biased}, `timm.Beit`, `timm.VisionTransformerRelPos`;\n",
+        f"by methods that give every patch a value back (`tome`, `pitome`, `ipcv`): {whole};\n",
         f"models around one: {around}, `TimmWrapperModel`, `TimmWrapperForImageClassification`.\n",
         "## Refused\n",
         "| classes | because |",

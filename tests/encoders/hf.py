@@ -15,7 +15,6 @@ from tests.encoders.small import enlarged
 from visprune.backbones.encoders import AROUND, PLAIN
 
 SIDE, PATCH, LAYERS = 24, 4, 3
-BIASED_AT = ("beit", "data2vec_vision")
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH, "mlp_ratio": 2,
@@ -53,8 +52,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Idefics3VisionTransformer-eager": (
         "Idefics3VisionTransformer", {"attn_implementation": "eager"}),
 }  # fmt: skip
-# Those with a bias per pair of places, in which no tokens merge, have tests of their own.
-NAMES = (*PLAIN, *(name for name in AROUND if AROUND[name][0] not in BIASED_AT), *VARIANTS)
+# Those in which no tokens merge, or which give all patches back, have tests of their own.
+ELSEWHERE = ("BeitForImageClassification", "Data2VecVisionForImageClassification", "XCLIPModel")
+NAMES = (*PLAIN, *(name for name in AROUND if name not in ELSEWHERE), *VARIANTS)
 
 
 def _class(name: str) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
 from tests.encoders import hf, oracle
-from visprune.backbones.encoders import AROUND, BIASED, PLAIN, TABLE
+from visprune.backbones.encoders import AROUND, BIASED, PLAIN, TABLE, WHOLE
 from visprune.errors import UnsupportedModel
 
 EVERYTHING: dict[str, dict[str, Any]] = {
@@ -54,8 +54,8 @@ def pruned(model: Any, method: str, params: dict[str, Any]) -> Any:
 
 def test_all_of_the_table_is_here() -> None:
     rows = {name.partition(".")[2] for name in TABLE if name.startswith("transformers.")}
-    assert rows == {*PLAIN, *BIASED}
-    around = {name for name in AROUND if AROUND[name][0] not in hf.BIASED_AT}
+    assert rows == {*PLAIN, *BIASED, *WHOLE}
+    around = set(AROUND) - set(hf.ELSEWHERE)
     assert set(hf.NAMES) >= {*PLAIN, *around}
     assert len(hf.NAMES) > 70
 

@@ -25,6 +25,7 @@ class KeepAll(PruningMethod):
     """Keeps all tokens: bit-equal to the untouched model, and what any method is compared with."""
 
     name: ClassVar[str] = "keep_all"
+    gives_back: ClassVar[bool] = True  # none is gone
 
     def schedule(self, spec: ModelSpec) -> Schedule:
         """One stage at the projector, or one in every layer of a vision transformer."""
