@@ -32,6 +32,7 @@ WHOLE = ("XCLIPVisionModel",)
 TABLE = {
     "timm.VisionTransformer": "visprune.backbones.encoders.timm_vit:TimmViT",
     "timm.Beit": "visprune.backbones.encoders.timm_beit:TimmBeit",
+    "timm.Cait": "visprune.backbones.encoders.timm_cait:TimmCait",
     "timm.Eva": "visprune.backbones.encoders.timm_eva:TimmEva",
     "timm.VisionTransformerRelPos": "visprune.backbones.encoders.timm_relpos:TimmRelPos",
     "timm.NaFlexVit": "visprune.backbones.encoders.timm_naflex:TimmNaFlex",
@@ -86,10 +87,6 @@ _FACTORS = "it attends within a frame and then along time, which needs a grid of
 REFUSED = {
     "timm.VisionTransformerSAM": _WINDOWS,
     "timm.Xcit": "its attention is between channels, and its layers convolve over the grid",
-    "timm.Cait": (
-        "its patches mix heads by attention written out in the module, and its class token comes "
-        "in after them: there is no class token to choose by, and no place for a size"
-    ),
     "timm.ConVit": "half of its attention is a function of places in the grid",
     "timm.CrossVit": "its two branches of different patches exchange class tokens",
     "timm.VOLO": "its outlook attention folds windows of the grid",

@@ -119,6 +119,7 @@ class Layer:
         head_width: features of one head.
         gain: name of the parameter that the layer multiplies the branch by before it is added;
             it is taken to be 1 in the layer's own forward, see :meth:`added`.
+        pair_weights: multiply-adds of each pair of tokens beside scores and values.
     """
 
     block: nn.Module
@@ -130,6 +131,7 @@ class Layer:
     attention_width: int
     head_width: int
     gain: str | None = None
+    pair_weights: int = 0
 
     def added(self, x: Tensor, branch: Tensor) -> Tensor:
         """The input with the output of the attention branch."""
@@ -141,7 +143,7 @@ class Layer:
     @property
     def cost(self) -> EncoderLayer:
         """What it costs by token and by pair."""
-        pair = 2 * self.attention_width
+        pair = 2 * self.attention_width + self.pair_weights
         return EncoderLayer(self.attention_weights, self.mlp_weights, pair)
 
 

@@ -95,7 +95,6 @@ def test_no_class_token(method: str, kind: str, why: str) -> None:
         ("swin_tiny_patch4_window7_224", "windows need the whole grid"),
         ("samvit_base_patch16", "windows need the whole grid"),
         ("xcit_nano_12_p16_224", "attention is between channels"),
-        ("cait_xxs24_224", "no class token to choose by"),
         ("convit_tiny", "a function of places"),
         ("crossvit_9_240", "exchange class tokens"),
         ("volo_d1_224", "folds windows"),
