@@ -36,10 +36,20 @@ TABLE = {
     "timm.Eva": "visprune.backbones.encoders.timm_eva:TimmEva",
     "timm.VisionTransformerRelPos": "visprune.backbones.encoders.timm_relpos:TimmRelPos",
     "timm.NaFlexVit": "visprune.backbones.encoders.timm_naflex:TimmNaFlex",
+    "timm.DeepseekVitEncoder": "visprune.backbones.encoders.timm_towers:TimmDeepseek",
+    "timm.Gemma4VitEncoder": "visprune.backbones.encoders.timm_towers:TimmGemma4",
+    "timm.Qwen3VitEncoder": "visprune.backbones.encoders.timm_towers:TimmQwen3",
     "open_clip.VisionTransformer": "visprune.backbones.encoders.open_clip_vit:OpenClipViT",
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_vit:HfViT" for name in PLAIN},
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_beit:HfBeit" for name in BIASED},
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_xclip:HfXCLIP" for name in WHOLE},
+}
+
+# Models of timm around one of these: where it is.
+TIMM_AROUND = {
+    "timm.DeepseekVitClassifier": "encoder",
+    "timm.Gemma4VitClassifier": "encoder",
+    "timm.Qwen3VitClassifier": "encoder",
 }
 
 # Models of transformers around one of these, which classify or compare pictures: where it is, and
@@ -77,9 +87,6 @@ _WINDOWS = "its windows need the whole grid of tokens at every layer"
 _STAGES = "its stages halve the grid, and need all of it"
 _CONVOLVES = "it convolves over the grid of tokens, and needs all of it"
 _MAPS = "it makes a map of its tokens, or boxes, one for each place of the grid"
-_BLOCKS = (
-    "it gives a map of its tokens, or one token of each block of them, and needs the whole grid"
-)
 _PACKED = "it packs pictures of many sizes into one sequence without a batch"
 _FACTORS = "it attends within a frame and then along time, which needs a grid of both"
 
@@ -90,12 +97,6 @@ REFUSED = {
     "timm.ConVit": "half of its attention is a function of places in the grid",
     "timm.CrossVit": "its two branches of different patches exchange class tokens",
     "timm.VOLO": "its outlook attention folds windows of the grid",
-    "timm.DeepseekVitEncoder": _BLOCKS,
-    "timm.DeepseekVitClassifier": _BLOCKS,
-    "timm.Qwen3VitEncoder": _BLOCKS,
-    "timm.Qwen3VitClassifier": _BLOCKS,
-    "timm.Gemma4VitEncoder": _BLOCKS,
-    "timm.Gemma4VitClassifier": _BLOCKS,
     "timm.SwinTransformer": _WINDOWS,
     "timm.SwinTransformerV2": _WINDOWS,
     "transformers.SwinModel": _WINDOWS,

@@ -177,6 +177,7 @@ class EncoderAdapter:
         width: features of a token.
         embed: the module that every forward calls first, with the pixels.
         rotary: whether layers are given the places of their tokens.
+        gives_whole: whether what leaves the last layer has a value for every patch.
     """
 
     family: str = ""
@@ -187,6 +188,7 @@ class EncoderAdapter:
     width: int
     embed: nn.Module
     rotary: bool = False
+    gives_whole: bool = False
 
     @property
     def spec(self) -> ModelSpec:

@@ -22,10 +22,11 @@ class HfXCLIP(HfViT):
     each other, and takes the frame's own away once the patches have attended to it. Tokens leave at
     a layer's end. ``last_hidden_state`` has a value for every patch, since ``XCLIPModel`` takes the
     mean over frames of the patches at one place: methods that leave patches without one are
-    refused. ``hidden_states`` come out short.
+    refused. ``hidden_states`` before come out short.
     """
 
     family = "transformers.XCLIPVisionModel"
+    gives_whole = True
 
     def __init__(self, model: Any, outer: Any = None, *, mean: bool = False) -> None:
         super().__init__(model, outer, mean=mean)
@@ -72,12 +73,6 @@ class HfXCLIP(HfViT):
         """The message is one token behind the others."""
         return [watch(layer.attention, functools.partial(_biased, reduction))]
 
-    def overrides(self, reduction: Reduction) -> list[Any]:
-        """A value for every patch of what leaves the last layer."""
-        hook = functools.partial(_give_back, self, reduction)
-        # Not on the model itself: compiled code of it keeps no pass for a hook that runs after it.
-        return [*super().overrides(reduction), self._holder().register_forward_hook(hook)]
-
 
 def _always(wanted: Wanted) -> Wanted:
     return wanted
@@ -90,7 +85,3 @@ def _without_message(record: ShownQK, attended: Attended) -> None:
 def _biased(reduction: Reduction) -> Wanted | None:
     bias = reduction.key_bias()
     return None if bias is None else Wanted(bias=nn.functional.pad(bias, (0, 1)))
-
-
-def _give_back(adapter: HfXCLIP, reduction: Reduction, module: Any, args: Any, output: Any) -> Any:
-    return adapter.whole(reduction, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from visprune.backbones.encoders import AROUND, BIASED, PLAIN, REFUSED, TABLE, WHOLE
+from visprune.backbones.encoders import AROUND, BIASED, PLAIN, REFUSED, TABLE, TIMM_AROUND, WHOLE
 
 
 def tables() -> str:
@@ -14,14 +14,15 @@ def tables() -> str:
     plain = ", ".join(f"`{name}`" for name in sorted(PLAIN, key=str.lower))
     biased = ", ".join(f"`{name}`" for name in BIASED)
     whole = ", ".join(f"`{name}`" for name in WHOLE)
-    around = ", ".join(f"`{name}`" for name in sorted(AROUND, key=str.lower))
+    around = ", ".join(f"`{name}`" for name in (*sorted(AROUND, key=str.lower), *TIMM_AROUND))
     lines = [
         "## Taken\n",
         f"{others};\n",
         f"of transformers, and their subclasses: {plain};\n",
         f"by methods that merge no tokens, as their attention adds a bias per pair of places: "
         f"{biased}, `timm.Beit`, `timm.VisionTransformerRelPos`;\n",
-        f"by methods that give every patch a value back (`tome`, `pitome`, `ipcv`): {whole};\n",
+        f"by methods that give every patch a value back (`tome`, `pitome`, `ipcv`): {whole}, "
+        f"`timm.DeepseekVitEncoder`, `timm.Gemma4VitEncoder`, `timm.Qwen3VitEncoder`;\n",
         f"models around one: {around}, `TimmWrapperModel`, `TimmWrapperForImageClassification`.\n",
         "## Refused\n",
         "| classes | because |",

@@ -199,7 +199,8 @@ class TimmViT(EncoderAdapter):
         def whole(number: int, y: Any) -> Any:
             if isinstance(y, tuple):
                 return whole(number, y[0]), *y[1:]
-            full = reduction.expand(number, y)
+            there = self.gives_whole and number == len(self.layers) - 1
+            full = y if there else reduction.expand(number, y)
             if not raster:
                 return full
             return full.reshape(full.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous()

@@ -90,7 +90,7 @@ def test_merged_tokens_are_those_of_the_layers_on_what_is_left() -> None:
     whole = y[:, 1:].gather(1, places[..., None].expand(-1, -1, y.shape[-1]))
     oracle.assert_close(got.last_hidden_state, torch.cat([y[:, :1], whole], dim=1))
     oracle.assert_close(got.pooler_output, model.post_layernorm(y[:, 0]))
-    assert [state.shape[1] for state in got.hidden_states[1:]] == [31, 25, 19]
+    assert [state.shape[1] for state in got.hidden_states[1:]] == [31, 25, 37]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from visprune.backbones.encoders import AROUND, REFUSED
+from visprune.backbones.encoders import AROUND, REFUSED, TIMM_AROUND
 from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
 from visprune.backbones.vlm.generic import TriedAdapter
 from visprune.backbones.vlm.known import lacking
@@ -84,8 +84,11 @@ def find_encoder(model: Any) -> Any | None:
 
 
 def _around(model: Any, lineage: list[str]) -> Any | None:
-    """The adapter of the encoder inside a model of transformers that classifies or compares."""
+    """The adapter of the encoder inside a model that classifies or compares."""
     for name in lineage:
+        if name in TIMM_AROUND:
+            inner = model.get_submodule(TIMM_AROUND[name])
+            return encoders.get(next(n for n in _lineage(inner) if n in encoders))(inner, model)
         library, _, kind = name.partition(".")
         if library == "transformers" and kind in AROUND:
             path, mean = AROUND[kind]

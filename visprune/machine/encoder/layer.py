@@ -159,6 +159,8 @@ class ReducedLayer:
             output = run.bring_back(output, reducer.adapter.prefix)
         if number == len(reducer.adapter.layers) - 1:
             run.final = run.state
+            if reducer.adapter.gives_whole:
+                output = run.expanded(number, output, reducer.adapter.prefix)
         return output
 
 

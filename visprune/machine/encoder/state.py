@@ -230,6 +230,11 @@ class EncoderPass:
             y = selection.expand(y)
         return y
 
+    def expanded(self, layer: int, x: Tensor, prefix: int) -> Tensor:
+        """What leaves a layer ``[B, P + K, D]`` with the value of its slot for every patch."""
+        patches = self.expand(layer, x[:, prefix:])
+        return like(x, torch.cat([x[:, :prefix], patches], dim=1) if prefix else patches)
+
     def entering(self, layer: int, stage: int) -> Tensor:
         """The patch that each token stands for which a stage is given, ``[B, N]``.
 
