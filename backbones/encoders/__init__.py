@@ -45,6 +45,19 @@ TABLE = {
     **{f"transformers.{name}": "visprune.backbones.encoders.hf_xclip:HfXCLIP" for name in WHOLE},
 }
 
+# What the models of a class lack, as their adapter says why; others may have no class token.
+_BIASED, _TOWER = ("merging", "every_query"), ("cls_token", "dropping")
+LACKING = {
+    "timm.Beit": _BIASED,
+    "timm.VisionTransformerRelPos": _BIASED,
+    **{f"transformers.{name}": _BIASED for name in BIASED},
+    "timm.Cait": ("cls_token", "every_query"),
+    "timm.DeepseekVitEncoder": _TOWER,
+    "timm.Gemma4VitEncoder": _TOWER,
+    "timm.Qwen3VitEncoder": _TOWER,
+    **{f"transformers.{name}": (*_TOWER, "every_query") for name in WHOLE},
+}
+
 # Models of timm around one of these: where it is.
 TIMM_AROUND = {
     "timm.DeepseekVitClassifier": "encoder",

@@ -11,6 +11,8 @@ import timm
 import torch
 from torch import Tensor
 
+import visprune
+
 MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva")
 STEMS = set(timm.list_models(module=MODULES[2]) + timm.list_models(module=MODULES[3]))
 # A stem of convolutions has its full width: of names that differ in the size of pictures, one.
@@ -83,3 +85,9 @@ KINDS = {
     "perception": "vit_pe_core_tiny_patch16_384",
     "eva_post_norm": "eva02_enormous_patch14_clip_224",
 }
+
+
+def listed(name: str) -> set[str]:
+    """The methods that the list of models says an encoder takes."""
+    (row,) = (row for row in visprune.list_models("encoder") if row.name == name)
+    return set(row.methods)

@@ -130,6 +130,7 @@ def test_what_it_cannot(method: str) -> None:
         visprune.prune(beit(), method, **params)
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert set(named) == {"keep_all", *METHODS}
+    assert set(named) == small.listed("timm.Beit")
 
 
 @pytest.mark.parametrize("method", ["topk", "evit"])

@@ -122,6 +122,7 @@ def test_what_it_cannot(method: str) -> None:
         visprune.prune(cait(), method, **params)
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert set(named) == {"keep_all", *METHODS}
+    assert set(named) == small.listed("timm.Cait")
 
 
 @pytest.mark.parametrize("method", ["tome", "random"])

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
 from tests.encoders import hf, oracle
-from tests.encoders.small import enlarged
+from tests.encoders.small import enlarged, listed
 from visprune.backbones.encoders import BIASED
 from visprune.errors import UnsupportedModel
 
@@ -143,6 +143,7 @@ def test_what_it_cannot(kind: str, method: str) -> None:
         visprune.prune(build(kind, **BIASES["own"]), method, **params)
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert set(named) == {"keep_all", *METHODS}
+    assert set(named) == listed(f"transformers.{kind}")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
 from tests.encoders import hf, oracle
-from tests.encoders.small import enlarged
+from tests.encoders.small import enlarged, listed
 from visprune.errors import UnsupportedModel
 
 FRAMES, METHODS = 2, {"tome": {"r": 4}, "pitome": {"keep_ratio": 0.8}}
@@ -133,7 +133,9 @@ def test_what_it_cannot(method: str) -> None:
         UnsupportedModel, match=r"(one place|message of the other frames).*Methods that fit it"
     ) as e:
         visprune.prune(build(), method, **params)
-    assert {"tome", "pitome"} <= set(str(e.value).rpartition(": ")[2].rstrip(".").split(", "))
+    named = set(str(e.value).rpartition(": ")[2].rstrip(".").split(", "))
+    assert named == {"keep_all", "tome", "pitome", "ipcv"}
+    assert named == listed("transformers.XCLIPVisionModel")
 
 
 def test_gradients_under_checkpointing() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import visprune
 from tests.encoders import small
 from visprune.backbones import encoders
-from visprune.backbones.encoders import REFUSED
+from visprune.backbones.encoders import AROUND, REFUSED, TABLE, TIMM_AROUND
 from visprune.backbones.encoders.tables import tables
 from visprune.catalog import model_names
 from visprune.errors import BudgetError, ConfigError, UnsupportedModel
@@ -157,6 +157,10 @@ def test_every_refused_class_says_why() -> None:
 def test_the_readme_has_a_row_for_every_encoder_and_every_refusal() -> None:
     text = (Path(encoders.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert text.partition("<!-- tables -->\n")[2] == tables()
+    classes, around = len(TABLE), len(AROUND) + len(TIMM_AROUND) + 2  # and TimmWrapper's two
+    words = f"{classes} classes of encoders and {around} of models around one"
+    whole = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert words in " ".join(whole.split())
 
 
 def test_a_model_around_an_encoder_that_is_not_known_names_it() -> None:

@@ -155,6 +155,8 @@ def test_what_it_cannot(kind: str, method: str) -> None:
         visprune.prune(model, method, **params)
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert set(named) == {"keep_all", *methods(model)}
+    if kind == "class":
+        assert set(named) == small.listed("timm.VisionTransformerRelPos")
 
 
 @pytest.mark.parametrize("kind", ["table", "class_table", "shared_table"])

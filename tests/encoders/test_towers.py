@@ -208,12 +208,14 @@ def test_the_keys_that_are_matched_are_turned(kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("method", ["topk", "evit", "random", "uniform", "dynamicvit", "spatten"])
 def test_what_it_cannot(kind: str, method: str) -> None:
+    model = kind_of(kind)
     with pytest.raises(
         UnsupportedModel, match=r"(a map of all patches|no class token).*Methods that fit it"
     ) as e:
-        visprune.prune(kind_of(kind), method, keep_ratio=0.8)
+        visprune.prune(model, method, keep_ratio=0.8)
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert set(named) == {"keep_all", *METHODS}
+    assert set(named) == small.listed(f"timm.{type(tower(model)).__name__}")
 
 
 @every_kind

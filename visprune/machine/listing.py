@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from visprune.backbones.encoders import LACKING
 from visprune.backbones.vlm import known
 from visprune.catalog import adapters, encoders
 
@@ -61,6 +62,7 @@ class ModelRow:
         }
         if self.name in known.JOINED:
             lacking["dropping"] = "no"
+        lacking |= dict.fromkeys(LACKING.get(self.name, ()), "no")
         inside = self.kind == "encoder" or self.name in known.REDUCED
         return ModelSpec(
             family=self.name,
@@ -112,13 +114,14 @@ def _family(name: str) -> ModelRow:
 
 
 def _encoder(name: str) -> ModelRow:
-    """Of encoders, whether there is a class token depends on the model."""
+    """Of most encoders, whether there is a class token depends on the model."""
+    none = "cls_token" in LACKING.get(name, ())
     return ModelRow(
         name,
         "encoder",
         encoders.summary(name),
         "pictures",
-        ("class token", "attention", "features"),
+        ("attention", "features") if none else ("class token", "attention", "features"),
         cost=True,
         proved="every method inside an encoder",
     )
