@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visprune.kernels.common import requirements
+from visprune.kernels.common.autograd import watched
 from visprune.kernels.common.precision import operator, uncast, wide, wide_or_other
 
 from . import reference, torch_impl
@@ -40,6 +41,18 @@ def attention_rows(
 
         return triton_impl.attention_rows(q, k, scale, mask, row_pos, reduce, softcap)
     return torch_impl.attention_rows(q, k, scale, mask, row_pos, reduce, softcap)
+
+
+def rows(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    """:func:`attention_rows` with less time per call, where nobody sees the difference.
+
+    A few rows over a small picture take a CPU no longer than the call of an operator.
+    """
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if rest[-1] == "torch" and q.device.type == "cpu" and not learns and not watched():
+        return torch_impl.attention_rows(q, k, *rest[:-1])
+    found: Tensor = attention_rows(q, k, *rest)
+    return found
 
 
 @operator("visprune::column_sums")

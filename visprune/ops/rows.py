@@ -64,7 +64,7 @@ def attention_rows(
     choice = choose(name, backend, q.device, lambda: rows_op.why_not(q, k, mask, row_pos))
     scale = dim**-0.5 if scale is None else scale
     args = (scale, mask, row_pos, reduce, float(softcap or 0.0), choice)
-    return rows_op.attention_rows(q, k, *args)
+    return rows_op.rows(q, k, *args)
 
 
 def column_sums(
