@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -50,6 +51,29 @@ def test_a_pruned_encoder_for_any_batch(
             assert_same(run(path, x), model(x))
 
 
+# A bias per pair of places, heads that are mixed, a map of all patches behind the last layer.
+OTHERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "vit_relpos_medium_patch16_cls_224": ({"img_size": 64}, "topk", {"keep_ratio": 0.6}),
+    "beit_base_patch16_224": ({"img_size": 64}, "evit", {"keep_ratio": 0.6}),
+    "cait_xxs24_224": ({"img_size": 64}, "tome", {"r": 3}),
+    "qwen3_vit_88m": ({"mlp_ratio": 2, "pos_embed_grid_size": 4}, "tome", {"r": 3}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_other_encoders_for_any_batch(name: str, tmp_path: Path) -> None:
+    options, method, params = OTHERS[name]
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 48, "num_heads": 4, "depth": 3, "num_classes": 5}
+    model = small.enlarged(timm.create_model(name, **sizes, **options)).eval()
+    x, path = torch.rand(5, 3, 64, 64), tmp_path / "model.onnx"
+    with visprune.prune(model, method, **params):
+        visprune.onnx.export(model, x[:2], path)
+        for batch in (1, 5):
+            assert_same(run(path, x[:batch]), model(x[:batch]))
+
+
 @pytest.mark.parametrize("name", ["litv2_s", "dinat_mini", "sparsifiner_deit_tiny"])
 @torch.no_grad()
 def test_an_architecture_for_any_batch(name: str, tmp_path: Path) -> None:
@@ -89,6 +113,8 @@ def test_what_cannot_be_exported_is_said_before(tmp_path: Path) -> None:
     x = small.picture(model, batch=2)
     with pytest.raises(ConfigError, match=r"at least 2 images .* got 1"):
         visprune.onnx.export(model.eval(), x[:1], tmp_path / "x.onnx")
+    with pytest.raises(ConfigError, match=r"one tensor \[B, 3, H, W\]; got tuple"):
+        visprune.onnx.export(model.eval(), (x,), tmp_path / "x.onnx")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"model\.eval\(\)"):
         visprune.onnx.export(model.train(), x, tmp_path / "x.onnx")
 

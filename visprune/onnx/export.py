@@ -94,8 +94,9 @@ def _check(model: nn.Module, images: Tensor, dynamic_batch: bool) -> None:
     _check_installed()
     if model.training:
         raise ConfigError("An ONNX file is for inference: call model.eval() before export.")
-    if images.ndim != 4:
-        raise ConfigError(f"images must be [B, 3, H, W]; got {list(images.shape)}.")
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ConfigError(f"images must be one tensor [B, 3, H, W]; got {given}.")
     if dynamic_batch and len(images) < 2:
         raise ConfigError(
             "With dynamic_batch the example holds at least 2 images (a size of 1 is taken for a "
