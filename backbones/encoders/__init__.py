@@ -96,6 +96,13 @@ AROUND = {
     "VivitForVideoClassification": ("vivit", False),
 }
 
+# By what adapter the encoder in them is taken, where it is not a plain one.
+AROUND_OTHER = {
+    "BeitForImageClassification": "transformers.BeitModel",
+    "Data2VecVisionForImageClassification": "transformers.Data2VecVisionModel",
+    "XCLIPModel": "transformers.XCLIPVisionModel",
+}
+
 _WINDOWS = "its windows need the whole grid of tokens at every layer"
 _STAGES = "its stages halve the grid, and need all of it"
 _CONVOLVES = "it convolves over the grid of tokens, and needs all of it"

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from tests.encoders.small import enlarged
-from visprune.backbones.encoders import AROUND, PLAIN
+from visprune.backbones.encoders import AROUND, AROUND_OTHER, PLAIN
 
 SIDE, PATCH, LAYERS = 24, 4, 3
 SIZES: dict[str, Any] = {
@@ -53,8 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Idefics3VisionTransformer", {"attn_implementation": "eager"}),
 }  # fmt: skip
 # Those in which no tokens merge, or which give all patches back, have tests of their own.
-ELSEWHERE = ("BeitForImageClassification", "Data2VecVisionForImageClassification", "XCLIPModel")
-NAMES = (*PLAIN, *(name for name in AROUND if name not in ELSEWHERE), *VARIANTS)
+NAMES = (*PLAIN, *(name for name in AROUND if name not in AROUND_OTHER), *VARIANTS)
 
 
 def _class(name: str) -> Any:

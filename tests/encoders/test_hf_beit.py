@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_dropping_equals_hiding(kind: str, bias: str, method: str) -> None:
         model(x)
         keep = [oracle.alive(run, layer) for layer in range(hf.LAYERS)]
         order = run._reducer.latest.composed(hf.LAYERS - 1).index
-    name = "attention_mask" if kind == "BeitModel" else "relative_position_bias"
+    takes = inspect.signature(type(layers_of(model)[0]).forward).parameters
+    name = next(n for n in ("relative_position_bias", "attention_mask") if n in takes)
     got = last.pop()
     for row in range(2):
         handles = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from visprune.backbones.encoders import AROUND, REFUSED, TIMM_AROUND
+from visprune.backbones.encoders import AROUND, AROUND_OTHER, REFUSED, TIMM_AROUND
 from visprune.backbones.vlm import REFUSED as REFUSED_FAMILIES
 from visprune.backbones.vlm.generic import TriedAdapter
 from visprune.backbones.vlm.known import lacking
@@ -92,9 +92,8 @@ def _around(model: Any, lineage: list[str]) -> Any | None:
         library, _, kind = name.partition(".")
         if library == "transformers" and kind in AROUND:
             path, mean = AROUND[kind]
-            inner = model.get_submodule(path)
-            own = next((n for n in _lineage(inner) if n in encoders), "transformers.ViTModel")
-            return encoders.get(own)(inner, model, mean=mean)
+            adapter = encoders.get(AROUND_OTHER.get(kind, "transformers.ViTModel"))
+            return adapter(model.get_submodule(path), model, mean=mean)
     return None
 
 
