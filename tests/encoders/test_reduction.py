@@ -240,3 +240,20 @@ def test_a_stem_of_convolutions_is_counted_by_itself(name: str) -> None:
             assert 0 < cost.vision < dense.vision
             assert run.cost() == cost  # again, of the same forward
             assert run.trace.num_tokens == latest
+
+
+@pytest.mark.parametrize("method", ["evit", "topk", "random", "tome"])
+def test_layers_without_a_stage_count_the_same_with_and_without_gradients(method: str) -> None:
+    model = small.shrunk(small.KINDS["plain"], depth=8)
+    x = small.picture(model)
+    params: dict[str, Any] = {"r": [0, 3, 0, 0, 2, 0, 0, 0]} if method == "tome" else {
+        "keep_ratio": 0.7}  # fmt: skip
+    with visprune.prune(model, method, **params) as run:
+        want = model(x)
+        traced = run.trace
+        with torch.no_grad():
+            got = model(x)
+    oracle.assert_close(got, want.detach())
+    assert run.trace.tokens_per_layer == traced.tokens_per_layer
+    assert run.trace.mlp_tokens_per_layer == traced.mlp_tokens_per_layer
+    assert len(set(traced.mlp_tokens_per_layer[0])) > 1

@@ -406,6 +406,8 @@ def _behind(index: Tensor, prefix: int) -> Tensor:
     """``index`` ``[B, K]`` on a sequence with ``prefix`` tokens before these, all kept."""
     if prefix == 0:
         return index
+    if prefix == 1:  # the one before is number 0, which padding writes too
+        return torch.nn.functional.pad(index + 1, (1, 0))
     first = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
     return torch.cat([first, index + prefix], dim=1)
 

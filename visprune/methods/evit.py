@@ -73,13 +73,11 @@ class EViT(PruningMethod):
         if keep == count:
             return Selection.identity(batch, count, tokens.features.device)
         attention = ctx[ClsAttention("own")].mean(dim=1)  # [B, N]
-        order = attention.argsort(dim=1, descending=True, stable=True)
+        ranked, order = attention.sort(dim=1, descending=True, stable=True)
         if not self.fuse:
             return Selection(order[:, :keep], count)
         # The fused slot stands for the most attended of its patches.
-        ranked = attention.gather(1, order)
-        kept = ranked[:, : keep + 1].clone()
-        kept[:, :keep] = 1.0
+        kept = torch.nn.functional.pad(ranked[:, keep : keep + 1], (keep, 0), value=1.0)
         source = order[:, keep + 1 :]
         return Selection.merge(
             order[:, : keep + 1],

@@ -47,6 +47,11 @@ class ReducedLayer:
         self._steady = number in reducer.plan.steady
         self._inside = self._steady or number in reducer.plan.inside
         self._before: Any = None
+        plan, last = reducer.plan, len(reducer.adapter.layers) - 1
+        busy = (plan.entry, plan.inside, plan.steady, plan.compared, (plan.back, 0, last))
+        # Between its first layer and its last, one without stages has nothing to do but to count.
+        self._counts = not any(number in part for part in busy) and number + 1 not in plan.compared
+        self._checkpoints = hasattr(type(self.layer.block), "gradient_checkpointing")
 
     def install(self) -> list[Any]:
         """Put it in place; returns what takes it off."""
@@ -69,11 +74,16 @@ class ReducedLayer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer, with its stages."""
+        if self._counts and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
+            passed = self.reducer.current.latest
+            if passed is not None and passed.plain:
+                passed.attended[self.number] = passed.mapped[self.number] = passed.state.count
+                return self._original(*args)
         if not args:
             args = (kwargs.pop("hidden_states"),)
         block: Any = self.layer.block
         run = self.reducer.pass_of(self.number, args[0])
-        if _checkpoints_forward(block) and block.training and torch.is_grad_enabled():
+        if self._checkpoints and block.training and torch.is_grad_enabled() and _on(block):
             return block._gradient_checkpointing_func(partial(self._run, run, **kwargs), *args)
         return self._run(run, *args, **kwargs)
 
@@ -102,7 +112,7 @@ class ReducedLayer:
             return self._before(*args, **kwargs)
         block: Any = self.layer.block
         own: Any = type(block).forward
-        if _checkpoints_forward(block):
+        if self._checkpoints and _on(block):
             own = own.__wrapped__
         return own(block, *args, **kwargs)
 
@@ -183,7 +193,7 @@ def _placeholder(x: Tensor) -> Any:
     return _Nothing(x.shape)
 
 
-def _checkpoints_forward(block: Any) -> bool:
+def _on(block: Any) -> bool:
     """Whether a layer's own ``forward`` is a checkpoint around the real one (transformers 5.24)."""
     if not getattr(block, "gradient_checkpointing", False):
         return False

@@ -179,6 +179,13 @@ class EncoderPass:
         """Whether this is a padded batch that every token is still in."""
         return self.lengths is not None and self.state.counts is self.lengths
 
+    @property
+    def plain(self) -> bool:
+        """Whether a layer needs nothing of it now: no place, no size, no padding is followed."""
+        state = self.state
+        known = state.origin is None and state.bias is None and state.policy is None
+        return known and state.counts is None and self.lengths is None and bool(self.layers)
+
     def alive(self) -> int | Tensor:
         """Patches of each picture now; a tensor ``[B]`` where they differ."""
         return self.state.count if self.state.counts is None else self.state.counts
