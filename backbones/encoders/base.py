@@ -153,6 +153,12 @@ class Reduction(Protocol):
     def sizes(self, count: int) -> Tensor | None:
         """Patches that each of ``count`` tokens stands for, ``[B, N]``; ``None``: one each."""
 
+    def fresh(self) -> bool:
+        """Whether sizes are those of a forward since this was last asked, or no method has any.
+
+        Compiled code keeps no pass for what runs behind it in Python.
+        """
+
     def expand(self, layer: int, y: Tensor) -> Tensor:
         """Undo all reductions up to and in ``layer``: ``[B, K, D]`` to ``[B, N, D]``."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from visprune.backbones.cost.matrices import matrix_weights
 from visprune.backbones.encoders.base import Instead, Reduction
+from visprune.errors import UnsupportedModel
 
 # Linear layers of a model around an encoder that work on its pictures once.
 _OUTER = ("visual_projection", "classifier", "cls_classifier", "distillation_classifier")
@@ -89,6 +90,12 @@ def weigh_tokens(model: nn.Module, reduction: Reduction, prefix: int) -> Any:
 def _weigh(
     reduction: Reduction, prefix: int, module: Any, args: Any, kwargs: Any, output: Any
 ) -> Any:
+    if not reduction.fresh():
+        raise UnsupportedModel(
+            f"This {type(module).__name__} was compiled by itself, and the mean over its patches "
+            f"is taken behind it, where it is not known how many each token stands for. Compile "
+            f"the whole model, or none of it."
+        )
     tokens = output.last_hidden_state
     count = tokens.shape[1] - prefix
     size, mask = reduction.sizes(count), kwargs.get("pixel_attention_mask")

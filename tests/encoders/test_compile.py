@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import visprune
-from tests.encoders import oracle, small
+from tests.encoders import hf, oracle, small
 from tests.encoders.test_elsewhere import answer, built
+from visprune.errors import UnsupportedModel
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +145,32 @@ def test_random_tokens_are_drawn_inside_one_graph() -> None:
         oracle.assert_close(traced(x), model(x))
         assert torch.equal(torch.stack(run.kept), kept)
         assert model(x[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@torch.no_grad()
+def test_a_mean_behind_compiled_layers_is_refused(called: bool) -> None:
+    torch._dynamo.reset()
+    model = hf.build("Dinov2ForImageClassification")
+    x, other = (hf.inputs("Dinov2ForImageClassification", seed=seed) for seed in (0, 1))
+    with visprune.prune(model, "tome", r=4):
+        want = model(**x).logits if called else None
+        whole = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            first = whole(**x).logits
+            assert want is None or torch.equal(first, want)
+            assert not torch.equal(whole(**other).logits, first)
+        model.dinov2 = torch.compile(model.dinov2, backend="aot_eager")
+
+        def twice() -> None:  # the first may use up what the last call outside of it left
+            model(**x)
+            model(**x)
+
+        with pytest.raises(UnsupportedModel, match=r"compiled by itself.*Compile the whole model"):
+            twice()
+    with visprune.prune(model, "evit", keep_ratio=0.6) as run:  # whose tokens count once
+        got = model(**x).logits
+    model.dinov2 = model.dinov2._orig_mod
+    with visprune.prune(model, "evit", keep_ratio=0.6):
+        oracle.assert_close(got, model(**x).logits)
+    assert "removed" in repr(run)

@@ -93,7 +93,7 @@ def _around(model: Any, lineage: list[str]) -> Any | None:
         if library == "transformers" and kind in AROUND:
             path, mean = AROUND[kind]
             adapter = encoders.get(AROUND_OTHER.get(kind, "transformers.ViTModel"))
-            return adapter(model.get_submodule(path), model, mean=mean)
+            return adapter(unwrap(model.get_submodule(path)), model, mean=mean)
     return None
 
 

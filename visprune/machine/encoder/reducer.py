@@ -132,6 +132,16 @@ class EncoderReducer:
             return (places < final.counts[:, None]).to(torch.float32)
         return final.size if final.policy is None else final.policy
 
+    def fresh(self) -> bool:
+        """Whether sizes are of a forward since this was last asked, or no method has any."""
+        latest = self.current.latest
+        if not self.method.size_weighted:
+            return True
+        if latest is None or latest.asked:
+            return False
+        latest.asked = True
+        return True
+
     def expand(self, layer: int, y: Tensor) -> Tensor:
         """Undo all reductions up to and in ``layer``."""
         latest = self.latest

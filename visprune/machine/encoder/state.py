@@ -142,6 +142,7 @@ class EncoderPass:
         self.entered: dict[int, Tensor] = {}
         self.signals: dict[Any, Any] = {}
         self.total = self.batch = 0
+        self.asked = False  # whether a mean outside of the encoder took its sizes
 
     def enter(self, layer: int, x: Tensor, prefix: int) -> None:
         """Take the state that ``layer`` starts from, also when a checkpoint runs it again."""
