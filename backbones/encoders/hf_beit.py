@@ -74,8 +74,8 @@ class HfBeit(HfViT):
             return _Written(attention, record).install()
         if not self.biases:
             return super().watch(number, record, every=every)
-        wanted = Wanted(functools.partial(_with_mask, record))
-        return [watch(attention, functools.partial(_always, wanted))]
+        wanted = functools.partial(Wanted, functools.partial(_with_mask, record))
+        return [watch(attention, wanted)]
 
     def overrides(self, reduction: Reduction) -> list[Any]:
         """Each bias for the tokens that are left; a mean over patches by size."""
@@ -92,10 +92,6 @@ class HfBeit(HfViT):
     def weigh_sizes(self, layer: Layer, reduction: Reduction) -> list[Any]:
         """Tokens have sizes where there is no bias alone."""
         return [] if self.biases or not self.asks else super().weigh_sizes(layer, reduction)
-
-
-def _always(wanted: Wanted) -> Wanted:
-    return wanted
 
 
 def _with_mask(record: ShownQK, attended: Attended) -> None:
@@ -135,7 +131,7 @@ class _Written(Hooks):
         last = (
             own.relative_position_bias.register_forward_hook(self._show_biased)
             if biased
-            else (own.value.register_forward_hook(self._show))
+            else own.value.register_forward_hook(self._show)
         )
         return [
             own.register_forward_pre_hook(self._begin, with_kwargs=True),

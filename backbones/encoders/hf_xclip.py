@@ -66,16 +66,12 @@ class HfXCLIP(HfViT):
 
     def watch(self, number: int, record: ShownQK, *, every: bool = True) -> list[Any]:
         """Queries and keys of the frame's own tokens."""
-        wanted = Wanted(functools.partial(_without_message, record))
-        return [watch(self.layers[number].attention, functools.partial(_always, wanted))]
+        wanted = functools.partial(Wanted, functools.partial(_without_message, record))
+        return [watch(self.layers[number].attention, wanted)]
 
     def weigh_sizes(self, layer: Layer, reduction: Reduction) -> list[Any]:
         """The message is one token behind the others."""
         return [watch(layer.attention, functools.partial(_biased, reduction))]
-
-
-def _always(wanted: Wanted) -> Wanted:
-    return wanted
 
 
 def _without_message(record: ShownQK, attended: Attended) -> None:

@@ -47,15 +47,14 @@ class TimmCait(TimmViT):
     @property
     def lacking(self) -> dict[str, str]:
         """No class token among the patches, and no rows of attention."""
-        name = type(self.model).__name__
-        return {
-            "cls_token": f"the class token of {name} comes in behind the layers of patches",
-            "every_query": f"the attention of {name} is mixed of all heads, and of none",
-        }
+        mixed = f"the attention of {type(self.model).__name__} is mixed of all heads, and of none"
+        return {**super().lacking, "every_query": mixed}
 
     def why_no_cls_rows(self) -> str | None:
         """It is not there."""
-        return self.lacking["cls_token"]
+        return (
+            f"the class token of {type(self.model).__name__} comes in behind the layers of patches"
+        )
 
     def _layer(self, number: int, block: Any) -> Layer:
         attention = getattr(block, "attn", None)
@@ -127,9 +126,7 @@ def _add_bias(reduction: Reduction, module: nn.Module, args: Any, output: Tensor
     return None if bias is None else output + bias[:, None, :, None].to(output.dtype)
 
 
-def _count_bias(
-    reduction: Reduction, module: Any, args: Any, output: Tensor
-) -> Tensor | None:  # fmt: skip
+def _count_bias(reduction: Reduction, module: Any, args: Any, output: Tensor) -> Tensor | None:
     """Shares ``[B, Q, K, H]`` behind the mixing: each of a key's patches had its bias."""
     bias = reduction.key_bias()
     if bias is None or module.bias is None:

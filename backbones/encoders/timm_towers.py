@@ -59,15 +59,19 @@ class TimmTower(TimmEva):
 
     def fixed_macs(self, grid: tuple[int, ...], last: int) -> int:
         """Embedding, projector and classifier: of all patches."""
-        projector = getattr(self.model, self.projector)
-        tokens, total = math.prod(grid), self._embedding_macs(grid)
-        if projector is not None:
-            tokens = self._blocks(grid)
-            total += tokens * matrix_weights(projector)
+        tokens, projected = self._projected(grid)
+        total = self._embedding_macs(grid) + projected
         if self.outer is not None:
             tokens = 1 if self.outer.global_pool == "avg" else tokens
             total += tokens * matrix_weights(self.outer.head)
         return total
+
+    def _projected(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """Tokens behind the projector, or behind the layers where there is none, and its cost."""
+        projector = getattr(self.model, self.projector)
+        if projector is None:
+            return math.prod(grid), 0
+        return self._blocks(grid), self._blocks(grid) * matrix_weights(projector)
 
     def _embedding_macs(self, grid: tuple[int, ...]) -> int:
         return embedding_macs(self.embed, grid)
@@ -134,7 +138,6 @@ class TimmGemma4(TimmTower):
     """Adapter of ``timm.models.gemma4_vit.Gemma4VitEncoder``, on pictures of one size."""
 
     family = "timm.Gemma4VitEncoder"
-    projector = "pooler"
 
     def _layer(self, number: int, block: Any) -> Layer:
         attention = getattr(block, "attn", None)
@@ -182,19 +185,13 @@ class TimmGemma4(TimmTower):
         each: int = embed.input_proj.weight.numel() + embed.position_embedding_table.numel()
         return tokens * (each + 2 * self.model.rotary_emb.inv_freq.numel())
 
-    def _blocks(self, grid: tuple[int, ...]) -> int:
-        return math.prod(grid) // int(self.model.pooler.pooling_kernel_size) ** 2
-
-    def fixed_macs(self, grid: tuple[int, ...], last: int) -> int:
+    def _projected(self, grid: tuple[int, ...]) -> tuple[int, int]:
         """The pooler is a product over all patches."""
-        tokens, total = math.prod(grid), self._embedding_macs(grid)
-        if self.model.global_pool == "soft":
-            tokens, pooled = self._blocks(grid), tokens
-            total += tokens * pooled * self.width
-        if self.outer is not None:
-            tokens = 1 if self.outer.global_pool == "avg" else tokens
-            total += tokens * matrix_weights(self.outer.head)
-        return total
+        patches = math.prod(grid)
+        if self.model.global_pool != "soft":
+            return patches, 0
+        tokens = patches // int(self.model.pooler.pooling_kernel_size) ** 2
+        return tokens, tokens * patches * self.width
 
     def inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor | None, at: Tensor | None

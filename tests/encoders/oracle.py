@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +22,18 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert bool(torch.isfinite(got).all())
     scale = max(1.0, float(want.abs().max()))
     assert float((got.double() - want.double()).abs().max()) / scale <= TOLERANCE
+
+
+def threads_equal_turns(
+    model: Any, pictures: list[Tensor], answer: Callable[[Any], Tensor] = lambda output: output
+) -> tuple[list[Tensor], Any]:
+    """What a pruned model says of each picture, as two threads say it, too; and a copy of it."""
+    want, twin = [answer(model(x)) for x in pictures], copy.deepcopy(model)
+    with ThreadPoolExecutor(2) as pool:  # each thread has a gradient mode of its own
+        got = list(pool.map(torch.no_grad()(model), pictures * 2))
+    for one, other in zip(got, want * 2, strict=True):
+        assert torch.equal(answer(one), other)
+    return want, twin
 
 
 def alive(run: Any, layer: int) -> Tensor:

@@ -66,6 +66,16 @@ def small(name: str = "vit_tiny_patch16_224", depth: int = 4) -> Any:
     return shrunk(name, depth=depth)
 
 
+# For encoders in which a merged token has no bias.
+WITHOUT_MERGING: dict[str, dict[str, Any]] = {
+    "topk": {"keep_ratio": 0.6},
+    "evit": {"keep_ratio": 0.6},
+    "random": {"keep_ratio": 0.6},
+    "uniform": {"keep_ratio": 0.6},
+    "dynamicvit": {"keep_ratio": 0.6},
+    "ipcv": {"keep_ratio": 0.6, "attention_stabilization": 1},
+}
+
 # One of each kind of block, attention, pooling and position.
 KINDS = {
     "plain": "vit_tiny_patch16_224",

@@ -15,14 +15,7 @@ from tests.encoders import oracle, small
 from visprune.errors import UnsupportedModel
 
 NAMES = timm.list_models(module="beit")
-METHODS: dict[str, dict[str, Any]] = {
-    "topk": {"keep_ratio": 0.6},
-    "evit": {"keep_ratio": 0.6},
-    "random": {"keep_ratio": 0.6},
-    "uniform": {"keep_ratio": 0.6},
-    "dynamicvit": {"keep_ratio": 0.6},
-    "ipcv": {"keep_ratio": 0.6, "attention_stabilization": 1},
-}
+METHODS = small.WITHOUT_MERGING
 
 
 def beit(name: str = "beit_base_patch16_224", **options: Any) -> Any:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -168,12 +166,7 @@ def test_threads_a_copy_compiled_exported_and_without_its_head() -> None:
     model = cait()
     pictures = [pixels(1, seed) for seed in range(8)]
     with visprune.prune(model, "tome", r=2):
-        want = [model(x) for x in pictures]
-        twin = copy.deepcopy(model)
-        with ThreadPoolExecutor(2) as pool:
-            got = list(pool.map(torch.no_grad()(model), pictures * 2))
-        for one, other in zip(got, want * 2, strict=True):
-            assert torch.equal(one, other)
+        want, twin = oracle.threads_equal_turns(model, pictures)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager")
         assert torch.equal(compiled(pictures[0]), want[0])

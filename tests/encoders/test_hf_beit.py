@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,18 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visprune
 from tests.encoders import hf, oracle
+from tests.encoders.small import WITHOUT_MERGING as METHODS
 from tests.encoders.small import enlarged, listed
 from visprune.backbones.encoders import BIASED
 from visprune.errors import UnsupportedModel
 
-METHODS: dict[str, dict[str, Any]] = {
-    "topk": {"keep_ratio": 0.6},
-    "evit": {"keep_ratio": 0.6},
-    "random": {"keep_ratio": 0.6},
-    "uniform": {"keep_ratio": 0.6},
-    "dynamicvit": {"keep_ratio": 0.6},
-    "ipcv": {"keep_ratio": 0.6, "attention_stabilization": 1},
-}
 BIASES: dict[str, dict[str, Any]] = {
     "own": {"use_relative_position_bias": True},
     "shared": {"use_shared_relative_position_bias": True},
@@ -259,12 +250,7 @@ def test_threads_a_copy_and_removal(kind: str) -> None:
     pictures = [pixels(1, seed) for seed in range(8)]
     dense = model(pictures[0]).pooler_output
     with visprune.prune(model, "topk", keep_ratio=0.6):
-        want = [model(x).pooler_output for x in pictures]
-        twin = copy.deepcopy(model)
-        with ThreadPoolExecutor(2) as pool:
-            got = list(pool.map(torch.no_grad()(model), pictures * 2))
-        for one, other in zip(got, want * 2, strict=True):
-            assert torch.equal(one.pooler_output, other)
+        want, twin = oracle.threads_equal_turns(model, pictures, lambda out: out.pooler_output)
     assert torch.equal(twin(pictures[0]).pooler_output, want[0])
     visprune.remove(twin)
     assert torch.equal(twin(pictures[0]).pooler_output, dense)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -178,12 +176,7 @@ def test_threads_a_copy_and_compiled() -> None:
     model = build()
     clips = [pixels(1, seed) for seed in range(6)]
     with visprune.prune(model, "tome", r=4):
-        want = [model(x).last_hidden_state for x in clips]
-        twin = copy.deepcopy(model)
-        with ThreadPoolExecutor(2) as pool:
-            got = list(pool.map(torch.no_grad()(model), clips * 2))
-        for one, other in zip(got, want * 2, strict=True):
-            assert torch.equal(one.last_hidden_state, other)
+        want, twin = oracle.threads_equal_turns(model, clips, lambda out: out.last_hidden_state)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager")
         assert torch.equal(compiled(clips[0]).last_hidden_state, want[0])

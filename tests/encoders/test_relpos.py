@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,14 +16,7 @@ from tests.encoders import oracle, small
 from visprune.errors import UnsupportedModel
 
 NAMES = timm.list_models(module="vision_transformer_relpos")
-METHODS: dict[str, dict[str, Any]] = {
-    "topk": {"keep_ratio": 0.6},
-    "evit": {"keep_ratio": 0.6},
-    "random": {"keep_ratio": 0.6},
-    "uniform": {"keep_ratio": 0.6},
-    "dynamicvit": {"keep_ratio": 0.6},
-    "ipcv": {"keep_ratio": 0.6, "attention_stabilization": 1},
-}
+METHODS = small.WITHOUT_MERGING
 # A table or a network for every layer or for all, blocks with the norm behind, a class token.
 KINDS: dict[str, dict[str, Any]] = {
     "network": {"name": "vit_relpos_small_patch16_224"},
@@ -218,12 +209,7 @@ def test_threads_a_copy_and_another_size() -> None:
     model = relpos(**KINDS["class"])
     pictures = [pixels(1, seed) for seed in range(8)]
     with visprune.prune(model, "topk", keep_ratio=0.6):
-        want = [model(x) for x in pictures]
-        twin = copy.deepcopy(model)
-        with ThreadPoolExecutor(2) as pool:
-            got = list(pool.map(torch.no_grad()(model), pictures * 2))  # each thread has its own
-        for one, other in zip(got, want * 2, strict=True):
-            assert torch.equal(one, other)
+        want, twin = oracle.threads_equal_turns(model, pictures)
     assert torch.equal(twin(pictures[0]), want[0])
     visprune.remove(twin)
     assert torch.equal(twin(pictures[0]), model(pictures[0]))

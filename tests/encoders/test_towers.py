@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -271,12 +269,7 @@ def test_threads_a_copy_and_compiled(kind: str) -> None:
     model = kind_of(kind)
     pictures = [pixels(model, 1, seed) for seed in range(6)]
     with visprune.prune(model, "tome", r=4):
-        want = [model(x) for x in pictures]
-        twin = copy.deepcopy(model)
-        with ThreadPoolExecutor(2) as pool:
-            got = list(pool.map(torch.no_grad()(model), pictures * 2))
-        for one, other in zip(got, want * 2, strict=True):
-            assert torch.equal(one, other)
+        want, twin = oracle.threads_equal_turns(model, pictures)
         if kind in ("qwen3", "deepseek", "gemma4"):
             torch._dynamo.reset()
             compiled = torch.compile(model, backend="aot_eager")
